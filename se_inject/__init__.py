@@ -1,0 +1,3 @@
+from .config import SEConfig
+from .errors import NoSitesError, SEInjectError
+from .inject import eject, inject, plan

@@ -1,0 +1,66 @@
+"""Channel attention that a model already has, recognised by structure."""
+
+from __future__ import annotations
+
+from torch import fx, nn
+
+from .graph import ADDS, MULS, Traces, View, is_tensor, shape
+from .trace import Call
+
+
+def _unexpanded(node: fx.Node) -> fx.Node:
+    while node.op == "call_method" and node.target in ("expand", "expand_as") and is_tensor(node.args[0]):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def is_gate(view: View, node: fx.Node) -> bool:
+    """Whether `node` scales (or shifts) a map by a learned gate that was pooled from that same map.
+
+    The gate has the map's channels and one position, comes from the map, and passed a learned
+    layer on its way; a norm has no such layer, and a spatial mask has no channels.
+    """
+    if node.target not in MULS | ADDS or len(node.args) < 2 or not all(is_tensor(a) for a in node.args[:2]):
+        return False
+    for x, g in (node.args[:2], node.args[1::-1]):
+        assert isinstance(x, fx.Node) and isinstance(g, fx.Node)
+        g = _unexpanded(g)
+        xs, gs = shape(x), shape(g)
+        if len(xs) < 3 or len(xs) != len(gs) or not view.ancestors[view.index[g]] >> view.index[x] & 1:
+            continue
+        channel = view.channel_dim(x) if len(xs) < 5 else 2
+        places = [d for d in range(channel if len(xs) == 5 else 1, len(xs)) if d != channel]
+        pooled = all(gs[d] == 1 for d in places) and any(xs[d] > 1 for d in places)
+        if pooled and gs[channel] == xs[channel] and view.learned(view.region(g, x)):
+            return True
+    return False
+
+
+class Gates:
+    """Where a model has channel attention: modules that gate their input, and products in a forward."""
+
+    def __init__(self, traces: Traces) -> None:
+        self.nodes: dict[nn.Module, list[fx.Node]] = {}
+        for module in traces.calls:
+            view = traces.view(module)
+            if view is not None:
+                found = [n for n in view.nodes if is_gate(view, n)]
+                if found:
+                    self.nodes[module] = found
+        self._calls = [call for module in self.nodes for call in traces.calls[module]]
+
+    def inside(self, call: Call) -> str | None:
+        """Path of the first gating module called in `call`, itself included."""
+        hits = [c for c in self._calls if call.begin <= c.begin < call.end]
+        return min(hits, key=lambda c: c.begin).path if hits else None
+
+    def in_region(self, view: View, mask: int) -> str | None:
+        """Path of the first channel attention among a set of nodes."""
+        for node in self.nodes.get(view.module, ()):
+            if mask >> view.index[node] & 1:
+                return view.owner.path or type(view.module).__name__
+        for call in view.calls(mask):
+            path = self.inside(call)
+            if path is not None:
+                return path
+        return None

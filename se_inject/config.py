@@ -1,0 +1,173 @@
+"""The recipe: which sites get a block, and what the block is."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from .plan import Site
+
+PLACEMENTS = ("auto", "standard", "inner", "pre", "post", "identity")
+INITS = ("identity", "timm")
+EXISTING = ("skip", "stack", "replace")
+
+
+@dataclasses.dataclass(frozen=True)
+class SEConfig:
+    """Options of an injection; frozen, checked when made. Every field is also a keyword of
+    `plan` and `inject`, and, with the prefix ``se_``, of ``timm.create_model("se_inject/...")``.
+
+    Args:
+        ratio: Squeeze width over gated channels, in (0, 1]. None is 1/16, or, at a site of
+            EfficientNet's kind, 1/4 of the block's input channels.
+        rd_channels: A fixed squeeze width; excludes `ratio`.
+        rd_divisor: The width is rounded to a multiple of this. None is 8 (timm's SEModule) or 1
+            (EfficientNet's SqueezeExcite).
+        placement: ``auto``, ``standard``, ``inner``, ``pre``, ``post`` or ``identity``.
+        block: The gate; see `se_inject.gate`.
+        init: ``identity`` (gate 1 until trained) or ``timm`` (timm's own init and plain gate).
+        act_layer: Activation between the two layers, by timm's ``create_act`` name.
+        gate_layer: Gate function, by timm's ``create_act`` name.
+        bias: Whether the two excitation layers have a bias.
+        stages: Stage numbers as timm's ``out_indices``; None is all.
+        include: Globs over site paths; None is all.
+        exclude: Globs over site paths; None is none.
+        min_channels: Sites with fewer gated channels are skipped.
+        filter_fn: Called with each `Site`; False skips it. It is not saved with a model.
+        existing: What to do where a branch has channel attention: ``skip``, ``stack``, ``replace``.
+
+    Raises:
+        ConfigError: A value is out of range, or two options exclude each other.
+
+    Source: Hu et al., Squeeze-and-Excitation Networks, arXiv 1709.01507, sections 3 and 6.
+    """
+
+    ratio: float | None = None
+    rd_channels: int | None = None
+    rd_divisor: int | None = None
+    placement: str = "auto"
+    block: str = "se"
+    init: str = "identity"
+    act_layer: str | None = None
+    gate_layer: str | None = None
+    bias: bool = True
+    stages: tuple[int, ...] | None = None
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] | None = None
+    min_channels: int = 0
+    filter_fn: Callable[[Site], bool] | None = dataclasses.field(default=None, compare=False)
+    existing: str = "skip"
+
+    def __post_init__(self) -> None:
+        if self.ratio is not None and not (_is_number(self.ratio) and 0 < self.ratio <= 1):
+            hint = f"; for a reduction of {self.ratio:g} write ratio=1/{self.ratio:g}" if (
+                _is_number(self.ratio) and self.ratio > 1) else ""
+            raise ConfigError(f"ratio={self.ratio!r}: it is squeeze width over channels, in (0, 1]{hint}")
+        if self.ratio is not None and self.rd_channels is not None:
+            raise ConfigError(
+                f"ratio={self.ratio!r} and rd_channels={self.rd_channels!r} both set the squeeze width: give one")
+        for name in ("rd_channels", "rd_divisor"):
+            value = getattr(self, name)
+            if value is not None and not (_is_int(value) and value >= 1):
+                raise ConfigError(f"{name}={value!r}: expected a whole number of at least 1, or None")
+        if not (_is_int(self.min_channels) and self.min_channels >= 0):
+            raise ConfigError(f"min_channels={self.min_channels!r}: expected a whole number of at least 0")
+        for name, allowed in (("placement", PLACEMENTS), ("init", INITS), ("existing", EXISTING)):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ConfigError(f"{name}={value!r}: expected one of {', '.join(allowed)}{_did_you_mean(value, allowed)}")
+        if not isinstance(self.block, str) or not self.block:
+            raise ConfigError(f"block={self.block!r}: expected the name of a block, such as 'se'")
+        for name in ("act_layer", "gate_layer"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise ConfigError(f"{name}={value!r}: expected a name that timm's create_act knows, such as 'silu'")
+        if not isinstance(self.bias, bool):
+            raise ConfigError(f"bias={self.bias!r}: expected True or False")
+        if self.filter_fn is not None and not callable(self.filter_fn):
+            raise ConfigError(f"filter_fn={self.filter_fn!r}: expected a function of one Site")
+        object.__setattr__(self, "stages", _as_tuple("stages", self.stages, int))
+        object.__setattr__(self, "include", _as_tuple("include", self.include, str))
+        object.__setattr__(self, "exclude", _as_tuple("exclude", self.exclude, str))
+
+    @classmethod
+    def of(cls, config: SEConfig | dict[str, Any] | None = None, **options: Any) -> SEConfig:
+        """The config with `options` on top. Neither argument is changed.
+
+        Raises:
+            ConfigError: An unknown option, with the nearest known one, or a bad value.
+        """
+        names = [f.name for f in dataclasses.fields(cls)]
+        if isinstance(config, dict):
+            options = {**config, **options}
+            config = None
+        elif config is not None and not isinstance(config, cls):
+            raise ConfigError(f"config={config!r}: expected an SEConfig, a dict of its fields, or None")
+        for key in options:
+            if key not in names:
+                raise ConfigError(
+                    f"unknown option {key!r}{_did_you_mean(key, names)}; the options are {', '.join(names)}")
+        return dataclasses.replace(config or cls(), **options)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options that differ from the defaults, as JSON types.
+
+        Raises:
+            ConfigError: `filter_fn` is set; a function cannot be written to a file.
+        """
+        if self.filter_fn is not None:
+            raise ConfigError("filter_fn is a function and cannot be written to a file: use include= or exclude=")
+        out: dict[str, Any] = {}
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if value != f.default:
+                out[f.name] = list(value) if isinstance(value, tuple) else value
+        return out
+
+    def rejects(self, site: Site) -> str | None:
+        """Why these filters leave `site` out, or None where they do not."""
+        if self.stages is not None and site.stage not in self.stages:
+            return f"stage {site.stage} is not in stages={list(self.stages)}"
+        if self.include is not None and not any(fnmatchcase(site.path, p) for p in self.include):
+            return "no include pattern matches"
+        if self.exclude is not None and any(fnmatchcase(site.path, p) for p in self.exclude):
+            return "an exclude pattern matches"
+        if site.channels < self.min_channels:
+            return f"{site.channels} channels are below min_channels={self.min_channels}"
+        if self.filter_fn is not None and not self.filter_fn(site):
+            return "filter_fn said no"
+        return None
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _as_tuple(name: str, value: Any, kind: type) -> tuple[Any, ...] | None:
+    if value is None:
+        return None
+    if isinstance(value, kind) and not isinstance(value, bool):
+        return (value,)
+    if not isinstance(value, Iterable) or isinstance(value, (str, bytes)):
+        raise ConfigError(f"{name}={value!r}: expected {kind.__name__} or a sequence of {kind.__name__}")
+    items = tuple(value)
+    for item in items:
+        if not isinstance(item, kind) or isinstance(item, bool):
+            raise ConfigError(f"{name}={value!r}: {item!r} is no {kind.__name__}")
+    return items
+
+
+def _did_you_mean(value: object, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(str(value), list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,183 @@
+"""The squeeze-and-excitation block, and nothing else.
+
+Source: Hu et al., Squeeze-and-Excitation Networks, arXiv 1709.01507, section 3; keys as timm's
+SEModule (``fc1``, ``fc2``) and EfficientNet's SqueezeExcite (``conv_reduce``, ``conv_expand``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import SEConfig
+from .errors import ConfigError
+
+
+class SqueezeExcite(nn.Module):
+    """Squeeze-and-excitation: scales each channel by a gate computed from all channels' means.
+
+    Args:
+        channels: Channels C of the input.
+        rd_channels: Squeeze width.
+        layout: ``NCHW`` (1x1 convolutions), ``NHWC`` or ``NLC`` (linear layers).
+        bias: Whether the two layers have a bias.
+        act_layer: Activation, by timm's name.
+        gate_layer: Gate function, by timm's name.
+        gain: The gate is multiplied by this.
+
+    Shape: (N, C, H, W), (N, H, W, C) or (N, L, C), as `layout` says; the output is like the input.
+    """
+
+    def __init__(
+        self, channels: int, rd_channels: int, layout: str = "NCHW", bias: bool = True, act_layer: str = "relu",
+        gate_layer: str = "sigmoid", gain: float = 1.0, device: Any = None, dtype: Any = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        from timm.layers import create_act_layer
+
+        self.channels = channels
+        self.layout = layout
+        self.gain = gain
+        self.dims = {"NCHW": (2, 3), "NHWC": (1, 2), "NLC": (1,)}[layout]
+        factory = {"bias": bias, "device": device, "dtype": dtype}
+        if layout == "NCHW":
+            self.fc1: nn.Module = nn.Conv2d(channels, rd_channels, 1, **factory)
+            self.fc2: nn.Module = nn.Conv2d(rd_channels, channels, 1, **factory)
+        else:
+            self.fc1 = nn.Linear(channels, rd_channels, **factory)
+            self.fc2 = nn.Linear(rd_channels, channels, **factory)
+        self.act = create_act_layer(act_layer, inplace=True)
+        self.gate = create_act_layer(gate_layer)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        s = x.mean(self.dims, keepdim=True)
+        s = self.fc2(self.act(self.fc1(s)))
+        g = self.gate(s)
+        if self.gain != 1.0:
+            g = g * self.gain
+        return x * g
+
+    def last_layer(self) -> nn.Module:
+        return self.fc2
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}, layout={self.layout}, gain={self.gain:g}"
+
+
+class EfficientNetSqueezeExcite(SqueezeExcite):
+    """The same block under EfficientNet's names: ``conv_reduce``, ``act1``, ``conv_expand``, ``gate``."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        modules = self._modules
+        renamed = {"conv_reduce": modules["fc1"], "act1": modules["act"], "conv_expand": modules["fc2"],
+                   "gate": modules["gate"]}
+        modules.clear()
+        modules.update(renamed)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        s = x.mean(self.dims, keepdim=True)
+        s = self.conv_expand(self.act1(self.conv_reduce(s)))
+        g = self.gate(s)
+        if self.gain != 1.0:
+            g = g * self.gain
+        return x * g
+
+    def last_layer(self) -> nn.Module:
+        return self.get_submodule("conv_expand")
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSpec:
+    """What one block is made of, with its cost."""
+
+    channels: int
+    rd_channels: int
+    layout: str
+    style: str
+    bias: bool
+
+    @property
+    def params(self) -> int:
+        weights = 2 * self.channels * self.rd_channels
+        return weights + (self.channels + self.rd_channels if self.bias else 0)
+
+    @property
+    def macs(self) -> int:
+        return 2 * self.channels * self.rd_channels
+
+
+def block_spec(
+    config: SEConfig, channels: int, base: int, layout: str, style: str, from_input: bool = False
+) -> BlockSpec:
+    """The block for a site that gates `channels`; its width comes from `base` channels.
+
+    Raises:
+        ConfigError: `config.block` is not known.
+    """
+    if config.block != "se":
+        raise ConfigError(f"block={config.block!r}: the known block is 'se'")
+    ratio = config.ratio if config.ratio is not None else 1 / 4 if from_input else 1 / 16
+    divisor = config.rd_divisor if config.rd_divisor is not None else 1 if from_input else 8
+    width = config.rd_channels if config.rd_channels is not None else _divisible(base * ratio, divisor)
+    return BlockSpec(channels, width, layout, style, config.bias)
+
+
+def _divisible(value: float, divisor: int) -> int:
+    """The multiple of `divisor` nearest to `value`, at least one `divisor`; a divisor of 1 rounds as Python does."""
+    if divisor == 1:
+        return max(1, round(value))
+    return max(divisor, int(value + divisor / 2) // divisor * divisor)
+
+
+def make_block(
+    spec: BlockSpec, config: SEConfig, act: str | None, outer_gain: float, device: Any, dtype: Any
+) -> SqueezeExcite:
+    """Build a block. `act` is the site's own activation, `outer_gain` a factor that the model puts behind it.
+
+    Raises:
+        ConfigError: ``init="identity"`` with a gate that cannot be 1, or a name that timm does not know.
+    """
+    gate_layer = config.gate_layer or "sigmoid"
+    gain = 1.0 if config.init == "timm" else identity_gain(gate_layer) / outer_gain
+    cls = EfficientNetSqueezeExcite if spec.style == "efficientnet" else SqueezeExcite
+    try:
+        block = cls(
+            spec.channels, spec.rd_channels, spec.layout, spec.bias, config.act_layer or act or "relu", gate_layer,
+            gain, device, dtype)
+    except (KeyError, AssertionError, TypeError) as error:
+        raise ConfigError(
+            f"act_layer={config.act_layer!r}, gate_layer={gate_layer!r}: timm cannot create it ({error!r}); "
+            "use a name of timm.layers.create_act, such as 'relu', 'silu', 'sigmoid'") from error
+    if config.init == "identity":
+        for parameter in block.last_layer().parameters():
+            nn.init.zeros_(parameter)
+    return block
+
+
+def identity_gain(gate_layer: str) -> float:
+    """The factor that makes a gate exactly 1 where its argument is 0, and lets it learn from there.
+
+    Raises:
+        ConfigError: There is none: the gate is 0, flat, or no power of two there.
+    """
+    from timm.layers import create_act_layer
+
+    try:
+        gate = create_act_layer(gate_layer)
+    except (KeyError, AssertionError, TypeError) as error:
+        raise ConfigError(f"gate_layer={gate_layer!r}: timm's create_act has no such name; use 'sigmoid'") from error
+    with torch.enable_grad(), torch.device("cpu"):
+        zero = torch.zeros(1, requires_grad=True)
+        value = gate(zero * 1.0) if gate is not None else zero
+        (slope,) = torch.autograd.grad(value.sum(), zero)
+    at_zero = float(value.detach())
+    if at_zero <= 0 or math.frexp(at_zero)[0] != 0.5 or float(slope) == 0:
+        raise ConfigError(
+            f"gate_layer={gate_layer!r} with init='identity': the gate is {at_zero:g} with slope {float(slope):g} at 0, "
+            "and an exact, trainable identity needs a power of two and a slope; use gate_layer='sigmoid' or init='timm'")
+    return 1.0 / at_zero

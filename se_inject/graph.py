@@ -1,0 +1,283 @@
+"""What the nodes of a traced forward do: tensors and their sources, learned and nonlinear work."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from .errors import TraceError
+from .trace import Call, Owner, own_graph
+
+ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+MULS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
+CATS = {torch.cat, torch.concat, torch.concatenate}
+RESHAPES = {
+    "view", "reshape", "expand", "expand_as", "unsqueeze", "squeeze", "flatten", "contiguous", "view_as", "to",
+    "type_as", "unflatten", torch.reshape, torch.flatten, torch.unsqueeze, torch.squeeze,
+}
+_SLICES = {operator.getitem, "narrow", torch.narrow}
+_LINEAR_FUNCTIONS = ADDS | MULS | CATS | RESHAPES | _SLICES | {
+    operator.sub, operator.isub, torch.sub, "sub", "sub_", operator.neg, operator.truediv, operator.floordiv, "div",
+    "permute", "transpose", "size", "mean", "sum", "chunk", "split", "roll", "clone", "swapaxes", "movedim", "dim",
+    torch.permute, torch.transpose, torch.mean, torch.sum, torch.chunk, torch.split, torch.roll, torch.stack,
+    F.pad, F.avg_pool2d, F.adaptive_avg_pool2d, F.interpolate, F.conv1d, F.conv2d, F.linear, F.batch_norm,
+    F.layer_norm, F.group_norm, F.dropout, F.pixel_shuffle, F.pixel_unshuffle, getattr,
+}
+_LINEAR_MODULES: tuple[type[nn.Module], ...] = (
+    nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.Identity,
+    nn.modules.dropout._DropoutNd, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Upsample,
+    nn.PixelShuffle, nn.PixelUnshuffle, nn.ZeroPad2d,
+)  # fmt: skip
+
+
+def is_tensor(node: object) -> bool:
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def shape(node: fx.Node) -> tuple[int, ...]:
+    return tuple(node.meta["val"].shape)
+
+
+def is_weight(tensor: torch.Tensor) -> bool:
+    """Whether a parameter mixes channels or positions; a norm's or a layer scale's does not."""
+    return tensor.numel() > max(tensor.shape, default=1)
+
+
+def is_conv(module: nn.Module) -> bool:
+    """Whether `module` is a 2d convolution over space, by itself: kernel larger than one."""
+    kernel = getattr(module, "kernel_size", None)
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dim() >= 4 and kernel is not None and max(_ints(kernel), default=1) > 1
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    return is_conv(module) and getattr(module, "groups", 1) == getattr(module, "in_channels", 0) > 1
+
+
+def _ints(value: Any) -> tuple[int, ...]:
+    return tuple(value) if isinstance(value, Sequence) else (value,)
+
+
+class Traces:
+    """Every module of one recorded run that was called and could be traced; each is traced once."""
+
+    def __init__(self, root: Call) -> None:
+        self.root = root
+        self.calls: dict[nn.Module, list[Call]] = {}
+        for call in root.walk():
+            self.calls.setdefault(call.module, []).append(call)
+        self._views: dict[nn.Module, View | None] = {}
+        self.failures: dict[nn.Module, str] = {}
+        self._linear: dict[nn.Module, bool] = {}
+        self._weighty: dict[nn.Module, bool] = {}
+
+    def view(self, module: nn.Module) -> View | None:
+        """The traced forward of `module`, or None for a leaf and for what fx cannot follow."""
+        if module not in self._views:
+            view = None
+            if self._composes(module):
+                try:
+                    view = View(own_graph(self.calls[module][0]), self)
+                except TraceError as error:
+                    self.failures[module] = str(error)
+            self._views[module] = view
+        return self._views[module]
+
+    def _composes(self, module: nn.Module) -> bool:
+        if module not in self.calls or not type(module).__module__.partition(".")[0]:
+            return False
+        builtin = type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.Sequential)
+        return not builtin and not isinstance(module, _LINEAR_MODULES)
+
+    def has_weights(self, module: nn.Module) -> bool:
+        if module not in self._weighty:
+            self._weighty[module] = any(is_weight(p) for p in module._parameters.values() if p is not None) or any(
+                self.has_weights(child) for child in module._modules.values() if child is not None)
+        return self._weighty[module]
+
+    def is_linear(self, module: nn.Module) -> bool:
+        """Whether a module is linear in its input; unknown modules are not."""
+        if module not in self._linear:
+            act = getattr(module, "act", None)
+            if isinstance(act, nn.Module) and not isinstance(act, nn.Identity):  # timm's norm-act layers
+                linear = False
+            elif isinstance(module, _LINEAR_MODULES):
+                linear = True
+            else:
+                view = self.view(module)
+                linear = view is not None and not any(view.is_nonlinear(n) for n in view.graph.nodes)
+            self._linear[module] = linear
+        return self._linear[module]
+
+
+class View:
+    """One traced owner with answers about its nodes.
+
+    Sets of nodes are bit masks over positions in the graph, so that ancestry costs one pass.
+    """
+
+    def __init__(self, owner: Owner, traces: Traces) -> None:
+        self.owner = owner
+        self.traces = traces
+        self.graph = owner.graph
+        self.nodes: list[fx.Node] = list(owner.graph.nodes)
+        self.index = {node: i for i, node in enumerate(self.nodes)}
+
+    @property
+    def module(self) -> nn.Module:
+        return self.owner.module
+
+    @cached_property
+    def ancestors(self) -> list[int]:
+        """For each node the mask of itself and of the nodes whose data reaches it as tensors."""
+        masks: list[int] = []
+        for i, node in enumerate(self.nodes):
+            mask = 1 << i
+            for source in node.all_input_nodes:
+                if self.carries_data(source):
+                    mask |= masks[self.index[source]]
+            masks.append(mask)
+        return masks
+
+    def carries_data(self, node: fx.Node) -> bool:
+        """Whether a node holds activations: a tensor, or a list of them, that is no parameter."""
+        if node.op == "get_attr":
+            return False
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            return True
+        return isinstance(value, (list, tuple, dict)) and any(
+            isinstance(v, torch.Tensor) for v in (value.values() if isinstance(value, dict) else value))
+
+    def members(self, mask: int) -> list[fx.Node]:
+        out = []
+        while mask:
+            low = mask & -mask
+            out.append(self.nodes[low.bit_length() - 1])
+            mask ^= low
+        return out
+
+    def fork(self, nodes: Iterable[fx.Node]) -> fx.Node | None:
+        """The last activation tensor that all of `nodes` come from."""
+        common = -1
+        for node in nodes:
+            common &= self.ancestors[self.index[node]]
+        while common:
+            i = common.bit_length() - 1
+            if self.carries_data(self.nodes[i]):
+                return self.nodes[i] if is_tensor(self.nodes[i]) else None
+            common ^= 1 << i
+        return None
+
+    def region(self, node: fx.Node, fork: fx.Node | None) -> int:
+        """Mask of the nodes between `fork` and `node`, with `node`, without `fork`."""
+        mask = self.ancestors[self.index[node]]
+        return mask if fork is None else mask & ~self.ancestors[self.index[fork]]
+
+    def is_learned(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return self.traces.has_weights(node.meta["call"].module)
+        if node.op == "get_attr":
+            value = node.meta["val"]
+            return isinstance(value, torch.Tensor) and is_weight(value)
+        return False
+
+    def is_nonlinear(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return not self.traces.is_linear(node.meta["call"].module)
+        if node.op not in ("call_function", "call_method"):
+            return False
+        if not self.carries_data(node) and not isinstance(node.meta.get("val"), torch.Tensor):
+            return False  # sizes and other plain values
+        if node.target in MULS:  # a product of two activations is not linear
+            return sum(isinstance(a, fx.Node) and is_tensor(a) and self._moves(a) for a in node.args[:2]) > 1
+        return node.target not in _LINEAR_FUNCTIONS
+
+    def _moves(self, node: fx.Node) -> bool:
+        """Whether a value depends on the module's input."""
+        return any(n.op in ("placeholder", "call_module") for n in self.members(self.ancestors[self.index[node]]))
+
+    def work(self, mask: int) -> int:
+        """Number of learned layers called in a set of nodes."""
+        count = 0
+        for node in self.members(mask):
+            if node.op == "call_module":
+                count += sum(
+                    1 for c in node.meta["call"].walk()
+                    if any(is_weight(p) for p in c.module._parameters.values() if p is not None))
+            elif self.is_learned(node):
+                count += 1
+        return count
+
+    def learned(self, mask: int) -> bool:
+        return any(self._uses_weight(n) for n in self.members(mask))
+
+    def _uses_weight(self, node: fx.Node) -> bool:
+        return self.is_learned(node) or any(
+            s.op == "get_attr" and self.is_learned(s) for s in node.all_input_nodes)
+
+    def nonlinear(self, mask: int) -> bool:
+        return any(self.is_nonlinear(n) for n in self.members(mask))
+
+    def calls(self, mask: int) -> list[Call]:
+        return [n.meta["call"] for n in self.members(mask) if n.op == "call_module"]
+
+    def channel_dim(self, node: fx.Node) -> int:
+        """The channel dimension of an activation: 1 in NCHW, the last in NHWC and (N, L, C).
+
+        Square maps tell it by their shape; where they do not, the learned layer before `node` does.
+        """
+        dims = shape(node)
+        if len(dims) == 4:
+            if dims[2] == dims[3] != dims[1]:
+                return 1
+            if dims[1] == dims[2] != dims[3]:
+                return 3
+        for earlier in reversed(self.members(self.ancestors[self.index[node]])):
+            if earlier.op == "call_module":
+                for call in reversed(list(earlier.meta["call"].walk())):
+                    weight = call.module._parameters.get("weight")
+                    if weight is None or not is_weight(weight):
+                        continue
+                    if weight.dim() == 2:
+                        return len(dims) - 1
+                    return 1 if isinstance(call.output, torch.Tensor) and call.output.dim() == len(dims) else (
+                        len(dims) - 1 if len(dims) == 3 else 1)
+        return 1 if len(dims) == 4 else len(dims) - 1
+
+    def is_constant_factor(self, node: fx.Node) -> fx.Node | None:
+        """For a product of an activation with a parameter or number, the activation."""
+        if node.target not in MULS or len(node.args) < 2:
+            return None
+        a, b = node.args[0], node.args[1]
+        for x, k in ((a, b), (b, a)):
+            if not is_tensor(x) or not self._moves(x):
+                continue
+            if isinstance(k, (int, float)):
+                return x
+            if isinstance(k, fx.Node) and (not is_tensor(k) or not self._moves(k)):
+                return x
+        return None
+
+    def passes_scaled(self, module: nn.Module) -> bool:
+        """Whether a module only scales its input by parameters, or in eval mode returns it unchanged."""
+        if isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd)):
+            return True
+        if self.traces.has_weights(module) or any(True for _ in module.children()):
+            return False
+        view = self.traces.view(module)
+        if view is None:
+            return False
+        out = view.nodes[-1].args[0]
+        while isinstance(out, fx.Node) and out.op != "placeholder":
+            inner = view.is_constant_factor(out)
+            if inner is None:
+                return False
+            out = inner
+        return isinstance(out, fx.Node)

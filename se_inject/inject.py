@@ -1,0 +1,291 @@
+"""The Python door: plan, inject and eject."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import SEConfig
+from .errors import ConfigError, NoSitesError, SEInjectError, TraceError
+from .gate import BlockSpec, SqueezeExcite, identity_gain, make_block
+from .graph import Traces
+from .plan import Plan, Site
+from .rewrite import (
+    Edit,
+    OwnerEdits,
+    apply_edits,
+    edited_owners,
+    generate_class,
+    is_plain_sequential,
+    parameters_near,
+    undo_edits,
+)
+from .sites import PlacedSite, find_sites
+from .trace import abstract, record
+
+
+@dataclasses.dataclass(frozen=True)
+class Injection:
+    """What was done to a model; kept on it as ``_se_injection``."""
+
+    config: SEConfig
+    sites: tuple[Site, ...]
+
+
+@dataclasses.dataclass(eq=False)
+class _Job:
+    """One owner to rewrite: its edits, its generated class, and its sites."""
+
+    module: nn.Module
+    edits: OwnerEdits
+    cls: type[nn.Module] | None
+    found: list[PlacedSite]
+
+
+def plan(
+    model: nn.Module | str, config: SEConfig | dict[str, Any] | None = None, *,
+    input_size: tuple[int, ...] | None = None, **options: Any,
+) -> Plan:  # fmt: skip
+    """Say which sites `inject` would fill, and which it would skip and why. Changes nothing.
+
+    Args:
+        model: A model, or a timm name; for a name no memory is taken for weights.
+        config: An `SEConfig` or a dict of its fields.
+        input_size: (C, H, W) to run the model on; None is the model's own.
+        **options: Fields of `SEConfig`, on top of `config`.
+
+    Returns:
+        The plan; it may have no sites.
+
+    Raises:
+        SEInjectError: An option is wrong, the name is unknown, or the model cannot be run.
+
+    Example:
+        >>> print(se_inject.plan("resnet50", ratio=1 / 8))  # doctest: +SKIP
+    """
+    config = SEConfig.of(config, **options)
+    name = model if isinstance(model, str) else _model_name(model)
+    if isinstance(model, str):
+        model = _skeleton(model)
+    return _prepare(model, config, input_size, name)[0]
+
+
+def inject(
+    model: nn.Module, config: SEConfig | dict[str, Any] | None = None, *,
+    input_size: tuple[int, ...] | None = None, **options: Any,
+) -> nn.Module:  # fmt: skip
+    """Put blocks into `model`, in place, and return it. On any error the model is as it was.
+
+    Base weights keep their names and values, `training` flags stay, and with ``init="identity"`` the
+    outputs are bit-exact until the blocks are trained. New parameters take device and dtype of the
+    weights around them. An optimizer that was made before does not know the new parameters.
+
+    Args:
+        model: A model; changed in place.
+        config: An `SEConfig` or a dict of its fields.
+        input_size: (C, H, W) to run the model on, without computing; None is the model's own.
+        **options: Fields of `SEConfig`, on top of `config`.
+
+    Raises:
+        NoSitesError: There is no site, or all are skipped; the message gives the reasons.
+        SEInjectError: An option is wrong, or the model is of a kind that cannot be rewritten.
+
+    Example:
+        >>> model = se_inject.inject(timm.create_model("resnet50"), ratio=1 / 8)  # doctest: +SKIP
+    """
+    if isinstance(model, str):
+        raise ConfigError(
+            f"inject({model!r}) needs a model; write timm.create_model('se_inject/{model}') to make one by name")
+    config = SEConfig.of(config, **options)
+    made, jobs = _prepare(model, config, input_size, _model_name(model))
+    if not jobs:
+        raise NoSitesError(_no_sites_message(made))
+    blocks = [{s.site.slot: _block(s, job.module, model, config) for s in job.found} for job in jobs]
+    done: list[nn.Module] = []
+    try:
+        for job, named in zip(jobs, blocks):
+            done.append(job.module)
+            apply_edits(job.module, job.edits, job.cls, named)
+    except BaseException:
+        for module in done:
+            if "_se_edits" in module.__dict__:
+                undo_edits(module)
+        raise
+    model.__dict__["_se_injection"] = Injection(config, made.sites)
+    return model
+
+
+def eject(model: nn.Module) -> nn.Module:
+    """Take all blocks out of `model`, in place, and return it: classes, keys and outputs as before.
+
+    Trained blocks are lost with what they learned.
+
+    Raises:
+        SEInjectError: The model has no blocks of ours.
+    """
+    owners = edited_owners(model)
+    if not owners:
+        raise SEInjectError(f"eject({_model_name(model)}): there are no injected blocks in this model; nothing was changed")
+    for owner in owners:
+        undo_edits(owner)
+    for m in model.modules():
+        m.__dict__.pop("_se_injection", None)
+    return model
+
+
+def _prepare(
+    model: nn.Module, config: SEConfig, input_size: tuple[int, ...] | None, name: str
+) -> tuple[Plan, list[_Job]]:
+    """Find the sites and make everything that can fail, without changing the model."""
+    _refuse(model, config)
+    size = tuple(input_size) if input_size is not None else default_input_size(model)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    with abstract(model):
+        traces = Traces(record(model, torch.empty(2, *size, device="meta", dtype=dtype)))
+        found = find_sites(model, traces, config, size)
+        jobs = _jobs(found)
+    params = sum(p.numel() for p in model.parameters())
+    return Plan(name, config, size, params, tuple(s.site for s in found)), jobs
+
+
+def _jobs(found: list[PlacedSite]) -> list[_Job]:
+    """Group the sites by owner and generate the owners' code; a site whose owner refuses gets a reason."""
+    owners: dict[nn.Module, list[PlacedSite]] = defaultdict(list)
+    for s in found:
+        if s.site.reason is None:
+            owners[s.view.module].append(s)
+    jobs: list[_Job] = []
+    for module, group in owners.items():
+        try:
+            edits = _edits(module, group)
+            cls = generate_class(module, edits) if edits.way == "rewrite" else None
+        except TraceError as error:
+            for s in group:
+                s.site = dataclasses.replace(s.site, reason=str(error))
+            continue
+        jobs.append(_Job(module, edits, cls, group))
+    return jobs
+
+
+def _edits(module: nn.Module, group: list[PlacedSite]) -> OwnerEdits:
+    first = group[0]
+    if first.place.fill is not None:
+        slot = first.site.slot
+        registered = slot in module._modules
+        original = module._modules[slot] if registered else module.__dict__[slot]
+        return OwnerEdits("fill", (Edit(slot, 0, "", None),), (), original, registered)
+    if is_plain_sequential(module):
+        edits = tuple(
+            Edit(s.site.slot, 0, str(s.place.node.target) if s.place.node.op == "call_module" else "", None)
+            for s in group)
+        return OwnerEdits("insert", edits)
+    index = first.view.index
+    edits = tuple(
+        Edit(s.site.slot, index[s.place.node], s.place.node.name,
+             None if s.place.users is None else tuple(index[u] for u in s.place.users))
+        for s in group)
+    return OwnerEdits("rewrite", edits, tuple(first.view.owner.constants.items()))
+
+
+def _block(found: PlacedSite, owner: nn.Module, model: nn.Module, config: SEConfig) -> SqueezeExcite:
+    site = found.site
+    device, dtype = parameters_near(owner, model)
+    spec = BlockSpec(site.channels, site.rd_channels, site.layout, site.style, config.bias)
+    act = _activation(owner) if found.place.inner else None
+    block = make_block(spec, config, act, found.gain, device, dtype)
+    return block.train(owner.training)
+
+
+def _activation(owner: nn.Module) -> type[nn.Module] | None:
+    """The class of an owner's first activation, which its author would give to the block."""
+    for m in owner.modules():
+        where = type(m).__module__
+        if where.endswith((".activation", ".activations", ".activations_me")) and not list(m.children()):
+            return type(m)
+    return None
+
+
+def _refuse(model: nn.Module, config: SEConfig) -> None:
+    """Raise for what cannot be planned or rewritten, with the call that works."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"expected a torch.nn.Module or a timm name, found {type(model).__name__}")
+    if config.existing == "replace":
+        raise ConfigError("existing='replace' is not implemented; use existing='stack' or 'skip'")
+    if config.init == "identity":
+        identity_gain(config.gate_layer or "sigmoid")
+    for m in model.modules():
+        kind = type(m).__name__
+        if kind in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"):
+            raise TraceError(f"the model is wrapped by {kind}: inject(model.module) first, then wrap it")
+        if kind.startswith("FSDP"):
+            raise TraceError("the model is sharded by FSDP: inject it first, then call fully_shard")
+        if kind == "OptimizedModule":
+            raise TraceError("the model is compiled: inject the original module (model._orig_mod), then compile it")
+        if isinstance(m, torch.jit.ScriptModule):
+            raise TraceError("the model is a TorchScript module: inject the original model, then script it")
+
+
+def _no_sites_message(made: Plan) -> str:
+    if not made.all_sites:
+        return (f"{made.model}: no site found at input size {made.input_size}: no residual, aggregation or "
+                "convolution that a block could gate; print(se_inject.plan(model)) shows what was looked at")
+    counts: dict[str, int] = defaultdict(int)
+    for s in made.all_sites:
+        assert s.reason is not None
+        counts[s.reason.partition(" at ")[0]] += 1
+    reasons = "; ".join(f"{n} x {reason}" for reason, n in sorted(counts.items()))
+    if all(s.reason is not None and s.reason.startswith("already has") for s in made.all_sites):
+        return (f"{made.model}: all {len(made.all_sites)} sites already have channel attention: "
+                'use existing="stack" or existing="replace"')
+    return f"{made.model}: all {len(made.all_sites)} sites are skipped ({reasons}): widen the options that leave them out"
+
+
+def default_input_size(model: nn.Module) -> tuple[int, ...]:
+    """(C, H, W) of a model: its own image size and channels where it says them, else timm's, else 224."""
+    cfg = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    size = tuple(cfg.get("input_size") or (3, 224, 224)) if hasattr(cfg, "get") else (3, 224, 224)
+    patch_size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if isinstance(patch_size, (tuple, list)) and len(patch_size) == 2:
+        size = (size[0], *patch_size)
+    for m in model.modules():
+        weight = m._parameters.get("weight")
+        if weight is not None and weight.dim() == 4:
+            return (weight.shape[1] * getattr(m, "groups", 1), *size[1:])
+    return size
+
+
+def _model_name(model: object) -> str:
+    cfg = getattr(model, "pretrained_cfg", None)
+    architecture = cfg.get("architecture") if hasattr(cfg, "get") else None
+    return str(architecture or type(model).__name__)
+
+
+def _skeleton(name: str) -> nn.Module:
+    """The named timm model on the meta device.
+
+    Raises:
+        ConfigError: timm has no such model.
+    """
+    import timm
+    from timm.models import get_arch_name
+
+    bare = name.removeprefix("se_inject/")
+    if not timm.is_model(bare):
+        raise ConfigError(unknown_model_message(name, get_arch_name(bare)))
+    with torch.device("meta"):
+        return timm.create_model(bare)
+
+
+def unknown_model_message(name: str, architecture: str) -> str:
+    """What to say about a name that timm does not have."""
+    import difflib
+
+    import timm
+
+    close = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+    hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else "; timm.list_models() has the names"
+    return f"timm has no model {name!r}{hint}"

@@ -1,0 +1,114 @@
+"""What will be done, as plain data: sites and their totals."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+from .config import SEConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One place for a block.
+
+    Attributes:
+        path: Dotted name of the block, `owner` and `slot`; what `include` and `exclude` match.
+        owner: Dotted name of the module whose forward is rewritten; empty for the model itself.
+        slot: Name of the block in its owner.
+        kind: ``residual``, ``inverted_residual``, ``aggregation`` or ``conv``.
+        channels: Gated channels.
+        layout: ``NCHW``, ``NHWC`` or ``NLC``.
+        size: Positions, (H, W) or (L,), at the planned input size.
+        stage: Number as in timm's ``out_indices``; the stem is 0.
+        style: ``se`` (keys fc1, fc2) or ``efficientnet`` (keys conv_reduce, conv_expand).
+        rd_channels: Squeeze width.
+        params: Parameters added.
+        macs: Multiply-adds added for one image: both excitation layers and the scale.
+        reason: Why the site is skipped; None when it gets a block.
+    """
+
+    path: str
+    owner: str
+    slot: str
+    kind: str
+    channels: int
+    layout: str
+    size: tuple[int, ...]
+    stage: int
+    style: str
+    rd_channels: int
+    params: int
+    macs: int
+    reason: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The sites of a model under a config, injected and skipped.
+
+    ``str(plan)`` is a table; `to_dict` has the same as JSON types. `params` counts the model before.
+    """
+
+    model: str
+    config: SEConfig
+    input_size: tuple[int, ...]
+    params: int
+    all_sites: tuple[Site, ...]
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites that get a block."""
+        return tuple(s for s in self.all_sites if s.reason is None)
+
+    @property
+    def skipped(self) -> tuple[Site, ...]:
+        """The sites that do not, each with its reason."""
+        return tuple(s for s in self.all_sites if s.reason is not None)
+
+    @property
+    def added_params(self) -> int:
+        return sum(s.params for s in self.sites)
+
+    @property
+    def added_macs(self) -> int:
+        return sum(s.macs for s in self.sites)
+
+    def kinds(self) -> dict[str, int]:
+        """Number of injected sites by kind."""
+        return dict(Counter(s.kind for s in self.sites))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON types. A `filter_fn` is left out; its effect is in the reasons."""
+        return {
+            "model": self.model,
+            "config": dataclasses.replace(self.config, filter_fn=None).to_dict(),
+            "input_size": list(self.input_size),
+            "params": self.params,
+            "added_params": self.added_params,
+            "added_macs": self.added_macs,
+            "sites": [{**dataclasses.asdict(s), "size": list(s.size)} for s in self.all_sites],
+        }
+
+    def __str__(self) -> str:
+        head = ("site", "kind", "layout", "stage", "channels", "size", "squeeze", "params")
+        rows = [
+            (s.path, s.kind, s.layout, str(s.stage), str(s.channels), "x".join(map(str, s.size)),
+             str(s.rd_channels), f"{s.params:,}")
+            for s in self.sites
+        ]
+        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+        left = {0, 1, 2}
+        lines = [
+            "  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
+            for row in [head, *rows]
+        ]
+        for s in self.skipped:
+            lines.append(f"{s.path}  skipped: {s.reason}")
+        share = self.added_params / self.params if self.params else 0.0
+        lines.append(
+            f"{self.model}: {len(self.sites)} sites, {len(self.skipped)} skipped; "
+            f"{self.params:,} + {self.added_params:,} parameters (+{share:.1%}), "
+            f"+{self.added_macs / 1e6:.2f} M multiply-adds at {'x'.join(map(str, self.input_size))}")
+        return "\n".join(lines)

@@ -1,0 +1,267 @@
+"""Run a model once without computing, and trace the forward of single modules.
+
+A whole-model graph loses module boundaries, and those are what gets rewritten. So the model is run
+once, eagerly, on meta tensors, which records every module call with its shapes; then each module
+that composes others is traced alone, with its children as leaves. The recorded calls give the
+shapes of the traced nodes, and prove that the trace took the path that the model takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import operator
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils._pytree import tree_leaves
+
+from .errors import TraceError
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+
+
+@dataclasses.dataclass(eq=False)
+class Call:
+    """One call of a module during the recorded run.
+
+    `begin` and `end` number the calls in order, so that `a.begin < b.begin < a.end` says that call
+    `b` happened inside call `a`.
+    """
+
+    path: str
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    parent: Call | None
+    begin: int
+    end: int = -1
+    output: Any = None
+    children: list[Call] = dataclasses.field(default_factory=list)
+
+    def walk(self) -> Iterator[Call]:
+        """This call and all calls inside it, in the order of their beginning."""
+        yield self
+        for child in self.children:
+            yield from child.walk()
+
+    @property
+    def depth(self) -> int:
+        return 0 if self.parent is None else self.parent.depth + 1
+
+
+@dataclasses.dataclass(eq=False)
+class Owner:
+    """A module whose own forward was traced, with the shapes of one of its calls.
+
+    Each node's ``meta["val"]`` is its value on meta tensors; a ``call_module`` node's
+    ``meta["call"]`` is the recorded child call. `constants` are the arguments that were not tensors.
+    """
+
+    call: Call
+    graph: fx.Graph
+    constants: dict[str, Any]
+
+    @property
+    def path(self) -> str:
+        return self.call.path
+
+    @property
+    def module(self) -> nn.Module:
+        return self.call.module
+
+
+@contextlib.contextmanager
+def abstract(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` is in eval mode, without hooks, and its tensors are on the meta device.
+
+    Whatever happens inside, each module's attributes are afterwards the very objects they were.
+    """
+    modules = list(model.modules())
+    saved = [(m, dict(m.__dict__)) for m in modules]
+    twins: dict[int, torch.Tensor] = {}
+
+    def meta(t: Any) -> Any:
+        if not isinstance(t, torch.Tensor) or t.is_meta:
+            return t
+        if id(t) not in twins:
+            twin = torch.empty_like(t, device="meta")
+            twins[id(t)] = nn.Parameter(twin, requires_grad=False) if isinstance(t, nn.Parameter) else twin
+        return twins[id(t)]
+
+    try:
+        for m in modules:
+            d = m.__dict__
+            for key, value in list(d.items()):
+                if isinstance(value, torch.Tensor):
+                    d[key] = meta(value)
+            for key in ("_parameters", "_buffers"):
+                d[key] = {name: meta(t) for name, t in d[key].items()}
+            d["_modules"] = dict(d["_modules"])
+            for key in _HOOKS:
+                d[key] = OrderedDict()
+            for key in _HOOK_FLAGS:
+                d[key] = OrderedDict()
+            d["training"] = False
+        yield
+    finally:
+        for m, attributes in saved:
+            m.__dict__.clear()
+            m.__dict__.update(attributes)
+
+
+def record(model: nn.Module, inputs: torch.Tensor) -> Call:
+    """Run `model` once and return the call of its root. Use it inside `abstract`.
+
+    Raises:
+        TraceError: The model's own forward raised on this input.
+    """
+    paths = {m: name for name, m in model.named_modules()}
+    stack: list[Call] = []
+    root: list[Call] = []
+    count = 0
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal count
+        parent = stack[-1] if stack else None
+        call = Call(paths[module], module, args, kwargs, parent, count)
+        count += 1
+        (parent.children if parent else root).append(call)
+        stack.append(call)
+
+    def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        nonlocal count
+        call = stack.pop()
+        call.output, call.end = output, count
+        count += 1
+
+    handles = []
+    try:
+        for module in paths:
+            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(leave, with_kwargs=True))
+        with torch.no_grad(), torch.device("meta"):
+            model(inputs)
+    except Exception as error:
+        raise TraceError(
+            f"{type(model).__name__} failed on an input of shape {tuple(inputs.shape)}: "
+            f"{type(error).__name__}: {error}. If the model needs another size, pass input_size=(C, H, W)."
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return root[0]
+
+
+class _OwnTracer(fx.Tracer):
+    """Traces one module; every child is a leaf, and arguments that are no tensors are constants."""
+
+    def __init__(self, constants: dict[str, Any]) -> None:
+        from timm.models._features_fx import get_notrace_functions
+
+        super().__init__(autowrap_functions=tuple(get_notrace_functions()))
+        self.constants = constants
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        fn, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        names = iter(inspect.signature(root_fn).parameters)
+        next(names)  # self
+        for i, name in enumerate(names, start=1):
+            if name in self.constants and i < len(args):
+                args[i] = self.constants[name]
+        return fn, args
+
+
+def trace_forward(module: nn.Module, constants: dict[str, Any]) -> fx.Graph:
+    """Trace `module`'s own forward with its children as leaves. `module` is not changed.
+
+    Raises:
+        TraceError: The forward does something that fx cannot follow.
+    """
+    attributes = dict(module.__dict__)
+    try:
+        graph = _OwnTracer(constants).trace(module)
+    except Exception as error:  # fx raises what the traced code raises
+        raise TraceError(f"{type(module).__name__}.forward cannot be traced: {error}") from error
+    finally:
+        module.__dict__.clear()
+        module.__dict__.update(attributes)
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target.startswith("_tensor_constant"):
+            raise TraceError(f"{type(module).__name__}.forward makes a tensor that the trace would freeze")
+    return graph
+
+
+class Marker(nn.Module):
+    """Stands in an empty slot while its owner is traced, so that the author's code shows the slot's place."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def own_graph(call: Call) -> Owner:
+    """Trace the called module alone and give every node its value in this call.
+
+    Raises:
+        TraceError: fx cannot follow the forward, or the trace does not make the calls that were recorded.
+    """
+    constants, values = _bind(call)
+    graph = trace_forward(call.module, constants)
+    env: dict[fx.Node, Any] = {}
+    children = iter(call.children)
+    with torch.no_grad(), torch.device("meta"):
+        for node in graph.nodes:
+            args = fx.map_arg(node.args, env.__getitem__)
+            kwargs = fx.map_arg(node.kwargs, env.__getitem__)
+            if node.op == "placeholder":
+                value = values.get(str(node.target).lstrip("*"))
+            elif node.op == "get_attr":
+                value = operator.attrgetter(node.target)(call.module)
+            elif node.op == "call_module":
+                target = call.module.get_submodule(str(node.target))
+                if isinstance(target, Marker):  # put there after the recording
+                    child: Call | None = Call("", target, args, {}, call, call.begin, call.begin, args[0])
+                else:
+                    child = next(children, None)
+                if child is None or child.module is not target:
+                    raise TraceError(f"{type(call.module).__name__}.forward took another path when traced")
+                node.meta["call"] = child
+                value = child.output
+            elif node.op == "output":
+                value = args[0]
+            else:
+                try:
+                    if node.op == "call_function":
+                        value = node.target(*args, **kwargs)
+                    else:
+                        value = getattr(args[0], node.target)(*args[1:], **kwargs)
+                except Exception as error:
+                    raise TraceError(f"{type(call.module).__name__}.forward, node {node}: {error}") from error
+            env[node] = node.meta["val"] = value
+    if next(children, None) is not None:
+        raise TraceError(f"{type(call.module).__name__}.forward took another path when traced")
+    return Owner(call, graph, constants)
+
+
+def _bind(call: Call) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split a call's arguments into constants and tensors, both by parameter name."""
+    signature = inspect.signature(type(call.module).forward)
+    bound = signature.bind(call.module, *call.args, **call.kwargs)
+    bound.apply_defaults()
+    constants, values = {}, {}
+    for i, (name, value) in enumerate(bound.arguments.items()):
+        if i == 0:  # self
+            continue
+        values[name] = value
+        variadic = signature.parameters[name].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        if not variadic and not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value)):
+            constants[name] = value
+    return constants, values
