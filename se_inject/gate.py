@@ -61,6 +61,9 @@ class SqueezeExcite(nn.Module):
             g = g * self.gain
         return x * g
 
+    def first_layer(self) -> nn.Module:
+        return self.fc1
+
     def last_layer(self) -> nn.Module:
         return self.fc2
 
@@ -86,6 +89,9 @@ class EfficientNetSqueezeExcite(SqueezeExcite):
         if self.gain != 1.0:
             g = g * self.gain
         return x * g
+
+    def first_layer(self) -> nn.Module:
+        return self.get_submodule("conv_reduce")
 
     def last_layer(self) -> nn.Module:
         return self.get_submodule("conv_expand")
@@ -154,9 +160,22 @@ def make_block(
             f"act_layer={config.act_layer!r}, gate_layer={gate_layer!r}: timm cannot create it ({error!r}); "
             "use a name of timm.layers.create_act, such as 'relu', 'silu', 'sigmoid'") from error
     if config.init == "identity":
+        _mirror(block.first_layer())
         for parameter in block.last_layer().parameters():
             nn.init.zeros_(parameter)
     return block
+
+
+@torch.no_grad()
+def _mirror(layer: nn.Module) -> None:
+    """Make the second half of a layer's units the negative of the first half.
+
+    A narrow block whose ReLU units are all off gives its zeroed last layer no gradient; of a unit
+    and its mirror, one is on.
+    """
+    for parameter in layer.parameters():
+        half = parameter.shape[0] // 2
+        parameter[half:2 * half] = -parameter[:half]
 
 
 def identity_gain(gate_layer: str) -> float:

@@ -121,7 +121,14 @@ def generate_class(module: nn.Module, edits: OwnerEdits) -> type[nn.Module]:
         TraceError: The forward cannot be traced, or is not the one that the edits were made for.
     """
     base = type(module)
-    graph, fixed = trace_modes(module, dict(edits.constants))
+    children = dict(module._modules)
+    try:
+        for edit in edits.edits:  # on unpickling the blocks are there already, and an owner may iterate its children
+            module._modules.pop(edit.slot, None)
+        graph, fixed = trace_modes(module, dict(edits.constants))
+    finally:
+        module._modules.clear()
+        module._modules.update(children)
     nodes = list(graph.nodes)
     for edit in edits.edits:
         if edit.node >= len(nodes) or nodes[edit.node].name != edit.name:
