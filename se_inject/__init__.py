@@ -1,3 +1,50 @@
-from .config import SEConfig
-from .errors import NoSitesError, SEInjectError
-from .inject import eject, inject, plan
+"""se_inject puts squeeze-and-excitation into any timm model and keeps its pretrained weights."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+if TYPE_CHECKING:
+    from .config import SEConfig as SEConfig
+    from .errors import NoSitesError as NoSitesError
+    from .errors import SEInjectError as SEInjectError
+    from .surgery import eject as eject
+    from .surgery import inject as inject
+    from .surgery import plan as plan
+    from .planning import Plan as Plan
+    from .planning import Site as Site
+    from .weights import load as load
+    from .weights import save as save
+
+__version__ = "0.1.0"
+
+# Loaded on first use, so that `import se_inject` and `se-inject --help` cost no import of torch.
+_HOMES = {
+    "SEConfig": "config", "SEInjectError": "errors", "NoSitesError": "errors", "plan": "surgery", "inject": "surgery",
+    "eject": "surgery", "Plan": "planning", "Site": "planning", "save": "weights", "load": "weights",
+}  # fmt: skip
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'se_inject' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))
+
+
+def _on_timm(timm: Any) -> None:
+    from .registry import register
+
+    register(timm)
+
+
+wrapt.register_post_import_hook(_on_timm, "timm")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import ConfigError
 
 if TYPE_CHECKING:
-    from .plan import Site
+    from .planning import Site
 
 PLACEMENTS = ("auto", "standard", "inner", "pre", "post", "identity")
 INITS = ("identity", "timm")

@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from .errors import SEInjectError, TraceError
-from .trace import trace_forward
+from .trace import Unpacked, trace_forward
 
 _NONE = "_se_none"
 
@@ -88,23 +88,24 @@ def trace_modes(module: nn.Module, constants: dict[str, Any]) -> tuple[fx.Graph,
         TraceError: fx cannot follow the forward, or it differs between train and eval mode.
     """
     modes = [(m, m.training) for m in module.modules()]
+    unpacked = {k: v for k, v in constants.items() if isinstance(v, Unpacked)}
     try:
         for m, _ in modes:
             m.__dict__["training"] = False
         graph = trace_forward(module, constants)
         try:
-            free = trace_forward(module, {})
+            free = trace_forward(module, unpacked)
         except TraceError:
             free = None
         if free is not None and same_graph(graph, free, constants):
             graph, fixed = free, {}
         else:
             fixed = {k: v for k, v in constants.items() if v is None or isinstance(v, (bool, int, float, str))}
-            if len(fixed) < len(constants):
+            if len(fixed) + len(unpacked) < len(constants):
                 raise TraceError(f"{type(module).__name__}.forward depends on an argument that is no plain value")
         for m, _ in modes:
             m.__dict__["training"] = True
-        if not same_graph(graph, trace_forward(module, fixed), {}):
+        if not same_graph(graph, trace_forward(module, {**fixed, **unpacked}), {}):
             raise TraceError(f"{type(module).__name__}.forward differs between train and eval mode")
     finally:
         for m, training in modes:

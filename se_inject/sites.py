@@ -15,7 +15,7 @@ from .config import SEConfig
 from .gate import block_spec
 from .graph import _SLICES, Traces, View, is_tensor, shape
 from .patterns import Candidate, aggregations, chain_end, last_spatial_conv, plain_convs, residuals
-from .plan import Site
+from .planning import Site
 from .slots import Slot, empty_slot
 from .trace import Call
 

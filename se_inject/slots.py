@@ -10,7 +10,7 @@ from .errors import TraceError
 from .graph import MULS, Traces, View, is_tensor, shape
 from .trace import Marker, own_graph
 
-SLOT_NAMES = ("se", "attn", "attn_last")
+SLOT_NAMES = ("se", "attn", "attn2", "attn3", "attn_last")
 _ABSENT = object()
 
 

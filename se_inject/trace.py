@@ -13,7 +13,7 @@ import dataclasses
 import inspect
 import operator
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -77,13 +77,28 @@ class Owner:
 
 
 @contextlib.contextmanager
-def abstract(model: nn.Module) -> Iterator[None]:
-    """Inside, `model` is in eval mode, without hooks, and its tensors are on the meta device.
+def untouched(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Whatever happens inside, each module's attributes are afterwards the very objects they were.
 
-    Whatever happens inside, each module's attributes are afterwards the very objects they were.
+    Lists and dicts among them are copies inside: a forward may keep a cache there.
     """
-    modules = list(model.modules())
     saved = [(m, dict(m.__dict__)) for m in modules]
+    try:
+        for m, attributes in saved:
+            for key, value in attributes.items():
+                if type(value) in (dict, list):
+                    m.__dict__[key] = value.copy()
+        yield
+    finally:
+        for m, attributes in saved:
+            m.__dict__.clear()
+            m.__dict__.update(attributes)
+
+
+@contextlib.contextmanager
+def abstract(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` is in eval mode, without hooks, and its tensors are on the meta device."""
+    modules = list(model.modules())
     twins: dict[int, torch.Tensor] = {}
 
     def meta(t: Any) -> Any:
@@ -94,7 +109,7 @@ def abstract(model: nn.Module) -> Iterator[None]:
             twins[id(t)] = nn.Parameter(twin, requires_grad=False) if isinstance(t, nn.Parameter) else twin
         return twins[id(t)]
 
-    try:
+    with untouched(modules):
         for m in modules:
             d = m.__dict__
             for key, value in list(d.items()):
@@ -103,16 +118,10 @@ def abstract(model: nn.Module) -> Iterator[None]:
             for key in ("_parameters", "_buffers"):
                 d[key] = {name: meta(t) for name, t in d[key].items()}
             d["_modules"] = dict(d["_modules"])
-            for key in _HOOKS:
-                d[key] = OrderedDict()
-            for key in _HOOK_FLAGS:
+            for key in (*_HOOKS, *_HOOK_FLAGS):
                 d[key] = OrderedDict()
             d["training"] = False
         yield
-    finally:
-        for m, attributes in saved:
-            m.__dict__.clear()
-            m.__dict__.update(attributes)
 
 
 def record(model: nn.Module, inputs: torch.Tensor) -> Call:
@@ -145,7 +154,7 @@ def record(model: nn.Module, inputs: torch.Tensor) -> Call:
         for module in paths:
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             handles.append(module.register_forward_hook(leave, with_kwargs=True))
-        with torch.no_grad(), torch.device("meta"):
+        with untouched(paths), torch.no_grad(), torch.device("meta"):
             model(inputs)
     except Exception as error:
         raise TraceError(
@@ -156,6 +165,17 @@ def record(model: nn.Module, inputs: torch.Tensor) -> Call:
         for handle in handles:
             handle.remove()
     return root[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Unpacked:
+    """Stands among the constants for an argument that is a list or tuple of tensors, of fixed length.
+
+    A forward that asks whether it got a list must see one while it is traced.
+    """
+
+    kind: type
+    length: int
 
 
 class _OwnTracer(fx.Tracer):
@@ -176,7 +196,10 @@ class _OwnTracer(fx.Tracer):
         next(names)  # self
         for i, name in enumerate(names, start=1):
             if name in self.constants and i < len(args):
-                args[i] = self.constants[name]
+                value = self.constants[name]
+                if isinstance(value, Unpacked):
+                    value = value.kind(args[i][j] for j in range(value.length))
+                args[i] = value
         return fn, args
 
 
@@ -186,14 +209,11 @@ def trace_forward(module: nn.Module, constants: dict[str, Any]) -> fx.Graph:
     Raises:
         TraceError: The forward does something that fx cannot follow.
     """
-    attributes = dict(module.__dict__)
-    try:
-        graph = _OwnTracer(constants).trace(module)
-    except Exception as error:  # fx raises what the traced code raises
-        raise TraceError(f"{type(module).__name__}.forward cannot be traced: {error}") from error
-    finally:
-        module.__dict__.clear()
-        module.__dict__.update(attributes)
+    with untouched([module]):
+        try:
+            graph = _OwnTracer(constants).trace(module)
+        except Exception as error:  # fx raises what the traced code raises
+            raise TraceError(f"{type(module).__name__}.forward cannot be traced: {error}") from error
     for node in graph.nodes:
         if node.op == "get_attr" and node.target.startswith("_tensor_constant"):
             raise TraceError(f"{type(module).__name__}.forward makes a tensor that the trace would freeze")
@@ -231,7 +251,7 @@ def own_graph(call: Call) -> Owner:
                     child: Call | None = Call("", target, args, {}, call, call.begin, call.begin, args[0])
                 else:
                     child = next(children, None)
-                if child is None or child.module is not target:
+                if child is None or child.module is not target or not _alike((args, kwargs), (child.args, child.kwargs)):
                     raise TraceError(f"{type(call.module).__name__}.forward took another path when traced")
                 node.meta["call"] = child
                 value = child.output
@@ -251,6 +271,17 @@ def own_graph(call: Call) -> Owner:
     return Owner(call, graph, constants)
 
 
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two arguments have the same structure and shapes."""
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape == b.shape
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_alike(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) <= len(b) and all(map(_alike, a, b))  # a list may have grown since the call
+    return True
+
+
 def _bind(call: Call) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split a call's arguments into constants and tensors, both by parameter name."""
     signature = inspect.signature(type(call.module).forward)
@@ -262,6 +293,8 @@ def _bind(call: Call) -> tuple[dict[str, Any], dict[str, Any]]:
             continue
         values[name] = value
         variadic = signature.parameters[name].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        if not variadic and not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value)):
+        if not variadic and type(value) in (list, tuple) and value and all(isinstance(v, torch.Tensor) for v in value):
+            constants[name] = Unpacked(type(value), len(value))
+        elif not variadic and not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value)):
             constants[name] = value
     return constants, values

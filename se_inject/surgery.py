@@ -13,7 +13,7 @@ from .config import SEConfig
 from .errors import ConfigError, NoSitesError, SEInjectError, TraceError
 from .gate import BlockSpec, SqueezeExcite, identity_gain, make_block
 from .graph import Traces
-from .plan import Plan, Site
+from .planning import Plan, Site
 from .rewrite import (
     Edit,
     OwnerEdits,
@@ -251,7 +251,10 @@ def default_input_size(model: nn.Module) -> tuple[int, ...]:
     patch_size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if isinstance(patch_size, (tuple, list)) and len(patch_size) == 2:
         size = (size[0], *patch_size)
-    for m in model.modules():
+    first = cfg.get("first_conv") if hasattr(cfg, "get") else None
+    named = dict(model.named_modules())
+    stems = [named[first]] if isinstance(first, str) and first in named else [] if cfg else list(model.modules())
+    for m in stems:
         weight = m._parameters.get("weight")
         if weight is not None and weight.dim() == 4:
             return (weight.shape[1] * getattr(m, "groups", 1), *size[1:])
