@@ -51,7 +51,7 @@ class TwinEntrypoints(dict[str, Callable[..., Any]]):
     def __setitem__(self, name: str, fn: Callable[..., Any]) -> None:
         if name.startswith((PREFIX, ALIAS)):
             raise SEInjectError(
-                f"the model name {name!r} belongs to se_inject, which makes it from {_base_name(name)!r}: "
+                f"the model name {name!r} belongs to se_inject, which makes it from {base_name(name)!r}: "
                 "register the model under a name without that prefix")
         super().__setitem__(name, fn)
         self._waiting.append(name)
@@ -59,7 +59,7 @@ class TwinEntrypoints(dict[str, Callable[..., Any]]):
     def __getitem__(self, name: str) -> Callable[..., Any]:
         self._flush()
         if name.startswith(ALIAS) and not super().__contains__(name):
-            name = PREFIX + _base_name(name)
+            name = PREFIX + base_name(name)
         return super().__getitem__(name)
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -68,7 +68,7 @@ class TwinEntrypoints(dict[str, Callable[..., Any]]):
     def __contains__(self, name: object) -> bool:
         self._flush()
         if isinstance(name, str) and name.startswith(ALIAS):
-            name = PREFIX + _base_name(name)
+            name = PREFIX + base_name(name)
         return super().__contains__(name)
 
     def __iter__(self) -> Iterator[str]:
@@ -109,7 +109,8 @@ def _copy_tags(registry: Any, name: str) -> None:
             registry._model_has_pretrained.add(PREFIX + tagged)
 
 
-def _base_name(name: str) -> str:
+def base_name(name: str) -> str:
+    """A timm name without the prefix of its twin."""
     for prefix in (PREFIX, ALIAS):
         if name.startswith(prefix):
             return name[len(prefix):]

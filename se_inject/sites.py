@@ -234,6 +234,8 @@ def _site(place: Place, slot: str, traces: Traces, gates: Gates, stages: _Stages
     spec = block_spec(config, channels, base, layout, style, from_input=place.inner)
     owner = view.owner.path
     reason = place.reason
+    if reason is None and "_se_edits" in view.module.__dict__:
+        reason = f"already has channel attention at {_own_block(view)}"
     if reason is None:
         taken = gates.in_region(view, c.branch) or _gated_behind(view, place.node, gates)
         if taken is not None and config.existing == "skip":
@@ -250,6 +252,11 @@ def _site(place: Place, slot: str, traces: Traces, gates: Gates, stages: _Stages
     if site.reason is None:
         site = dataclasses.replace(site, reason=config.rejects(site))
     return PlacedSite(site, place, 1.0 if place.fill is None else place.fill.gain)
+
+
+def _own_block(view: View) -> str:
+    slot = view.module.__dict__["_se_edits"].edits[0].slot
+    return f"{view.owner.path}.{slot}" if view.owner.path else str(slot)
 
 
 def _gated_behind(view: View, node: fx.Node, gates: Gates) -> str | None:

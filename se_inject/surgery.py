@@ -13,6 +13,7 @@ from .config import SEConfig
 from .errors import ConfigError, NoSitesError, SEInjectError, TraceError
 from .gate import BlockSpec, SqueezeExcite, identity_gain, make_block
 from .graph import Traces
+from .loading import register_hooks, remove_hooks
 from .planning import Plan, Site
 from .rewrite import (
     Edit,
@@ -30,7 +31,7 @@ from .trace import abstract, record
 
 @dataclasses.dataclass(frozen=True)
 class Injection:
-    """What was done to a model; kept on it as ``_se_injection``."""
+    """What one call of `inject` did; a model keeps all of its own, in order, as ``_se_injections``."""
 
     config: SEConfig
     sites: tuple[Site, ...]
@@ -115,8 +116,14 @@ def inject(
             if "_se_edits" in module.__dict__:
                 undo_edits(module)
         raise
-    model.__dict__["_se_injection"] = Injection(config, made.sites)
+    model.__dict__["_se_injections"] = (*injections_of(model), Injection(config, made.sites))
+    register_hooks(model)
     return model
+
+
+def injections_of(model: nn.Module) -> tuple[Injection, ...]:
+    """What was injected into `model`, in order."""
+    return model.__dict__.get("_se_injections", ())
 
 
 def eject(model: nn.Module) -> nn.Module:
@@ -130,10 +137,11 @@ def eject(model: nn.Module) -> nn.Module:
     owners = edited_owners(model)
     if not owners:
         raise SEInjectError(f"eject({_model_name(model)}): there are no injected blocks in this model; nothing was changed")
+    remove_hooks(model)
     for owner in owners:
         undo_edits(owner)
     for m in model.modules():
-        m.__dict__.pop("_se_injection", None)
+        m.__dict__.pop("_se_injections", None)
     return model
 
 

@@ -1,0 +1,149 @@
+"""Files of weights: what is in them, and how they are written without losing the old one."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import WeightsError
+from .recipe import KEY, Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """Tensors by name, and what the file says of their model.
+
+    `architecture` and `model_args` are None and empty where it says nothing; `recipe` is there for a
+    file of `se_inject.save`.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    architecture: str | None = None
+    model_args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    recipe: Recipe | None = None
+    metadata: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read a safetensors file, a PyTorch file, or a folder with timm's ``config.json``.
+
+    Pickles are read with ``weights_only=True``, which runs no code. Of a training checkpoint the EMA
+    weights are taken where there are some; prefixes of DDP and torch.compile are removed.
+
+    Raises:
+        WeightsError: The file is missing, damaged, or no checkpoint.
+    """
+    file = Path(path)
+    if file.is_dir():
+        return _read_folder(file)
+    if not file.is_file():
+        raise WeightsError(f"there is no file {str(path)!r}: give a .safetensors, a .pth, or a folder with config.json")
+    return _read_safetensors(file) if _is_safetensors(file) else _read_pickle(file)
+
+
+def _is_safetensors(file: Path) -> bool:
+    with open(file, "rb") as f:
+        start = f.read(9)
+    return file.suffix == ".safetensors" or start[8:9] == b"{"  # an 8-byte length, then JSON
+
+
+def _read_safetensors(file: Path) -> Checkpoint:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as f:
+            metadata = dict(f.metadata() or {})
+            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{file} is no readable safetensors file ({error}): copy or download it again") from error
+    recipe = Recipe.from_json(metadata[KEY], file) if KEY in metadata else None
+    if recipe is not None:
+        return Checkpoint(_clean(tensors), recipe.architecture, recipe.model_args, recipe, metadata)
+    return Checkpoint(_clean(tensors), metadata.get("architecture"), metadata=metadata)
+
+
+def _read_pickle(file: Path) -> Checkpoint:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's train.py keeps its arguments
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise WeightsError(
+            f"{file} cannot be read as weights ({type(error).__name__}: {str(error).splitlines()[0]}); no pickled code "
+            "is run: write it anew with torch.save(model.state_dict(), path)") from error
+    if not isinstance(loaded, Mapping):
+        raise WeightsError(f"{file} holds a {type(loaded).__name__}; expected a state dict or a training checkpoint")
+    tensors: Any = loaded
+    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
+        if isinstance(loaded.get(key), Mapping):
+            tensors = loaded[key]
+            break
+    other = [k for k, v in tensors.items() if not isinstance(v, torch.Tensor)]
+    if other or not tensors:
+        raise WeightsError(
+            f"{file} holds no state dict ({', '.join(map(repr, other[:3])) or 'it is empty'}); "
+            "expected tensors by name, or a timm training checkpoint")
+    arch = loaded.get("arch")
+    args = getattr(loaded.get("args"), "model_kwargs", None)
+    return Checkpoint(_clean(tensors), arch if isinstance(arch, str) else None, dict(args or {}))
+
+
+def _read_folder(folder: Path) -> Checkpoint:
+    config = folder / "config.json"
+    if not config.is_file():
+        raise WeightsError(f"{folder} has no config.json: give a folder that timm saved, or a file of weights")
+    try:
+        said = json.loads(config.read_text())
+        architecture, model_args = said["architecture"], dict(said.get("model_args") or {})
+        if not isinstance(architecture, str):
+            raise TypeError("architecture is no string")
+    except (ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{config} is no config of timm's ({error!r}): expected JSON with 'architecture'") from error
+    if isinstance(said.get("num_classes"), int):
+        model_args.setdefault("num_classes", said["num_classes"])
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            found = read_checkpoint(folder / name)
+            if found.recipe is not None:
+                return found
+            return dataclasses.replace(found, architecture=architecture, model_args=model_args)
+    raise WeightsError(f"{folder} has no model.safetensors and no pytorch_model.bin")
+
+
+def _clean(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    from timm.models import clean_state_dict
+
+    return dict(clean_state_dict(dict(tensors)))
+
+
+def write_atomically(path: str | os.PathLike[str], write: Callable[[str], None]) -> None:
+    """Call `write` with a temporary name beside `path`, then rename it to `path`.
+
+    Raises:
+        WeightsError: The folder does not exist or cannot be written.
+    """
+    target = Path(path)
+    try:
+        fd, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        os.close(fd)
+    except OSError as error:
+        raise WeightsError(
+            f"cannot write {str(path)!r} ({error.strerror}): choose a folder that exists and is writable") from error
+    try:
+        write(temporary)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's are for the owner alone
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
