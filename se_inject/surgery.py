@@ -26,7 +26,7 @@ from .rewrite import (
     undo_edits,
 )
 from .sites import PlacedSite, find_sites
-from .trace import abstract, record
+from .trace import Call, abstract, record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,14 +150,26 @@ def _prepare(
 ) -> tuple[Plan, list[_Job]]:
     """Find the sites and make everything that can fail, without changing the model."""
     _refuse(model, config)
-    size = tuple(input_size) if input_size is not None else default_input_size(model)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
     with abstract(model):
-        traces = Traces(record(model, torch.empty(2, *size, device="meta", dtype=dtype)))
+        root, size = _record(model, [input_size] if input_size is not None else input_sizes(model), dtype)
+        traces = Traces(root)
         found = find_sites(model, traces, config, size)
         jobs = _jobs(found)
     params = sum(p.numel() for p in model.parameters())
     return Plan(name, config, size, params, tuple(s.site for s in found)), jobs
+
+
+def _record(model: nn.Module, sizes: list[tuple[int, ...]], dtype: torch.dtype) -> tuple[Call, tuple[int, ...]]:
+    """Run on the first of `sizes` that the model takes; the error is that of the first."""
+    first: TraceError | None = None
+    for size in map(tuple, sizes):
+        try:
+            return record(model, torch.empty(2, *size, device="meta", dtype=dtype)), size
+        except TraceError as error:
+            first = first or error
+    assert first is not None
+    raise first
 
 
 def _jobs(found: list[PlacedSite]) -> list[_Job]:
@@ -252,21 +264,27 @@ def _no_sites_message(made: Plan) -> str:
     return f"{made.model}: all {len(made.all_sites)} sites are skipped ({reasons}): widen the options that leave them out"
 
 
-def default_input_size(model: nn.Module) -> tuple[int, ...]:
-    """(C, H, W) of a model: its own image size and channels where it says them, else timm's, else 224."""
+def input_sizes(model: nn.Module) -> list[tuple[int, ...]]:
+    """The (C, H, W) that a model may take, the likeliest first.
+
+    A model of timm's says its own. Of others, the first convolution says the channels, and the size is
+    ImageNet's or CIFAR's.
+    """
     cfg = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
-    size = tuple(cfg.get("input_size") or (3, 224, 224)) if hasattr(cfg, "get") else (3, 224, 224)
-    patch_size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if isinstance(patch_size, (tuple, list)) and len(patch_size) == 2:
-        size = (size[0], *patch_size)
-    first = cfg.get("first_conv") if hasattr(cfg, "get") else None
-    named = dict(model.named_modules())
-    stems = [named[first]] if isinstance(first, str) and first in named else [] if cfg else list(model.modules())
-    for m in stems:
+    said = tuple(cfg.get("input_size") or ()) if hasattr(cfg, "get") else ()
+    patches = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    side = tuple(patches) if isinstance(patches, (tuple, list)) and len(patches) == 2 else said[1:]
+    channels: list[int] = []
+    for value in (getattr(model, "_model_args", {}).get("in_chans"), getattr(model, "in_chans", None), *said[:1]):
+        if isinstance(value, int):
+            channels.append(value)
+    for m in model.modules():
         weight = m._parameters.get("weight")
         if weight is not None and weight.dim() == 4:
-            return (weight.shape[1] * getattr(m, "groups", 1), *size[1:])
-    return size
+            channels.append(weight.shape[1] * getattr(m, "groups", 1))
+            break
+    sides = [side] if side else [(224, 224), (32, 32)]
+    return [(c, *s) for s in sides for c in dict.fromkeys(channels or [3])]
 
 
 def _model_name(model: object) -> str:
