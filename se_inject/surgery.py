@@ -71,7 +71,7 @@ def plan(
     config = SEConfig.of(config, **options)
     name = model if isinstance(model, str) else _model_name(model)
     if isinstance(model, str):
-        model = _skeleton(model)
+        model = skeleton(model)
     return _prepare(model, config, input_size, name)[0]
 
 
@@ -293,7 +293,7 @@ def _model_name(model: object) -> str:
     return str(architecture or type(model).__name__)
 
 
-def _skeleton(name: str) -> nn.Module:
+def skeleton(name: str) -> nn.Module:
     """The named timm model on the meta device.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -99,7 +100,8 @@ def load(
     if isinstance(model, nn.Module):
         net = model
     else:
-        net, options = _create(found, model, path, pretrained, options)
+        net = base_of(found, model, path, pretrained=pretrained)
+    options = {**split_options(found.model_args)[0].to_dict(), **options}
     configs = recipe.configs if recipe is not None else (SEConfig.of(**options),)
     if base is not None:
         load_strictly(net, read_checkpoint(base).tensors, base)
@@ -116,22 +118,34 @@ def load(
     return net if given else net.eval()
 
 
-def _create(
-    found: Checkpoint, name: str | None, path: object, pretrained: bool, options: dict[str, Any]
-) -> tuple[nn.Module, dict[str, Any]]:
-    """The base model that a file is for, and the options that the file and the caller give for its blocks."""
+def base_of(
+    found: Checkpoint, name: str | None, path: object, *, pretrained: bool = False, meta: bool = False
+) -> nn.Module:  # fmt: skip
+    """The plain timm model that a checkpoint's weights are for, without them.
+
+    Args:
+        found: The checkpoint; it says its architecture, or `name` does.
+        name: A timm name, or None.
+        path: The file, for the messages.
+        pretrained: Give the model timm's pretrained weights.
+        meta: Make it on the meta device, without memory for weights.
+
+    Raises:
+        WeightsError: Neither says the architecture, or timm does not have it.
+    """
     import timm
 
     said = name or found.architecture
     if not said:
         raise WeightsError(
-            f"{str(path)!r} does not say its architecture: load(path, model='resnet50'), or give the model")
+            f"{str(path)!r} does not say its architecture: give it a timm name, as in model='resnet50' "
+            "or --model resnet50")
     bare = base_name(said)
     if not timm.is_model(bare):
         raise WeightsError(f"{str(path)!r}: {unknown_model_message(said, bare)}")
-    config, args = split_options(found.model_args)
-    args = {**infer_model_args(bare, found.tensors), **args}
-    return timm.create_model(bare, pretrained=pretrained, **args), {**config.to_dict(), **options}
+    args = {**infer_model_args(bare, found.tensors), **split_options(found.model_args)[1]}
+    with torch.device("meta") if meta else contextlib.nullcontext():
+        return timm.create_model(bare, pretrained=pretrained, **args)
 
 
 def infer_model_args(name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:

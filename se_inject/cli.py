@@ -1,0 +1,244 @@
+"""The command: `se-inject list | plan | inject | info | eject | demo`.
+
+Results go to stdout and talk to stderr, so that output pipes. Exit codes: 0 done, 1 it could not be
+done, 2 it was asked wrongly. torch is imported by the commands that need it, not by ``--help``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from . import __version__
+from .config import EXISTING, INITS, PLACEMENTS, SEConfig
+from .errors import ConfigError, SEInjectError
+
+
+class _Group(click.Group):
+    """A group that turns se_inject's errors into click's, and says which command was meant."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ConfigError as error:
+            raise click.UsageError(str(error)) from error
+        except SEInjectError as error:
+            raise click.ClickException(str(error)) from error
+
+
+_CONFIG_OPTIONS = [
+    click.option("--ratio", type=float, help="Squeeze width over channels, in (0, 1]; default 1/16."),
+    click.option("--rd-channels", type=int, help="A fixed squeeze width, instead of --ratio."),
+    click.option("--rd-divisor", type=int, help="Round the width to a multiple of this; default 8."),
+    click.option("--placement", type=click.Choice(PLACEMENTS), help="Where in the branch; default auto."),
+    click.option("--block", help="The gate; default se."),
+    click.option("--init", type=click.Choice(INITS), help="identity keeps the outputs bit-exact; default identity."),
+    click.option("--act-layer", help="Activation between the two layers, by timm's name."),
+    click.option("--gate-layer", help="Gate function, by timm's name."),
+    click.option("--bias/--no-bias", default=None, help="Bias in the two layers; default yes."),
+    click.option("--stages", type=int, multiple=True, help="Only these stages, as timm's out_indices; repeatable."),
+    click.option("--include", multiple=True, metavar="GLOB", help="Only sites whose path matches; repeatable."),
+    click.option("--exclude", multiple=True, metavar="GLOB", help="No site whose path matches; repeatable."),
+    click.option("--min-channels", type=int, help="Only sites with at least this many channels."),
+    click.option("--existing", type=click.Choice(EXISTING), help="Where there is channel attention; default skip."),
+]
+
+
+def _config_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(_CONFIG_OPTIONS):
+        command = option(command)
+    return command
+
+
+def _options(given: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given, checked before torch is imported."""
+    options = {k: v for k, v in given.items() if v is not None and v != ()}
+    SEConfig.of(**options)
+    return options
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="se-inject")
+@click.option("-q", "--quiet", is_flag=True, help="No talk on stderr.")
+def main(quiet: bool) -> None:
+    """Put squeeze-and-excitation into any timm model, and keep its pretrained weights."""
+    logger = logging.getLogger("se_inject")
+    logger.handlers[:] = [_Talk()]
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    logger.propagate = False
+
+
+class _Talk(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(record.getMessage(), err=True)
+
+
+def _say(text: str) -> None:
+    logging.getLogger("se_inject").info(text)
+
+
+def _is_file(target: str) -> bool:
+    """Whether a NAME|FILE argument is a file or folder rather than a timm name."""
+    if os.path.isdir(target):
+        return os.path.isfile(os.path.join(target, "config.json")) or os.sep in target
+    return os.path.exists(target) or os.path.splitext(target)[1] in (".safetensors", ".pth", ".pt", ".tar", ".bin")
+
+
+@main.command("list")
+@click.argument("pattern", default="*")
+@click.option("--pretrained", is_flag=True, help="Only names with pretrained weights, with their tags.")
+@click.option("--json", "as_json", is_flag=True, help="A JSON list.")
+def list_command(pattern: str, pretrained: bool, as_json: bool) -> None:
+    """List the timm names that match PATTERN, as they are written for timm.create_model."""
+    import timm
+
+    from .registry import PREFIX, base_name
+    from .surgery import unknown_model_message
+
+    find = timm.list_pretrained if pretrained else timm.list_models
+    names = find(PREFIX + base_name(pattern))
+    if not names:
+        raise click.ClickException(unknown_model_message(pattern, base_name(pattern).strip("*?")))
+    click.echo(json.dumps(names) if as_json else "\n".join(names))
+
+
+@main.command("plan")
+@click.argument("target", metavar="NAME|FILE")
+@click.option("--model", metavar="NAME", help="The architecture of a FILE that does not say it.")
+@click.option("--img-size", type=int, help="Height and width of the image; default the model's own.")
+@click.option("--json", "as_json", is_flag=True, help="The plan as JSON.")
+@_config_options
+def plan_command(target: str, model: str | None, img_size: int | None, as_json: bool, **given: Any) -> None:
+    """Show the sites that inject would fill, and those it would skip and why. Writes nothing."""
+    options = _options(given)
+    from .checkpoint import read_checkpoint
+    from .surgery import input_sizes, plan, skeleton
+    from .weights import base_of
+
+    net = base_of(read_checkpoint(target), model, target, meta=True) if _is_file(target) else skeleton(target)
+    size = (input_sizes(net)[0][0], img_size, img_size) if img_size else None
+    made = plan(net, input_size=size, **options)
+    click.echo(json.dumps(made.to_dict()) if as_json else str(made))
+    if not made.sites:
+        sys.exit(1)
+
+
+@main.command("inject")
+@click.argument("target", metavar="NAME|FILE")
+@click.option("-o", "--output", required=True, metavar="OUT", help="The safetensors file to write.")
+@click.option("--model", metavar="NAME", help="The architecture of a FILE that does not say it.")
+@click.option("--pretrained", is_flag=True, help="With a NAME, take timm's pretrained weights.")
+@click.option("--only-se", is_flag=True, help="Write the blocks alone, to be loaded over any base weights.")
+@_config_options
+def inject_command(
+    target: str, output: str, model: str | None, pretrained: bool, only_se: bool, **given: Any
+) -> None:
+    """Put blocks into a named model or a saved one, and write weights and recipe to OUT."""
+    options = _options(given)
+    from .checkpoint import read_checkpoint
+    from .surgery import inject, skeleton
+    from .weights import load, save
+
+    if _is_file(target):
+        found = read_checkpoint(target)
+        if found.recipe is not None:
+            raise SEInjectError(
+                f"{target!r} already holds an injected model ({len(found.recipe.sites)} blocks): "
+                f"`se-inject eject {target} -o BASE` first")
+        net = load(target, model, **options)
+    else:
+        import timm
+
+        skeleton(target)  # a wrong name gets its error here
+        if not pretrained:
+            _say("random weights: add --pretrained for timm's own")
+        try:
+            net = timm.create_model(target.removeprefix("se_inject/"), pretrained=pretrained)
+        except Exception as error:
+            raise SEInjectError(f"timm could not create {target!r}: {error}") from error
+        inject(net, **options)
+    save(net, output, only="se" if only_se else None)
+    _say(f"{len(net._se_injections[-1].sites)} blocks injected")  # type: ignore[index]
+    click.echo(output)
+
+
+@main.command("info")
+@click.argument("file", metavar="FILE")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def info_command(file: str, as_json: bool) -> None:
+    """Say what a file holds: architecture, recipe, blocks and parameters."""
+    from .checkpoint import read_checkpoint
+
+    found = read_checkpoint(file)
+    recipe = found.recipe
+    prefixes = tuple(f"{p}." for p in recipe.sites) if recipe else ()
+    se = {k for k in found.tensors if prefixes and k.startswith(prefixes)}
+    data = {
+        "file": file,
+        "architecture": found.architecture,
+        "model_args": found.model_args,
+        "content": recipe.content if recipe else "base",
+        "configs": [c.to_dict() for c in recipe.configs] if recipe else [],
+        "sites": list(recipe.sites) if recipe else [],
+        "tensors": {"base": len(found.tensors) - len(se), "se": len(se)},
+        "values": {
+            "base": sum(t.numel() for k, t in found.tensors.items() if k not in se),
+            "se": sum(found.tensors[k].numel() for k in se)},
+        "dtypes": sorted({str(t.dtype).removeprefix("torch.") for t in found.tensors.values()}),
+    }  # fmt: skip
+    if as_json:
+        click.echo(json.dumps(data))
+        return
+    click.echo(f"architecture: {data['architecture'] or 'not said'}  {json.dumps(data['model_args'])}")
+    click.echo(f"content: {data['content']}, {len(found.tensors)} tensors ({', '.join(data['dtypes'])})")
+    click.echo(f"base: {len(found.tensors) - len(se)} tensors, {data['values']['base']:,} values")
+    click.echo(f"blocks: {len(data['sites'])}, {len(se)} tensors, {data['values']['se']:,} values")
+    for config in data["configs"]:
+        click.echo(f"options: {json.dumps(config)}")
+
+
+@main.command("eject")
+@click.argument("file", metavar="FILE")
+@click.option("-o", "--output", required=True, metavar="OUT", help="The safetensors file to write.")
+@click.option("--model", metavar="NAME", help="The architecture of a FILE without a recipe.")
+@_config_options
+def eject_command(file: str, output: str, model: str | None, **given: Any) -> None:
+    """Write the base weights of an injected model, as plain timm loads them, to OUT."""
+    options = _options(given)
+    from safetensors.torch import save_file
+
+    from .checkpoint import read_checkpoint, write_atomically
+    from .surgery import eject
+    from .weights import load, unshared
+
+    found = read_checkpoint(file)
+    if found.recipe is not None and found.recipe.architecture is None:
+        prefixes = tuple(f"{p}." for p in found.recipe.sites)
+        tensors = {k: t for k, t in found.tensors.items() if not k.startswith(prefixes)}
+    else:
+        tensors = eject(load(file, model, **options)).state_dict()
+    header = {"format": "pt", **({"architecture": found.architecture} if found.architecture else {})}
+    write_atomically(output, lambda temporary: save_file(unshared(tensors), temporary, metadata=header))
+    _say(f"{len(tensors)} base tensors written, {len(found.tensors) - len(tensors)} SE tensors left out")
+    click.echo(output)
+
+
+@main.command("demo")
+@click.option("-o", "--output", default="tf_efficientnet_lite0_se.safetensors", show_default=True, metavar="OUT",
+              help="The safetensors file to write.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="The predictions as JSON.")
+def demo_command(output: str, as_json: bool) -> None:
+    """Inject EfficientNet-Lite0 with its ImageNet weights, and classify photographs before and after."""
+    from .demo import run
+
+    result = run(output, _say)
+    click.echo(json.dumps([dataclasses.asdict(p) for p in result.photos]) if as_json else str(result))
+    if not result.exact:
+        raise SEInjectError("the injected model's logits differ from the base's")
