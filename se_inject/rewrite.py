@@ -26,14 +26,16 @@ _NONE = "_se_none"
 class Edit:
     """One block in one owner.
 
-    `node` is the position of the gated node in the owner's traced graph, `name` its name there (a
-    check), and `users` the positions of the nodes that get the gated value; None is all.
+    `after` is the child that it is registered behind, as its author would have written it; empty is
+    the first place. `node` is the position of the gated node in the owner's traced graph, `name` its
+    name there (a check), and `users` the positions of the nodes that get the gated value; None is all.
     """
 
     slot: str
-    node: int
-    name: str
-    users: tuple[int, ...] | None
+    after: str
+    node: int = 0
+    name: str = ""
+    users: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,18 +223,16 @@ def _copy(self: nn.Module) -> nn.Module:
 
 def apply_edits(module: nn.Module, edits: OwnerEdits, cls: type[nn.Module] | None, blocks: dict[str, nn.Module]) -> None:
     """Put `blocks` into an owner, in place. `cls` is its generated class where the way is ``rewrite``."""
-    if edits.way == "insert":
-        children = dict(module._modules)
-        for edit in edits.edits:
-            items = list(children.items())
-            at = [name for name, _ in items].index(edit.name) + 1 if edit.name else 0
-            items.insert(at, (edit.slot, blocks[edit.slot]))
-            children = dict(items)
+    for edit in edits.edits:
+        if edit.slot in module._modules:  # a registered slot keeps its place
+            module._modules[edit.slot] = blocks[edit.slot]
+            continue
+        module.__dict__.pop(edit.slot, None)
+        items = list(module._modules.items())
+        at = [name for name, _ in items].index(edit.after) + 1 if edit.after else 0
+        items.insert(at, (edit.slot, blocks[edit.slot]))
         module._modules.clear()
-        module._modules.update(children)
-    else:
-        for edit in edits.edits:
-            setattr(module, edit.slot, blocks[edit.slot])
+        module._modules.update(items)
     module.__dict__["_se_edits"] = edits
     if cls is not None:
         module.__class__ = cls

@@ -18,13 +18,15 @@ _ABSENT = object()
 class Slot:
     """An empty slot: the call of what stands in it, in a forward traced with the slot filled.
 
-    `gain` is the factor that the author's code puts behind a filled slot (NFNet: 2), else 1.
+    `gain` is the factor that the author's code puts behind a filled slot (NFNet: 2), else 1. `optional`
+    says that the empty slot is None.
     """
 
     name: str
     view: View
     node: fx.Node
     gain: float
+    optional: bool
 
 
 def _content(module: nn.Module, name: str) -> object:
@@ -43,7 +45,7 @@ def empty_slot(traces: Traces, view: View) -> Slot | None:
     for node in view.nodes:
         if node.op == "call_module" and type(content.get(str(node.target))) is nn.Identity and _usable(node):
             if sum(other.target == node.target for other in view.nodes if other.op == "call_module") == 1:
-                return Slot(str(node.target), view, node, 1.0)
+                return Slot(str(node.target), view, node, 1.0, optional=False)
     found: list[Slot] = []
     for name, value in content.items():
         if value is None:
@@ -76,10 +78,10 @@ def _probe(traces: Traces, view: View, name: str) -> Slot | None:
         return None
     extra = len(marked.nodes) - len(view.nodes) - 1
     if extra == 0:
-        return Slot(name, marked, calls[0], 1.0)
+        return Slot(name, marked, calls[0], 1.0, optional=True)
     users = list(calls[0].users)
     if extra == 1 and len(users) == 1 and users[0].target in MULS:
         factors = [a for a in users[0].args if isinstance(a, (int, float))]
         if len(factors) == 1 and factors[0] in (0.5, 1.0, 2.0, 4.0):  # powers of two undo exactly
-            return Slot(name, marked, calls[0], float(factors[0]))
+            return Slot(name, marked, calls[0], float(factors[0]), optional=True)
     return None

@@ -193,35 +193,46 @@ def _jobs(found: list[PlacedSite]) -> list[_Job]:
 
 def _edits(module: nn.Module, group: list[PlacedSite]) -> OwnerEdits:
     first = group[0]
+    after = [_child_before(s) for s in group]
     if first.place.fill is not None:
         slot = first.site.slot
         registered = slot in module._modules
         original = module._modules[slot] if registered else module.__dict__[slot]
-        return OwnerEdits("fill", (Edit(slot, 0, "", None),), (), original, registered)
+        return OwnerEdits("fill", (Edit(slot, after[0]),), (), original, registered)
     if is_plain_sequential(module):
-        edits = tuple(
-            Edit(s.site.slot, 0, str(s.place.node.target) if s.place.node.op == "call_module" else "", None)
-            for s in group)
-        return OwnerEdits("insert", edits)
+        return OwnerEdits("insert", tuple(Edit(s.site.slot, child) for s, child in zip(group, after)))
     index = first.view.index
     edits = tuple(
-        Edit(s.site.slot, index[s.place.node], s.place.node.name,
+        Edit(s.site.slot, child, index[s.place.node], s.place.node.name,
              None if s.place.users is None else tuple(index[u] for u in s.place.users))
-        for s in group)
+        for s, child in zip(group, after))
     return OwnerEdits("rewrite", edits, tuple(first.view.owner.constants.items()))
+
+
+def _child_before(s: PlacedSite) -> str:
+    """The owner's child that is called last on the way to a site."""
+    view, node = s.view, s.place.node
+    before = view.members(view.ancestors[view.index[node]])
+    names = [str(n.target) for n in before if n.op == "call_module" and n.target in view.module._modules]
+    return next((name for name in reversed(names) if name != s.site.slot), "")
 
 
 def _block(found: PlacedSite, owner: nn.Module, model: nn.Module, config: SEConfig) -> SqueezeExcite:
     site = found.site
     device, dtype = parameters_near(owner, model)
     spec = BlockSpec(site.channels, site.rd_channels, site.layout, site.style, config.bias)
-    act = _activation(owner) if found.place.inner else None
+    slot = found.place.fill
+    act = _activation(owner) if found.place.inner or slot is not None and slot.optional else None
     block = make_block(spec, config, act, found.gain, device, dtype)
     return block.train(owner.training)
 
 
 def _activation(owner: nn.Module) -> type[nn.Module] | None:
-    """The class of an owner's first activation, which its author would give to the block."""
+    """The class of an owner's first activation.
+
+    Authors hand it on to the attention inside an inverted residual, and to optional attention (None);
+    a block at the end of a branch has the paper's ReLU.
+    """
     for m in owner.modules():
         where = type(m).__module__
         if where.endswith((".activation", ".activations", ".activations_me")) and not list(m.children()):
