@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
+import textwrap
 
 from torch import fx, nn
 
@@ -18,15 +21,13 @@ _ABSENT = object()
 class Slot:
     """An empty slot: the call of what stands in it, in a forward traced with the slot filled.
 
-    `gain` is the factor that the author's code puts behind a filled slot (NFNet: 2), else 1. `optional`
-    says that the empty slot is None.
+    `gain` is the factor that the author's code puts behind a filled slot (NFNet: 2), else 1.
     """
 
     name: str
     view: View
     node: fx.Node
     gain: float
-    optional: bool
 
 
 def _content(module: nn.Module, name: str) -> object:
@@ -45,7 +46,7 @@ def empty_slot(traces: Traces, view: View) -> Slot | None:
     for node in view.nodes:
         if node.op == "call_module" and type(content.get(str(node.target))) is nn.Identity and _usable(node):
             if sum(other.target == node.target for other in view.nodes if other.op == "call_module") == 1:
-                return Slot(str(node.target), view, node, 1.0, optional=False)
+                return Slot(str(node.target), view, node, 1.0)
     found: list[Slot] = []
     for name, value in content.items():
         if value is None:
@@ -53,6 +54,26 @@ def empty_slot(traces: Traces, view: View) -> Slot | None:
             if slot is not None:
                 found.append(slot)
     return max(found, key=lambda s: s.view.index[s.node], default=None)
+
+
+def takes_activation(owner: type[nn.Module], slot: str) -> bool:
+    """Whether the author hands the owner's activation on to what is put into `slot`.
+
+    It is read from the constructor, where ``self.<slot>`` is assigned a call with ``act_layer=``.
+    Authors differ: EfficientNet and CSPNet do, ResNet and ByobNet leave attention its ReLU.
+    """
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(owner.__init__)))
+    except (OSError, TypeError, SyntaxError):  # no source: the paper's ReLU
+        return False
+    for statement in ast.walk(tree):
+        if not isinstance(statement, ast.Assign) or not any(
+                isinstance(t, ast.Attribute) and t.attr == slot for t in statement.targets):
+            continue
+        for call in ast.walk(statement.value):
+            if isinstance(call, ast.Call) and any(k.arg == "act_layer" for k in call.keywords):
+                return True
+    return False
 
 
 def _usable(node: fx.Node) -> bool:
@@ -78,10 +99,10 @@ def _probe(traces: Traces, view: View, name: str) -> Slot | None:
         return None
     extra = len(marked.nodes) - len(view.nodes) - 1
     if extra == 0:
-        return Slot(name, marked, calls[0], 1.0, optional=True)
+        return Slot(name, marked, calls[0], 1.0)
     users = list(calls[0].users)
     if extra == 1 and len(users) == 1 and users[0].target in MULS:
         factors = [a for a in users[0].args if isinstance(a, (int, float))]
         if len(factors) == 1 and factors[0] in (0.5, 1.0, 2.0, 4.0):  # powers of two undo exactly
-            return Slot(name, marked, calls[0], float(factors[0]), optional=True)
+            return Slot(name, marked, calls[0], float(factors[0]))
     return None

@@ -26,6 +26,7 @@ from .rewrite import (
     undo_edits,
 )
 from .sites import PlacedSite, find_sites
+from .slots import takes_activation
 from .trace import Call, abstract, record
 
 
@@ -222,17 +223,14 @@ def _block(found: PlacedSite, owner: nn.Module, model: nn.Module, config: SEConf
     device, dtype = parameters_near(owner, model)
     spec = BlockSpec(site.channels, site.rd_channels, site.layout, site.style, config.bias)
     slot = found.place.fill
-    act = _activation(owner) if found.place.inner or slot is not None and slot.optional else None
+    own = found.place.inner if slot is None else takes_activation(type(owner), slot.name)
+    act = _activation(owner) if own else None
     block = make_block(spec, config, act, found.gain, device, dtype)
     return block.train(owner.training)
 
 
 def _activation(owner: nn.Module) -> type[nn.Module] | None:
-    """The class of an owner's first activation.
-
-    Authors hand it on to the attention inside an inverted residual, and to optional attention (None);
-    a block at the end of a branch has the paper's ReLU.
-    """
+    """The class of an owner's first activation."""
     for m in owner.modules():
         where = type(m).__module__
         if where.endswith((".activation", ".activations", ".activations_me")) and not list(m.children()):
