@@ -293,7 +293,8 @@ def _bind(call: Call) -> tuple[dict[str, Any], dict[str, Any]]:
             continue
         values[name] = value
         variadic = signature.parameters[name].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        if not variadic and type(value) in (list, tuple) and value and all(isinstance(v, torch.Tensor) for v in value):
+        if not variadic and type(value) in (list, tuple) and value and all(
+                isinstance(v, torch.Tensor) or type(v) is int for v in value):
             constants[name] = Unpacked(type(value), len(value))
         elif not variadic and not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value)):
             constants[name] = value
