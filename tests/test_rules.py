@@ -1,0 +1,288 @@
+"""Where blocks go, on toys that carry their own expected result."""
+
+import pytest
+import torch
+from torch import nn
+
+import se_inject
+from se_inject.gate import SqueezeExcite
+
+
+def conv(i: int, o: int, k: int = 3, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(i, o, k, stride, k // 2, bias=False), nn.BatchNorm2d(o), nn.ReLU())
+
+
+class Toy(nn.Module):
+    """A stem and one unit; `expected` are (slot, kind, channels) of the unit's sites."""
+
+    expected: list[tuple[str, str, int]] = []
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = conv(16, 16), nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16))
+        self.c = conv(16, 16)
+
+
+class Residual(Toy):
+    expected = [("se", "residual", 16)]
+
+    def forward(self, x):
+        return torch.relu(self.b(self.a(x)) + x)
+
+
+class InPlace(Toy):
+    expected = [("se", "residual", 16)]
+
+    def forward(self, x):
+        y = self.b(self.a(x))
+        y += x
+        return y.relu_()
+
+
+class Scaled(Toy):
+    expected = [("se", "residual", 16)]
+
+    def __init__(self):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((16, 1, 1), 0.5))
+
+    def forward(self, x):
+        return x + self.b(self.a(x)) * self.gamma * 0.2
+
+
+class Projection(Toy):
+    """Both operands have convolutions: the shortcut is the one with less work."""
+
+    expected = [("se", "residual", 16)]
+
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Conv2d(16, 16, 1)
+
+    def forward(self, x):
+        return self.down(x) + self.b(self.a(x))
+
+
+class TwoBranches(Toy):
+    expected = [("se1", "residual", 16), ("se2", "residual", 16)]
+
+    def forward(self, x):
+        return x + self.b(self.a(x)) + self.c(x)
+
+
+class Partial(Toy):
+    """RexNet: the shortcut has fewer channels than the branch."""
+
+    expected = [("se", "residual", 32)]
+
+    def __init__(self):
+        super().__init__()
+        self.wide = nn.Sequential(conv(16, 32), nn.Conv2d(32, 32, 1))
+
+    def forward(self, x):
+        y = self.wide(x)
+        return torch.cat([y[:, 0:16] + x, y[:, 16:]], dim=1)
+
+
+class Reparameterised(Toy):
+    """A sum of convolutions before the activation is one convolution: no residual; the unit is a plain conv."""
+
+    expected = [("se", "conv", 16)]
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Conv2d(16, 16, 1)
+
+    def forward(self, x):
+        return self.one(x) + self.b(x) + x
+
+
+class Concat(Toy):
+    expected = [("se", "aggregation", 32)]
+
+    def forward(self, x):
+        return torch.cat([self.a(x), self.c(x)], 1)
+
+
+class Dense(Toy):
+    """DenseNet: the new features are the unit; the old ones pass untouched."""
+
+    expected = [("se", "aggregation", 16)]
+
+    def forward(self, x):
+        return torch.cat([x, self.a(x)], 1)
+
+
+class Position(Toy):
+    """A sum with an embedding is no residual."""
+
+    expected = [("se", "residual", 16)]
+
+    def __init__(self):
+        super().__init__()
+        self.pos = nn.Parameter(torch.zeros(1, 16, 8, 8))
+
+    def forward(self, x):
+        x = x + self.pos
+        return x + self.b(self.a(x))
+
+
+class Gated(Toy):
+    """Channel attention written in the forward, by no known class."""
+
+    expected = []
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Conv2d(16, 16, 1)
+
+    def forward(self, x):
+        y = self.b(self.a(x))
+        return x + y * self.gate(y.mean((2, 3), keepdim=True)).sigmoid()
+
+
+class Net(nn.Module):
+    def __init__(self, unit):
+        super().__init__()
+        self.stem, self.unit = nn.Conv2d(3, 16, 1), unit
+
+    def forward(self, x):
+        return self.unit(self.stem(x)).mean((2, 3))
+
+
+TOYS = [Residual, InPlace, Scaled, Projection, TwoBranches, Partial, Concat, Dense, Position]
+
+
+@pytest.mark.parametrize("toy", [*TOYS, Gated])
+def test_sites(toy):
+    plan = se_inject.plan(Net(toy()), input_size=(3, 8, 8))
+    assert [(s.slot, s.kind, s.channels) for s in plan.sites] == toy.expected
+    assert all(s.owner == "unit" for s in plan.sites)
+
+
+@pytest.mark.parametrize("toy", TOYS)
+def test_gate_is_where_the_plan_says(toy):
+    """With every gate at 1/2, the unit computes what the formula says; at identity it is untouched."""
+    model = Net(toy()).eval()
+    x = torch.randn(2, 3, 8, 8)
+    before = model(x)
+    se_inject.inject(model, input_size=(3, 8, 8))
+    assert torch.equal(model(x), before)
+    seen = []
+    for m in model.modules():
+        if isinstance(m, SqueezeExcite):
+            m.register_forward_hook(lambda mod, args, out: seen.append(torch.equal(args[0], out)))
+    model(x)
+    assert seen == [True] * len(toy.expected)
+    for m in model.modules():
+        if isinstance(m, SqueezeExcite):
+            m.gain = 0.0
+    u, s = model.unit, model.stem(x)
+    zero = {  # the unit's value with the branch gone
+        Residual: lambda: torch.relu(s), InPlace: lambda: torch.relu(s), Scaled: lambda: s,
+        Projection: lambda: u.down(s), TwoBranches: lambda: s,
+        Partial: lambda: torch.cat([s, torch.zeros_like(s)], 1),
+        Concat: lambda: torch.zeros(2, 32, 8, 8), Dense: lambda: torch.cat([s, torch.zeros_like(s)], 1),
+        Position: lambda: s + u.pos}[toy]
+    assert torch.equal(model(x), zero().mean((2, 3)))
+
+
+def test_existing_attention_is_named_and_stacks():
+    model = Net(Gated())
+    with pytest.raises(se_inject.NoSitesError, match=r'already have channel attention: use existing="stack"'):
+        se_inject.inject(model, input_size=(3, 8, 8))
+    se_inject.inject(model, input_size=(3, 8, 8), existing="stack")
+    assert isinstance(model.unit.se, SqueezeExcite)
+
+
+def test_a_module_called_twice():
+    """One owner, one block: both calls go through it. A child called twice is gated where its branch ends."""
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.unit = nn.Conv2d(3, 16, 1), Residual()
+
+        def forward(self, x):
+            return self.unit(self.unit(self.stem(x))).mean((2, 3))
+
+    class Shared(Toy):
+        def forward(self, x):
+            return x + self.b(self.a(self.a(x)))
+
+    x = torch.randn(2, 3, 8, 8)
+    for model in (Twice(), Net(Shared())):
+        model.eval()
+        before = model(x)
+        plan = se_inject.plan(model, input_size=(3, 8, 8))
+        assert [s.path for s in plan.sites] == ["unit.se"]
+        se_inject.inject(model, input_size=(3, 8, 8))
+        assert torch.equal(model(x), before)
+    calls = []
+    twice = se_inject.inject(Twice(), input_size=(3, 8, 8))
+    twice.unit.se.register_forward_hook(lambda *a: calls.append(1))
+    twice(x)
+    assert len(calls) == 2
+
+
+def test_a_forward_that_differs_between_modes_is_never_baked():
+    class Modes(Toy):
+        def forward(self, x):
+            y = self.b(self.a(x)) if self.training else self.b(x)
+            return x + y
+
+    model = Net(Modes())
+    with pytest.raises(se_inject.NoSitesError, match="differs between train and eval mode"):
+        se_inject.inject(model, input_size=(3, 8, 8))
+    assert type(model.unit) is Modes
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 8, 24])
+def test_squeeze_width_is_never_zero(channels):
+    from se_inject.config import SEConfig
+    from se_inject.gate import block_spec
+
+    assert block_spec(SEConfig(ratio=0.001, rd_divisor=1), channels, channels, "NCHW", "se").rd_channels == 1
+    assert block_spec(SEConfig(), channels, channels, "NCHW", "se").rd_channels >= 1
+
+
+@pytest.mark.parametrize("layout, shape", [("NCHW", (2, 8, 4, 4)), ("NHWC", (2, 4, 4, 8)), ("NLC", (2, 16, 8))])
+def test_the_block_computes_the_papers_formula(layout, shape):
+    block = SqueezeExcite(8, 4, layout)
+    x = torch.randn(shape)
+    dim = 1 if layout == "NCHW" else len(shape) - 1
+    z = x.movedim(dim, -1).flatten(1, -2).mean(1)
+    w1, w2 = block.fc1.weight.flatten(1), block.fc2.weight.flatten(1)
+    gate = torch.sigmoid(torch.relu(z @ w1.T + block.fc1.bias) @ w2.T + block.fc2.bias)
+    view = [2] + [1] * (len(shape) - 1)
+    view[dim] = 8
+    torch.testing.assert_close(block(x), x * gate.view(view))
+
+
+@pytest.mark.parametrize("gate", ["hard_sigmoid", "tanh", "relu"])
+def test_a_gate_that_cannot_start_as_identity_is_refused(gate):
+    with pytest.raises(se_inject.SEInjectError, match="gate_layer"):
+        se_inject.inject(Net(Residual()), input_size=(3, 8, 8), gate_layer=gate)
+
+
+def test_filters():
+    names = [s.path for s in se_inject.plan("resnet18", include="layer[12].*", exclude="*.0.se").sites]
+    assert names == ["layer1.1.se", "layer2.1.se"]
+    assert len(se_inject.plan("resnet18", min_channels=256).sites) == 4
+    plan = se_inject.plan("resnet18", filter_fn=lambda s: s.size == (7, 7))
+    assert [s.stage for s in plan.sites] == [4, 4]
+    assert {s.reason for s in plan.skipped} == {"filter_fn said no"}
+
+
+def test_plan_adds_up_and_goes_to_json():
+    import json
+
+    import timm
+
+    model = timm.create_model("mobilenetv2_100")
+    plan = se_inject.plan(model)
+    before = sum(p.numel() for p in model.parameters())
+    se_inject.inject(model)
+    assert sum(p.numel() for p in model.parameters()) == before + plan.added_params
+    said = json.loads(json.dumps(plan.to_dict()))
+    assert said["added_params"] == plan.added_params and len(said["sites"]) == len(plan.all_sites)
+    assert str(plan).splitlines()[-1].startswith(f"mobilenetv2_100: {len(plan.sites)} sites, 0 skipped; {before:,} + ")

@@ -1,0 +1,175 @@
+"""All or nothing; and the injected model lives on: copies, pickles, traces, files in a new process."""
+
+import copy
+import io
+import subprocess
+import sys
+import warnings
+
+import pytest
+import timm
+import torch
+from torch import fx, nn
+
+import se_inject
+from se_inject import surgery
+from se_inject.errors import SEInjectError
+
+from .util import randomise
+
+
+def snapshot(model):
+    return ([(n, type(m), m.training, sorted(m.__dict__)) for n, m in model.named_modules()],
+            {k: (t.data_ptr(), t._version) for k, t in model.state_dict().items()})
+
+
+@pytest.mark.parametrize("name, options, message", [
+    ("seresnet18", {}, "already have channel attention"),
+    ("resnet18", {"include": "nothing*"}, "no include pattern matches"),
+    ("resnet18", {"input_size": (5, 64, 64)}, "input_size"),
+    ("resnet18", {"act_layer": "nonsense"}, "nonsense"),
+    ("vit_tiny_patch16_224", {"input_size": (3, 100, 100)}, "input_size"),
+    ("vit_tiny_patch16_224", {"placement": "inner"}, "needs a convolution"),
+])  # fmt: skip
+def test_a_refused_model_is_as_it_was(name, options, message):
+    model = timm.create_model(name)
+    model.layer1.eval() if hasattr(model, "layer1") else model.blocks[0].eval()
+    before = snapshot(model)
+    with pytest.raises(SEInjectError, match=message):
+        se_inject.inject(model, **options)
+    assert snapshot(model) == before
+
+
+def test_a_failure_in_the_middle_undoes_everything(monkeypatch):
+    model = timm.create_model("resnet18")
+    before = snapshot(model)
+    real, calls = surgery.apply_edits, []
+
+    def fail_at_third(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise MemoryError("third")
+        real(*args)
+
+    monkeypatch.setattr(surgery, "apply_edits", fail_at_third)
+    with pytest.raises(MemoryError, match="third"):
+        se_inject.inject(model)
+    assert snapshot(model) == before
+
+
+def test_plan_changes_nothing():
+    model = timm.create_model("convnext_atto")
+    before = snapshot(model)
+    se_inject.plan(model)
+    assert snapshot(model) == before
+
+
+def test_flags_device_and_dtype_follow():
+    model = timm.create_model("resnet18").to(torch.bfloat16)
+    model.layer1.eval()
+    se_inject.inject(model)
+    assert not model.layer1[0].se.training and model.layer2[0].se.training and model.layer2.training
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    with torch.device("meta"):
+        skeleton = timm.create_model("resnet18")
+    assert se_inject.inject(skeleton).layer1[0].se.fc1.weight.is_meta
+
+
+def test_a_second_inject_finds_every_site_taken():
+    model = se_inject.inject(timm.create_model("convnext_atto"))
+    with pytest.raises(se_inject.NoSitesError, match="already have channel attention"):
+        se_inject.inject(model)
+
+
+def test_two_injections_of_different_stages_eject_together():
+    model = timm.create_model("resnet18")
+    keys = list(model.state_dict())
+    se_inject.inject(model, stages=1, ratio=0.5)
+    se_inject.inject(model, stages=2)
+    se_inject.eject(model)
+    assert list(model.state_dict()) == keys and "_se_injections" not in model.__dict__
+
+
+def test_eject_without_blocks_says_so():
+    with pytest.raises(SEInjectError, match="no injected blocks"):
+        se_inject.eject(timm.create_model("resnet18"))
+
+
+def test_wrapped_models_are_refused_with_the_call_that_works():
+    with pytest.raises(SEInjectError, match=r"inject\(model.module\)"):
+        se_inject.inject(nn.DataParallel(timm.create_model("resnet18")))
+    with pytest.raises(SEInjectError, match="_orig_mod"):
+        se_inject.inject(torch.compile(timm.create_model("resnet18")))
+    with pytest.raises(SEInjectError, match="create_model"):
+        se_inject.inject("resnet18")
+
+
+def test_errors_are_never_empty():
+    with pytest.raises(ValueError, match="needs a message"):
+        SEInjectError("")
+    assert issubclass(se_inject.NoSitesError, ValueError) and issubclass(se_inject.NoSitesError, SEInjectError)
+
+
+def test_no_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        se_inject.eject(se_inject.inject(timm.create_model("resnet18")))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "vit_tiny_patch16_224", "densenet121", "nf_resnet26"])
+def test_copies_are_equal(name):
+    model = randomise(se_inject.inject(timm.create_model(name))).eval()
+    size = 224 if name.startswith("vit") else 64
+    x = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.equal(copy.deepcopy(model)(x), expected)
+        assert torch.equal(copy.copy(model)(x), expected)
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        assert torch.equal(torch.load(buffer, weights_only=False)(x), expected)
+        blocks = tuple({type(m) for m in model.modules() if "_se_base" in type(m).__dict__})
+
+        class Tracer(fx.Tracer):
+            def is_leaf_module(self, m, path):
+                return not isinstance(m, (type(model), nn.Sequential, *blocks))
+
+        graph = Tracer().trace(model) if name == "resnet18" else None
+        if graph is not None:
+            assert torch.equal(fx.GraphModule(model, graph)(x), expected)
+
+
+def test_a_copy_of_a_rewritten_model_is_independent():
+    model = se_inject.inject(timm.create_model("convnext_atto")).eval()
+    twin = copy.deepcopy(model)
+    x = torch.randn(1, 3, 64, 64)
+    expected = model(x)
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.zero_()
+    assert torch.equal(model(x), expected)
+    se_inject.eject(twin)
+    assert torch.equal(model(x), expected)
+
+
+def test_a_new_process_gives_the_same(tmp_path):
+    torch.manual_seed(0)
+    model = randomise(timm.create_model("se_inject/mobilenetv2_050", se_ratio=0.5)).eval()
+    x = torch.randn(2, 3, 64, 64)
+    torch.save({"sd": model.state_dict(), "x": x, "y": model(x).detach()}, tmp_path / "sd.pt")
+    torch.save(model, tmp_path / "model.pt")
+    se_inject.save(model, tmp_path / "m.safetensors")
+    code = """
+import sys, torch, timm, se_inject
+d = sys.argv[1]
+s = torch.load(d + "/sd.pt")
+a = timm.create_model("se_inject/mobilenetv2_050", se_ratio=0.5).eval()
+a.load_state_dict(s["sd"])
+b = torch.load(d + "/model.pt", weights_only=False)
+c = se_inject.load(d + "/m.safetensors")
+with torch.no_grad():
+    print(*[torch.equal(m(s["x"]), s["y"]) for m in (a, b, c)])
+"""
+    out = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert out.stdout.split() == ["True"] * 3
