@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from .config import SEConfig as SEConfig
     from .errors import NoSitesError as NoSitesError
     from .errors import SEInjectError as SEInjectError
+    from .planning import Plan as Plan
+    from .planning import Site as Site
     from .surgery import eject as eject
     from .surgery import inject as inject
     from .surgery import plan as plan
-    from .planning import Plan as Plan
-    from .planning import Site as Site
     from .weights import load as load
     from .weights import save as save
 

@@ -47,7 +47,16 @@ class Gates:
                 found = [n for n in view.nodes if is_gate(view, n)]
                 if found:
                     self.nodes[module] = found
+        self.pure = {m: self._is_pure(traces.view(m), found) for m, found in self.nodes.items()}
         self._calls = [call for module in self.nodes for call in traces.calls[module]]
+
+    @staticmethod
+    def _is_pure(view: View | None, found: list[fx.Node]) -> bool:
+        """Whether a module does nothing but gate its only input."""
+        if view is None or len(found) != 1 or view.nodes[-1].args[0] is not found[0]:
+            return False
+        inputs = [n for n in view.nodes if n.op == "placeholder" and is_tensor(n)]
+        return len(inputs) == 1 and inputs[0] in found[0].args[:2]
 
     def inside(self, call: Call) -> str | None:
         """Path of the first gating module called in `call`, itself included."""

@@ -219,6 +219,8 @@ def eject_command(file: str, output: str, model: str | None, **given: Any) -> No
     from .weights import load, unshared
 
     found = read_checkpoint(file)
+    if any(c.existing == "replace" for c in (found.recipe.configs if found.recipe else ())):
+        raise SEInjectError(f"{file!r}: its blocks replaced the base's own attention, whose weights it does not hold")
     if found.recipe is not None and found.recipe.architecture is None:
         prefixes = tuple(f"{p}." for p in found.recipe.sites)
         tensors = {k: t for k, t in found.tensors.items() if not k.startswith(prefixes)}

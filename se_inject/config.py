@@ -41,7 +41,8 @@ class SEConfig:
         exclude: Globs over site paths; None is none.
         min_channels: Sites with fewer gated channels are skipped.
         filter_fn: Called with each `Site`; False skips it. It is not saved with a model.
-        existing: What to do where a branch has channel attention: ``skip``, ``stack``, ``replace``.
+        existing: What to do where a branch has channel attention: ``skip`` the branch, ``stack`` a block on it,
+            or ``replace`` the attention, whose weights (and the outputs that they gave) then go.
 
     Raises:
         ConfigError: A value is out of range, or two options exclude each other.

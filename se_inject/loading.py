@@ -54,7 +54,9 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, torch.Tensor], source:
         raise WeightsError(
             f"{source}: {len(wrong)} of {len(tensors)} tensors have another shape ({'; '.join(wrong[:3])}): "
             "check the architecture, num_classes, in_chans and the options of the injection")
-    missing = [] if tensors and all(k in of_blocks for k in tensors) else [k for k in of_base if k not in tensors]
+    se_only = bool(tensors) and all(k in of_blocks for k in tensors)
+    missing = [] if se_only else [
+        k for k in of_base if k not in tensors and not k.endswith("num_batches_tracked")]  # torch can do without
     for path in block_paths(model):
         keys = [k for k in of_blocks if k.startswith(f"{path}.")]
         if any(k in tensors for k in keys):

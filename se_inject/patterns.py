@@ -127,7 +127,7 @@ def aggregations(view: View) -> Iterator[Candidate]:
         regions = {o: view.region(o, fork) for o in operands if isinstance(o, fx.Node)}
         learned = [o for o in regions if view.learned(regions[o])]
         working = [o for o in learned if view.nonlinear(regions[o])]
-        if not working or fork is None and len(working) < 2:
+        if not working or (fork is None and len(working) < 2):
             continue
         mask = 1 << view.index[node]
         for region in regions.values():
@@ -212,7 +212,7 @@ def last_spatial_conv(view: View, branch: int) -> tuple[fx.Node, bool] | None:
             (user,) = end.users
             if not branch >> view.index[user] & 1 or view.is_learned(user) or not is_tensor(user):
                 break
-            if user.op != "call_module" and not view.is_nonlinear(user) or shape(user) != shape(end):
+            if (user.op != "call_module" and not view.is_nonlinear(user)) or shape(user) != shape(end):
                 break
             end = user
         return end, is_depthwise(convs[-1])

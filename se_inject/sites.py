@@ -16,7 +16,7 @@ from .gate import block_spec
 from .graph import _SLICES, Traces, View, is_tensor, shape
 from .patterns import Candidate, aggregations, chain_end, last_spatial_conv, plain_convs, residuals
 from .planning import Site
-from .slots import Slot, empty_slot
+from .slots import Slot, empty_slot, gate_slot
 from .trace import Call
 
 
@@ -49,7 +49,7 @@ class PlacedSite:
 def find_sites(model: nn.Module, traces: Traces, config: SEConfig, input_size: tuple[int, ...]) -> list[PlacedSite]:
     """All sites of a recorded model, in the order of execution, the skipped ones with their reason."""
     gates = Gates(traces)
-    candidates, slots = _collect(traces, use_slots=config.placement == "auto")
+    candidates, slots = _collect(traces, gates, config)
     chosen = _outermost(candidates, slots)
     places = [_place(c, slots.get(c.view.module), config.placement) for c in chosen]
     by_owner: dict[nn.Module, list[Place]] = defaultdict(list)
@@ -71,12 +71,14 @@ def _distinct(found: list[PlacedSite]) -> list[PlacedSite]:
     return [s for s in found if not ((key := (id(s.view), s.place.node)) in seen or seen.add(key))]  # type: ignore[func-returns-value]
 
 
-def _collect(traces: Traces, use_slots: bool) -> tuple[list[Candidate], dict[nn.Module, Slot]]:
+def _collect(traces: Traces, gates: Gates, config: SEConfig) -> tuple[list[Candidate], dict[nn.Module, Slot]]:
     candidates: list[Candidate] = []
     slots: dict[nn.Module, Slot] = {}
     views = [view for view in map(traces.view, list(traces.calls)) if view is not None]
     for view in views:
-        slot = empty_slot(traces, view) if use_slots else None
+        slot = gate_slot(view, gates) if config.existing == "replace" else None
+        if slot is None and config.placement == "auto":
+            slot = empty_slot(traces, view)
         if slot is not None:
             slots[view.module] = slot
             view = slot.view
@@ -240,6 +242,8 @@ def _site(place: Place, slot: str, traces: Traces, gates: Gates, stages: _Stages
         taken = gates.in_region(view, c.branch) or _gated_behind(view, place.node, gates)
         if taken is not None and config.existing == "skip":
             reason = f"already has channel attention at {taken}"
+        elif taken is not None and config.existing == "replace" and not (place.fill and place.fill.replaces):
+            reason = f"its channel attention at {taken} is no module that could be swapped: use existing='stack'"
         elif layout == "NLC" and size == (1,):
             reason = "only one position: nothing to squeeze"
         elif dim not in (1, len(dims) - 1) or len(dims) > 4:

@@ -9,6 +9,7 @@ import textwrap
 
 from torch import fx, nn
 
+from .attention import Gates
 from .errors import TraceError
 from .graph import MULS, Traces, View, is_tensor, shape
 from .trace import Marker, own_graph
@@ -21,13 +22,15 @@ _ABSENT = object()
 class Slot:
     """An empty slot: the call of what stands in it, in a forward traced with the slot filled.
 
-    `gain` is the factor that the author's code puts behind a filled slot (NFNet: 2), else 1.
+    `gain` is the factor that the author's code puts behind a filled slot (NFNet: 2), else 1. `replaces`
+    says that the slot is not empty: it holds channel attention that is to be swapped.
     """
 
     name: str
     view: View
     node: fx.Node
     gain: float
+    replaces: bool = False
 
 
 def _content(module: nn.Module, name: str) -> object:
@@ -54,6 +57,16 @@ def empty_slot(traces: Traces, view: View) -> Slot | None:
             if slot is not None:
                 found.append(slot)
     return max(found, key=lambda s: s.view.index[s.node], default=None)
+
+
+def gate_slot(view: View, gates: Gates) -> Slot | None:
+    """The owner's child that only gates its input, if there is one: attention that can be swapped."""
+    for node in view.nodes:
+        if node.op == "call_module" and node.target in view.module._modules and _usable(node):
+            inner = gates.pure.get(node.meta["call"].module)
+            if inner and sum(n.target == node.target for n in view.nodes if n.op == "call_module") == 1:
+                return Slot(str(node.target), view, node, 1.0, replaces=True)
+    return None
 
 
 def takes_activation(owner: type[nn.Module], slot: str) -> bool:

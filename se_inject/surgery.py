@@ -242,8 +242,6 @@ def _refuse(model: nn.Module, config: SEConfig) -> None:
     """Raise for what cannot be planned or rewritten, with the call that works."""
     if not isinstance(model, nn.Module):
         raise ConfigError(f"expected a torch.nn.Module or a timm name, found {type(model).__name__}")
-    if config.existing == "replace":
-        raise ConfigError("existing='replace' is not implemented; use existing='stack' or 'skip'")
     if config.init == "identity":
         identity_gain(config.gate_layer or "sigmoid")
     for m in model.modules():

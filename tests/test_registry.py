@@ -81,7 +81,7 @@ def test_arguments_reach_both():
     assert model.num_classes == 5 and model.conv1.in_channels == 1
     assert block_paths(model) == ["layer2.0.se", "layer2.1.se", "layer3.0.se", "layer3.1.se"]
     assert model.layer2[0].se.fc1.out_channels == 32
-    assert model(torch.randn(1, 1, 32, 32)).shape == (1, 5)
+    assert model(torch.randn(2, 1, 64, 64)).shape == (2, 5)
 
 
 def test_wrong_options_are_named():

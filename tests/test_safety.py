@@ -163,6 +163,7 @@ def test_a_new_process_gives_the_same(tmp_path):
     code = """
 import sys, torch, timm, se_inject
 d = sys.argv[1]
+torch.set_num_threads(1)
 s = torch.load(d + "/sd.pt")
 a = timm.create_model("se_inject/mobilenetv2_050", se_ratio=0.5).eval()
 a.load_state_dict(s["sd"])
