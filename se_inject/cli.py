@@ -143,6 +143,7 @@ def inject_command(
     """Put blocks into a named model or a saved one, and write weights and recipe to OUT."""
     options = _options(given)
     from .checkpoint import read_checkpoint
+    from .loading import block_paths
     from .surgery import inject, skeleton
     from .weights import load, save
 
@@ -165,7 +166,7 @@ def inject_command(
             raise SEInjectError(f"timm could not create {target!r}: {error}") from error
         inject(net, **options)
     save(net, output, only="se" if only_se else None)
-    _say(f"{len(net._se_injections[-1].sites)} blocks injected")  # type: ignore[index]
+    _say(f"{len(block_paths(net))} blocks injected")
     click.echo(output)
 
 
@@ -180,7 +181,7 @@ def info_command(file: str, as_json: bool) -> None:
     recipe = found.recipe
     prefixes = tuple(f"{p}." for p in recipe.sites) if recipe else ()
     se = {k for k in found.tensors if prefixes and k.startswith(prefixes)}
-    data = {
+    data: dict[str, Any] = {
         "file": file,
         "architecture": found.architecture,
         "model_args": found.model_args,

@@ -56,7 +56,7 @@ class SqueezeExcite(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         s = x.mean(self.dims, keepdim=True)
         s = self.fc2(self.act(self.fc1(s)))
-        g = self.gate(s)
+        g: torch.Tensor = self.gate(s)
         if self.gain != 1.0:
             g = g * self.gain
         return x * g
@@ -77,6 +77,9 @@ class EfficientNetSqueezeExcite(SqueezeExcite):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         modules = self._modules
+        self.act1: nn.Module
+        self.conv_reduce: nn.Module
+        self.conv_expand: nn.Module
         renamed = {"conv_reduce": modules["fc1"], "act1": modules["act"], "conv_expand": modules["fc2"],
                    "gate": modules["gate"]}
         modules.clear()
@@ -85,7 +88,7 @@ class EfficientNetSqueezeExcite(SqueezeExcite):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         s = x.mean(self.dims, keepdim=True)
         s = self.conv_expand(self.act1(self.conv_reduce(s)))
-        g = self.gate(s)
+        g: torch.Tensor = self.gate(s)
         if self.gain != 1.0:
             g = g * self.gain
         return x * g
@@ -141,7 +144,7 @@ def _divisible(value: float, divisor: int) -> int:
 
 
 def make_block(
-    spec: BlockSpec, config: SEConfig, act: str | None, outer_gain: float, device: Any, dtype: Any
+    spec: BlockSpec, config: SEConfig, act: str | type[nn.Module] | None, outer_gain: float, device: Any, dtype: Any
 ) -> SqueezeExcite:
     """Build a block. `act` is the site's own activation, `outer_gain` a factor that the model puts behind it.
 

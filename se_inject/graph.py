@@ -257,7 +257,7 @@ class View:
             return None
         a, b = node.args[0], node.args[1]
         for x, k in ((a, b), (b, a)):
-            if not is_tensor(x) or not self._moves(x):
+            if not isinstance(x, fx.Node) or not is_tensor(x) or not self._moves(x):
                 continue
             if isinstance(k, (int, float)):
                 return x

@@ -90,7 +90,8 @@ def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
 
 def _split(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     prefixes = tuple(f"{p}." for p in block_paths(model))
-    of_base, of_blocks = {}, {}
+    of_base: dict[str, torch.Tensor] = {}
+    of_blocks: dict[str, torch.Tensor] = {}
     for key, tensor in _tensors(model).items():
         (of_blocks if prefixes and key.startswith(prefixes) else of_base)[key] = tensor
     return of_base, of_blocks

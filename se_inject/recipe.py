@@ -49,7 +49,7 @@ class Recipe:
         Raises:
             WeightsError: An argument that timm was given is no JSON value.
         """
-        cfg = getattr(model, "pretrained_cfg", None)
+        cfg: Any = getattr(model, "pretrained_cfg", None)
         architecture = cfg.get("architecture") if hasattr(cfg, "get") else None
         args = {k: v for k, v in getattr(model, "_model_args", {}).items() if not k.startswith("se_")}
         for name in ("num_classes", "in_chans"):  # a head may have been reset after creation
@@ -63,7 +63,8 @@ class Recipe:
                 raise WeightsError(
                     f"the model was created with {key}={value!r}, which cannot be written to a file; "
                     "create it with a plain value, or save the object with torch.save(model, path)") from None
-        configs, paths = [], []
+        configs: list[SEConfig] = []
+        paths: list[str] = []
         for injection in injections:
             chosen = tuple(s.path for s in injection.sites)
             config = injection.config

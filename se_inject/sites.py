@@ -130,7 +130,7 @@ def _outermost(candidates: list[Candidate], slots: dict[nn.Module, Slot]) -> lis
         return any(c.begin <= begin < c.end for c in spans[id(b)])
 
     order = {id(c): i for i, c in enumerate(candidates)}
-    spans = {id(c): [call for call in c.view.calls(c.branch)] for c in candidates}
+    spans = {id(c): list(c.view.calls(c.branch)) for c in candidates}
     filled = [c for c in candidates if c.view.module in slots]
     kept = [c for c in candidates if c in filled or not any(inside(s, c) for s in filled)]
     return [c for c in kept if not any(inside(c, other) for other in kept)]
@@ -213,7 +213,8 @@ def _slot_names(module: nn.Module, places: list[Place]) -> list[str]:
         return [places[0].fill.name]
     if len(places) == 1 and not hasattr(module, "se"):
         return ["se"]
-    names, i = [], 0
+    names: list[str] = []
+    i = 0
     while len(names) < len(places):
         i += 1
         if not hasattr(module, f"se{i}"):
@@ -243,7 +244,7 @@ def _site(place: Place, slot: str, traces: Traces, gates: Gates, stages: _Stages
         if taken is not None and config.existing == "skip":
             reason = f"already has channel attention at {taken}"
         elif taken is not None and config.existing == "replace" and not (place.fill and place.fill.replaces):
-            reason = f"its channel attention at {taken} is no module that could be swapped: use existing='stack'"
+            reason = f"its channel attention is no module that could be swapped at {taken}"
         elif layout == "NLC" and size == (1,):
             reason = "only one position: nothing to squeeze"
         elif dim not in (1, len(dims) - 1) or len(dims) > 4:

@@ -106,7 +106,7 @@ def inject(
     made, jobs = _prepare(model, config, input_size, _model_name(model))
     if not jobs:
         raise NoSitesError(_no_sites_message(made))
-    blocks = [{s.site.slot: _block(s, job.module, model, config) for s in job.found} for job in jobs]
+    blocks: list[dict[str, nn.Module]] = [{s.site.slot: _block(s, job.module, model, config) for s in job.found} for job in jobs]
     done: list[nn.Module] = []
     try:
         for job, named in zip(jobs, blocks):
@@ -124,7 +124,8 @@ def inject(
 
 def injections_of(model: nn.Module) -> tuple[Injection, ...]:
     """What was injected into `model`, in order."""
-    return model.__dict__.get("_se_injections", ())
+    done: tuple[Injection, ...] = model.__dict__.get("_se_injections", ())
+    return done
 
 
 def eject(model: nn.Module) -> nn.Module:
@@ -295,7 +296,7 @@ def input_sizes(model: nn.Module) -> list[tuple[int, ...]]:
 
 
 def _model_name(model: object) -> str:
-    cfg = getattr(model, "pretrained_cfg", None)
+    cfg: Any = getattr(model, "pretrained_cfg", None)
     architecture = cfg.get("architecture") if hasattr(cfg, "get") else None
     return str(architecture or type(model).__name__)
 
