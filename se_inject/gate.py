@@ -25,7 +25,7 @@ class SqueezeExcite(nn.Module):
         rd_channels: Squeeze width.
         layout: ``NCHW`` (1x1 convolutions), ``NHWC`` or ``NLC`` (linear layers).
         bias: Whether the two layers have a bias.
-        act_layer: Activation, by timm's name.
+        act_layer: Activation, by timm's name, or its class.
         gate_layer: Gate function, by timm's name.
         gain: The gate is multiplied by this.
 
@@ -33,7 +33,7 @@ class SqueezeExcite(nn.Module):
     """
 
     def __init__(
-        self, channels: int, rd_channels: int, layout: str = "NCHW", bias: bool = True, act_layer: str = "relu",
+        self, channels: int, rd_channels: int, layout: str = "NCHW", bias: bool = True, act_layer: str | type[nn.Module] = "relu",
         gate_layer: str = "sigmoid", gain: float = 1.0, device: Any = None, dtype: Any = None,
     ) -> None:  # fmt: skip
         super().__init__()

@@ -106,7 +106,9 @@ def inject(
     made, jobs = _prepare(model, config, input_size, _model_name(model))
     if not jobs:
         raise NoSitesError(_no_sites_message(made))
-    blocks: list[dict[str, nn.Module]] = [{s.site.slot: _block(s, job.module, model, config) for s in job.found} for job in jobs]
+    blocks: list[dict[str, nn.Module]] = [
+        {s.site.slot: _block(s, job.module, model, config) for s in job.found} for job in jobs
+    ]
     done: list[nn.Module] = []
     try:
         for job, named in zip(jobs, blocks):
