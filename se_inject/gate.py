@@ -33,7 +33,8 @@ class SqueezeExcite(nn.Module):
     """
 
     def __init__(
-        self, channels: int, rd_channels: int, layout: str = "NCHW", bias: bool = True, act_layer: str | type[nn.Module] = "relu",
+        self, channels: int, rd_channels: int, layout: str = "NCHW", bias: bool = True,
+        act_layer: str | type[nn.Module] = "relu",
         gate_layer: str = "sigmoid", gain: float = 1.0, device: Any = None, dtype: Any = None,
     ) -> None:  # fmt: skip
         super().__init__()
