@@ -7,7 +7,7 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from .config import SEConfig
 from .errors import ConfigError, NoSitesError, SEInjectError, TraceError
@@ -255,6 +255,8 @@ def _refuse(model: nn.Module, config: SEConfig) -> None:
             raise TraceError("the model is sharded by FSDP: inject it first, then call fully_shard")
         if kind == "OptimizedModule":
             raise TraceError("the model is compiled: inject the original module (model._orig_mod), then compile it")
+        if isinstance(m, fx.GraphModule):
+            raise TraceError("the model is an fx GraphModule: inject the original model, then trace it")
         if isinstance(m, torch.jit.ScriptModule):
             raise TraceError("the model is a TorchScript module: inject the original model, then script it")
 

@@ -118,6 +118,20 @@ def test_features_only():
     assert any(".se." in k for k in model.state_dict())
 
 
+@pytest.mark.parametrize("name, options", [
+    ("resnet18", {"feature_cls": "hook"}), ("tf_efficientnet_lite0", {}), ("vgg11", {}), ("hrnet_w18_small", {}),
+    ("vit_tiny_patch16_224", {})])  # fmt: skip
+def test_every_feature_wrapper(name, options):
+    ours = timm.create_model(f"se_inject/{name}", features_only=True, **options).eval()
+    theirs = timm.create_model(name, features_only=True, **options).eval()
+    state = ours.state_dict()
+    theirs.load_state_dict({k: state[k] for k in theirs.state_dict()})
+    assert len(state) > len(theirs.state_dict())
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(ours(x), theirs(x), strict=True))
+
+
 def test_importing_costs_little():
     """Imports are counted, not timed: nothing but this package and wrapt comes on top of timm."""
     out = run("import sys, timm, torch; before = set(sys.modules); import se_inject;"
