@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -227,6 +227,15 @@ class View:
 
     def calls(self, mask: int) -> list[Call]:
         return [n.meta["call"] for n in self.members(mask) if n.op == "call_module"]
+
+    def calls_before(self, node: fx.Node) -> Iterator[fx.Node]:
+        """The module calls that `node`'s data comes through, itself included, the last first."""
+        mask = self.ancestors[self.index[node]]
+        while mask:
+            i = mask.bit_length() - 1
+            mask ^= 1 << i
+            if self.nodes[i].op == "call_module":
+                yield self.nodes[i]
 
     def channel_dim(self, node: fx.Node) -> int:
         """The channel dimension of an activation: 1 in NCHW, the last in NHWC and (N, L, C).

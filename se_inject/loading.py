@@ -58,7 +58,7 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, torch.Tensor], source:
     missing = [] if se_only else [
         k for k in of_base if k not in tensors and not k.endswith("num_batches_tracked")]  # torch can do without
     for path in block_paths(model):
-        keys = [k for k in of_blocks if k.startswith(f"{path}.")]
+        keys = [f"{path}.{k}" for k in model.get_submodule(path).state_dict()]
         if any(k in tensors for k in keys):
             missing += [k for k in keys if k not in tensors]
     unknown = [k for k in tensors if k not in own]

@@ -63,7 +63,7 @@ class TwinEntrypoints(dict[str, Callable[..., Any]]):
         return super().__getitem__(name)
 
     def get(self, name: str, default: Any = None) -> Any:
-        return self[name] if name in self else default
+        return self[name] if name in self else default  # noqa: SIM401 (it is what it asks for)
 
     def __contains__(self, name: object) -> bool:
         self._flush()

@@ -303,8 +303,8 @@ class _Stages:
 
     def position(self, place: Place) -> int:
         view = place.candidate.view
-        begins = [c.begin for c in view.calls(view.ancestors[view.index[place.node]]) if c.path]
-        return max(begins, default=view.owner.call.begin)
+        calls = (n.meta["call"] for n in view.calls_before(place.node))
+        return next((c.begin for c in calls if c.path), view.owner.call.begin)  # a marker's call has no path
 
     def of(self, place: Place) -> int:
         if self.ends:

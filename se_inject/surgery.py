@@ -215,10 +215,8 @@ def _edits(module: nn.Module, group: list[PlacedSite]) -> OwnerEdits:
 
 def _child_before(s: PlacedSite) -> str:
     """The owner's child that is called last on the way to a site."""
-    view, node = s.view, s.place.node
-    before = view.members(view.ancestors[view.index[node]])
-    names = [str(n.target) for n in before if n.op == "call_module" and n.target in view.module._modules]
-    return next((name for name in reversed(names) if name != s.site.slot), "")
+    names = (str(n.target) for n in s.view.calls_before(s.place.node))
+    return next((name for name in names if name in s.view.module._modules and name != s.site.slot), "")
 
 
 def _block(found: PlacedSite, owner: nn.Module, model: nn.Module, config: SEConfig) -> SqueezeExcite:

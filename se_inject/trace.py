@@ -169,7 +169,7 @@ def record(model: nn.Module, inputs: torch.Tensor) -> Call:
 
 @dataclasses.dataclass(frozen=True)
 class Unpacked:
-    """Stands among the constants for an argument that is a list or tuple of tensors, of fixed length.
+    """Stands among the constants for an argument that is a list or tuple of tensors and sizes, of fixed length.
 
     A forward that asks whether it got a list must see one while it is traced.
     """

@@ -97,10 +97,7 @@ def load(
     if not given and recipe is not None and recipe.content == "se" and base is None and not pretrained:
         raise WeightsError(
             f"{str(path)!r} holds the blocks alone: add base=FILE, pretrained=True, or model=a model with weights")
-    if isinstance(model, nn.Module):
-        net = model
-    else:
-        net = base_of(found, model, path, pretrained=pretrained)
+    net = model if isinstance(model, nn.Module) else base_of(found, model, path, pretrained=pretrained)
     options = {**split_options(found.model_args)[0].to_dict(), **options}
     configs = recipe.configs if recipe is not None else (SEConfig.of(**options),)
     if base is not None:

@@ -21,11 +21,15 @@ def test_identity(name):
     check_identity(timm.create_model(name), (3, MODELS[name], MODELS[name]))
 
 
+# no shortcut to gate, and a convolution that is the whole unit
+NO_PLACE = {("vgg11", "identity"), ("vgg11", "inner")}
+
+
 @pytest.mark.parametrize("placement", ["standard", "inner", "pre", "post", "identity"])
 @pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0", "convnext_atto", "vgg11"])
 def test_identity_at_every_placement(name, placement):
     model = timm.create_model(name)
-    if not se_inject.plan(model, placement=placement).sites:
+    if (name, placement) in NO_PLACE:
         with pytest.raises(se_inject.NoSitesError, match="placement"):
             se_inject.inject(model, placement=placement)
         return

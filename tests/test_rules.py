@@ -15,7 +15,7 @@ def conv(i: int, o: int, k: int = 3, stride: int = 1) -> nn.Sequential:
 class Toy(nn.Module):
     """A stem and one unit; `expected` are (slot, kind, channels) of the unit's sites."""
 
-    expected: list[tuple[str, str, int]] = []
+    expected: tuple[tuple[str, str, int], ...] = ()
 
     def __init__(self):
         super().__init__()
@@ -24,14 +24,14 @@ class Toy(nn.Module):
 
 
 class Residual(Toy):
-    expected = [("se", "residual", 16)]
+    expected = (("se", "residual", 16),)
 
     def forward(self, x):
         return torch.relu(self.b(self.a(x)) + x)
 
 
 class InPlace(Toy):
-    expected = [("se", "residual", 16)]
+    expected = (("se", "residual", 16),)
 
     def forward(self, x):
         y = self.b(self.a(x))
@@ -40,7 +40,7 @@ class InPlace(Toy):
 
 
 class Scaled(Toy):
-    expected = [("se", "residual", 16)]
+    expected = (("se", "residual", 16),)
 
     def __init__(self):
         super().__init__()
@@ -53,7 +53,7 @@ class Scaled(Toy):
 class Projection(Toy):
     """Both operands have convolutions: the shortcut is the one with less work."""
 
-    expected = [("se", "residual", 16)]
+    expected = (("se", "residual", 16),)
 
     def __init__(self):
         super().__init__()
@@ -64,7 +64,7 @@ class Projection(Toy):
 
 
 class TwoBranches(Toy):
-    expected = [("se1", "residual", 16), ("se2", "residual", 16)]
+    expected = (("se1", "residual", 16), ("se2", "residual", 16),)
 
     def forward(self, x):
         return x + self.b(self.a(x)) + self.c(x)
@@ -73,7 +73,7 @@ class TwoBranches(Toy):
 class Partial(Toy):
     """RexNet: the shortcut has fewer channels than the branch."""
 
-    expected = [("se", "residual", 32)]
+    expected = (("se", "residual", 32),)
 
     def __init__(self):
         super().__init__()
@@ -87,7 +87,7 @@ class Partial(Toy):
 class Reparameterised(Toy):
     """A sum of convolutions before the activation is one convolution: no residual; the unit is a plain conv."""
 
-    expected = [("se", "conv", 16)]
+    expected = (("se", "conv", 16),)
 
     def __init__(self):
         super().__init__()
@@ -98,7 +98,7 @@ class Reparameterised(Toy):
 
 
 class Concat(Toy):
-    expected = [("se", "aggregation", 32)]
+    expected = (("se", "aggregation", 32),)
 
     def forward(self, x):
         return torch.cat([self.a(x), self.c(x)], 1)
@@ -107,7 +107,7 @@ class Concat(Toy):
 class Dense(Toy):
     """DenseNet: the new features are the unit; the old ones pass untouched."""
 
-    expected = [("se", "aggregation", 16)]
+    expected = (("se", "aggregation", 16),)
 
     def forward(self, x):
         return torch.cat([x, self.a(x)], 1)
@@ -116,7 +116,7 @@ class Dense(Toy):
 class Position(Toy):
     """A sum with an embedding is no residual."""
 
-    expected = [("se", "residual", 16)]
+    expected = (("se", "residual", 16),)
 
     def __init__(self):
         super().__init__()
@@ -130,7 +130,7 @@ class Position(Toy):
 class Gated(Toy):
     """Channel attention written in the forward, by no known class."""
 
-    expected = []
+    expected = ()
 
     def __init__(self):
         super().__init__()
@@ -156,13 +156,13 @@ TOYS = [Residual, InPlace, Scaled, Projection, TwoBranches, Partial, Concat, Den
 @pytest.mark.parametrize("toy", [*TOYS, Gated])
 def test_sites(toy):
     plan = se_inject.plan(Net(toy()), input_size=(3, 8, 8))
-    assert [(s.slot, s.kind, s.channels) for s in plan.sites] == toy.expected
+    assert tuple((s.slot, s.kind, s.channels) for s in plan.sites) == toy.expected
     assert all(s.owner == "unit" for s in plan.sites)
 
 
 @pytest.mark.parametrize("toy", TOYS)
 def test_gate_is_where_the_plan_says(toy):
-    """With every gate at 1/2, the unit computes what the formula says; at identity it is untouched."""
+    """With every gate shut, only what the plan leaves ungated is left of the unit; at identity all of it is."""
     model = Net(toy()).eval()
     x = torch.randn(2, 3, 8, 8)
     before = model(x)

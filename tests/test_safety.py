@@ -9,7 +9,9 @@ import warnings
 import pytest
 import timm
 import torch
+from timm.models._features_fx import get_notrace_functions, get_notrace_modules
 from torch import fx, nn
+from torchvision.models.feature_extraction import NodePathTracer
 
 import se_inject
 from se_inject import surgery
@@ -131,15 +133,8 @@ def test_copies_are_equal(name):
         torch.save(model, buffer)
         buffer.seek(0)
         assert torch.equal(torch.load(buffer, weights_only=False)(x), expected)
-        blocks = tuple({type(m) for m in model.modules() if "_se_base" in type(m).__dict__})
-
-        class Tracer(fx.Tracer):
-            def is_leaf_module(self, m, path):
-                return not isinstance(m, (type(model), nn.Sequential, *blocks))
-
-        graph = Tracer().trace(model) if name == "resnet18" else None
-        if graph is not None:
-            assert torch.equal(fx.GraphModule(model, graph)(x), expected)
+        tracer = NodePathTracer(leaf_modules=get_notrace_modules(), autowrap_functions=tuple(get_notrace_functions()))
+        assert torch.equal(fx.GraphModule(model, tracer.trace(model))(x), expected)
 
 
 def test_a_copy_of_a_rewritten_model_is_independent():

@@ -71,6 +71,10 @@ def test_overlay_and_pretrained(files):
         model = timm.create_model(f"se_inject/{name}", pretrained=True, pretrained_cfg_overlay=overlay)
         assert torch.equal(out(model), expected)
     model = timm.create_model(
+        f"se_inject/{name}", pretrained=True, pretrained_cfg_overlay={"file": str(folder / "se.safetensors")})
+    model.load_state_dict(load_file(folder / "base.safetensors"))
+    assert torch.equal(out(model), y)
+    model = timm.create_model(
         f"se_inject/{name}", pretrained=True, pretrained_cfg_overlay={"file": str(folder / "base.safetensors")},
         checkpoint_path=str(folder / "se.safetensors"))
     assert torch.equal(out(model), y)
