@@ -47,9 +47,8 @@ def empty_slot(traces: Traces, view: View) -> Slot | None:
     module = view.module
     content = {name: _content(module, name) for name in SLOT_NAMES}
     for node in view.nodes:
-        if node.op == "call_module" and type(content.get(str(node.target))) is nn.Identity and _usable(node):
-            if sum(other.target == node.target for other in view.nodes if other.op == "call_module") == 1:
-                return Slot(str(node.target), view, node, 1.0)
+        if node.op == "call_module" and type(content.get(str(node.target))) is nn.Identity and _usable(node) and _once(view, node):
+            return Slot(str(node.target), view, node, 1.0)
     found: list[Slot] = []
     for name, value in content.items():
         if value is None:
@@ -64,7 +63,7 @@ def gate_slot(view: View, gates: Gates) -> Slot | None:
     for node in view.nodes:
         if node.op == "call_module" and node.target in view.module._modules and _usable(node):
             inner = gates.pure.get(node.meta["call"].module)
-            if inner and sum(n.target == node.target for n in view.nodes if n.op == "call_module") == 1:
+            if inner and _once(view, node):
                 return Slot(str(node.target), view, node, 1.0, replaces=True)
     return None
 
@@ -87,6 +86,10 @@ def takes_activation(owner: type[nn.Module], slot: str) -> bool:
             if isinstance(call, ast.Call) and any(k.arg == "act_layer" for k in call.keywords):
                 return True
     return False
+
+
+def _once(view: View, node: fx.Node) -> bool:
+    return sum(n.target == node.target for n in view.nodes if n.op == "call_module") == 1
 
 
 def _usable(node: fx.Node) -> bool:
