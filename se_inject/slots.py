@@ -47,7 +47,8 @@ def empty_slot(traces: Traces, view: View) -> Slot | None:
     module = view.module
     content = {name: _content(module, name) for name in SLOT_NAMES}
     for node in view.nodes:
-        if node.op == "call_module" and type(content.get(str(node.target))) is nn.Identity and _usable(node) and _once(view, node):
+        empty = node.op == "call_module" and type(content.get(str(node.target))) is nn.Identity
+        if empty and _usable(node) and _once(view, node):
             return Slot(str(node.target), view, node, 1.0)
     found: list[Slot] = []
     for name, value in content.items():
