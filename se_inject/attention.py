@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import fx, nn
 
 from .graph import ADDS, MULS, Traces, View, is_tensor, shape
@@ -36,6 +38,10 @@ def is_gate(view: View, node: fx.Node) -> bool:
     return False
 
 
+def _gates_of(view: View) -> list[fx.Node]:
+    return [n for n in view.nodes if is_gate(view, n)]
+
+
 class Gates:
     """Where a model has channel attention: modules that gate their input, and products in a forward."""
 
@@ -44,7 +50,7 @@ class Gates:
         for module in traces.calls:
             view = traces.view(module)
             if view is not None:
-                found = [n for n in view.nodes if is_gate(view, n)]
+                found = view.shared("gates", partial(_gates_of, view))
                 if found:
                     self.nodes[module] = found
         self.pure = {m: self._is_pure(traces.view(m), found) for m, found in self.nodes.items()}
@@ -67,7 +73,7 @@ class Gates:
         """Path of the first channel attention among a set of nodes."""
         for node in self.nodes.get(view.module, ()):
             if mask >> view.index[node] & 1:
-                return view.owner.path or type(view.module).__name__
+                return view.path or type(view.module).__name__
         for call in view.calls(mask):
             path = self.inside(call)
             if path is not None:

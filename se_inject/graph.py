@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
 from .errors import TraceError
-from .trace import Call, Owner, own_graph
+from .signature import Signatures, frozen
+from .trace import Call, Forward, bind, own_forward
 
 ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 MULS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
@@ -21,6 +22,7 @@ RESHAPES = {
     "view", "reshape", "expand", "expand_as", "unsqueeze", "squeeze", "flatten", "contiguous", "view_as", "to",
     "type_as", "unflatten", torch.reshape, torch.flatten, torch.unsqueeze, torch.squeeze,
 }
+_T = TypeVar("_T")
 _SLICES = {operator.getitem, "narrow", torch.narrow}
 _LINEAR_FUNCTIONS = ADDS | MULS | CATS | RESHAPES | _SLICES | {
     operator.sub, operator.isub, torch.sub, "sub", "sub_", operator.neg, operator.truediv, operator.floordiv, "div",
@@ -72,7 +74,9 @@ class Traces:
         self.calls: dict[nn.Module, list[Call]] = {}
         for call in root.walk():
             self.calls.setdefault(call.module, []).append(call)
+        self.signatures = Signatures()
         self._views: dict[nn.Module, View | None] = {}
+        self._forwards: dict[Hashable, Forward] = {}
         self.failures: dict[nn.Module, str] = {}
         self._linear: dict[nn.Module, bool] = {}
         self._weighty: dict[nn.Module, bool] = {}
@@ -83,11 +87,26 @@ class Traces:
             view = None
             if self._composes(module):
                 try:
-                    view = View(own_graph(self.calls[module][0]), self)
+                    view = self._view(self.calls[module][0])
                 except TraceError as error:
                     self.failures[module] = str(error)
             self._views[module] = view
         return self._views[module]
+
+    def _view(self, call: Call) -> View:
+        """A view of the called module, on the trace of a module like it where there was one."""
+        key = (self.signatures.of(call.module), frozen(call.args), frozen(call.kwargs))
+        forward = self._forwards.get(key)
+        if forward is not None:
+            return View(forward, call, bind(forward, call), self)
+        view = View(*self._traced(call), self)
+        self._forwards[key] = view.forward
+        return view
+
+    @staticmethod
+    def _traced(call: Call) -> tuple[Forward, Call, dict[fx.Node, Call]]:
+        forward, calls = own_forward(call)
+        return forward, call, calls
 
     def _composes(self, module: nn.Module) -> bool:
         if module not in self.calls or not type(module).__module__.partition(".")[0]:
@@ -111,7 +130,7 @@ class Traces:
                 linear = True
             else:
                 view = self.view(module)
-                linear = view is not None and not any(view.is_nonlinear(n) for n in view.graph.nodes)
+                linear = view is not None and not any(view.is_nonlinear(n) for n in view.nodes)
             self._linear[module] = linear
         return self._linear[module]
 
@@ -122,20 +141,40 @@ class View:
     Sets of nodes are bit masks over positions in the graph, so that ancestry costs one pass.
     """
 
-    def __init__(self, owner: Owner, traces: Traces) -> None:
-        self.owner = owner
+    def __init__(self, forward: Forward, call: Call, calls: dict[fx.Node, Call], traces: Traces) -> None:
+        self.forward = forward
+        self.call = call
+        self._calls = calls
         self.traces = traces
-        self.graph = owner.graph
-        self.nodes: list[fx.Node] = list(owner.graph.nodes)
-        self.index = {node: i for i, node in enumerate(self.nodes)}
+        self.nodes: list[fx.Node] = self.shared("nodes", lambda: list(forward.graph.nodes))
+        self.index: dict[fx.Node, int] = self.shared("index", lambda: {n: i for i, n in enumerate(self.nodes)})
+
+    def shared(self, what: Hashable, find: Callable[[], _T]) -> _T:
+        """What `find` finds, found once for all modules that share this forward."""
+        memo = self.forward.memo
+        if what not in memo:
+            memo[what] = find()
+        found: _T = memo[what]
+        return found
+
+    @property
+    def path(self) -> str:
+        return self.call.path
 
     @property
     def module(self) -> nn.Module:
-        return self.owner.module
+        return self.call.module
+
+    def call_of(self, node: fx.Node) -> Call:
+        """The recorded call of a ``call_module`` node."""
+        return self._calls[node]
 
     @cached_property
     def ancestors(self) -> list[int]:
         """For each node the mask of itself and of the nodes whose data reaches it as tensors."""
+        return self.shared("ancestors", self._ancestors)
+
+    def _ancestors(self) -> list[int]:
         masks: list[int] = []
         for i, node in enumerate(self.nodes):
             mask = 1 << i
@@ -182,7 +221,7 @@ class View:
 
     def is_learned(self, node: fx.Node) -> bool:
         if node.op == "call_module":
-            return self.traces.has_weights(node.meta["call"].module)
+            return self.traces.has_weights(self._calls[node].module)
         if node.op == "get_attr":
             value = node.meta["val"]
             return isinstance(value, torch.Tensor) and is_weight(value)
@@ -190,7 +229,7 @@ class View:
 
     def is_nonlinear(self, node: fx.Node) -> bool:
         if node.op == "call_module":
-            return not self.traces.is_linear(node.meta["call"].module)
+            return not self.traces.is_linear(self._calls[node].module)
         if node.op not in ("call_function", "call_method"):
             return False
         if not self.carries_data(node) and not isinstance(node.meta.get("val"), torch.Tensor):
@@ -209,7 +248,7 @@ class View:
         for node in self.members(mask):
             if node.op == "call_module":
                 count += sum(
-                    1 for c in node.meta["call"].walk()
+                    1 for c in self._calls[node].walk()
                     if any(is_weight(p) for p in c.module._parameters.values() if p is not None))
             elif self.is_learned(node):
                 count += 1
@@ -226,7 +265,7 @@ class View:
         return any(self.is_nonlinear(n) for n in self.members(mask))
 
     def calls(self, mask: int) -> list[Call]:
-        return [n.meta["call"] for n in self.members(mask) if n.op == "call_module"]
+        return [self._calls[n] for n in self.members(mask) if n.op == "call_module"]
 
     def calls_before(self, node: fx.Node) -> Iterator[fx.Node]:
         """The module calls that `node`'s data comes through, itself included, the last first."""
@@ -250,7 +289,7 @@ class View:
                 return 3
         for earlier in reversed(self.members(self.ancestors[self.index[node]])):
             if earlier.op == "call_module":
-                for call in reversed(list(earlier.meta["call"].walk())):
+                for call in reversed(list(self._calls[earlier].walk())):
                     weight = call.module._parameters.get("weight")
                     if weight is None or not is_weight(weight):
                         continue

@@ -178,9 +178,9 @@ def plain_convs(view: View) -> Iterator[Candidate]:
             source = data[0]
             mask |= 1 << view.index[source]
             if view.is_learned(source):
-                module = source.meta["call"].module if source.op == "call_module" else None
-                if module is not None and module._parameters.get("weight") is not None and \
-                        module._parameters["weight"].dim() == 4 and shape(source)[1] == shape(node)[1]:
+                module = view.call_of(source).module if source.op == "call_module" else None
+                weight = None if module is None else module._parameters.get("weight")
+                if weight is not None and weight.dim() == 4 and shape(source)[1] == shape(node)[1]:
                     yield Candidate(view, "conv", node, mask, data[0])
                 break
             if view.is_nonlinear(source):
@@ -204,7 +204,7 @@ def last_spatial_conv(view: View, branch: int) -> tuple[fx.Node, bool] | None:
     for node in reversed(view.members(branch)):
         if node.op != "call_module":
             continue
-        convs = [c.module for c in node.meta["call"].walk() if is_conv(c.module)]
+        convs = [c.module for c in view.call_of(node).walk() if is_conv(c.module)]
         if not convs:
             continue
         end = node

@@ -82,7 +82,7 @@ def _collect(traces: Traces, gates: Gates, config: SEConfig) -> tuple[list[Candi
         if slot is not None:
             slots[view.module] = slot
             view = slot.view
-        found = [*residuals(view), *aggregations(view)]
+        found = _found_in(view)
         if slot is not None:
             # the author's room wins over the other places of the same forward
             bit = view.index[slot.node]
@@ -103,6 +103,12 @@ def _collect(traces: Traces, gates: Gates, config: SEConfig) -> tuple[list[Candi
     if not candidates:
         candidates = [c for view in views for c in plain_convs(view)]
     return candidates, slots
+
+
+def _found_in(view: View) -> list[Candidate]:
+    """The candidates of a view; looked for once for all modules that share its forward."""
+    found = view.shared("candidates", lambda: [*residuals(view), *aggregations(view)])
+    return [dataclasses.replace(c, view=view) for c in found]
 
 
 def _is_inner(slot: Slot) -> bool:
@@ -126,7 +132,7 @@ def _outermost(candidates: list[Candidate], slots: dict[nn.Module, Slot]) -> lis
             if a.output is b.output:
                 return order[id(a)] > order[id(b)]
             return bool(b.branch >> a.view.index[a.output] & 1) and not a.branch >> b.view.index[b.output] & 1
-        begin = a.view.owner.call.begin
+        begin = a.view.call.begin
         return any(c.begin <= begin < c.end for c in spans[id(b)])
 
     order = {id(c): i for i, c in enumerate(candidates)}
@@ -146,7 +152,7 @@ def _walk_back(view: View, node: fx.Node, branch: int) -> tuple[fx.Node, fx.Node
         source: Any = None
         cut = False
         if node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
-            source = node.args[0] if view.passes_scaled(node.meta["call"].module) else None
+            source = node.args[0] if view.passes_scaled(view.call_of(node).module) else None
         elif node.target is torch.nn.functional.dropout:
             source = node.args[0]
         elif node.target in _SLICES and is_tensor(node.args[0]):
@@ -235,7 +241,7 @@ def _site(place: Place, slot: str, traces: Traces, gates: Gates, stages: _Stages
     style = "efficientnet" if place.inner and layout == "NCHW" and (
         place.depthwise or channels > _output_channels(view, channels)) else "se"
     spec = block_spec(config, channels, base, layout, style, from_input=place.inner)
-    owner = view.owner.path
+    owner = view.path
     reason = place.reason
     if reason is None and "_se_edits" in view.module.__dict__:
         reason = f"already has channel attention at {_own_block(view)}"
@@ -261,13 +267,13 @@ def _site(place: Place, slot: str, traces: Traces, gates: Gates, stages: _Stages
 
 def _own_block(view: View) -> str:
     slot = view.module.__dict__["_se_edits"].edits[0].slot
-    return f"{view.owner.path}.{slot}" if view.owner.path else str(slot)
+    return f"{view.path}.{slot}" if view.path else str(slot)
 
 
 def _gated_behind(view: View, node: fx.Node, gates: Gates) -> str | None:
     for user in node.users:
-        if user.op == "call_module" and user.meta["call"].module in gates.nodes:
-            return str(user.meta["call"].path)
+        if user.op == "call_module" and view.call_of(user).module in gates.nodes:
+            return str(view.call_of(user).path)
     return None
 
 
@@ -303,8 +309,8 @@ class _Stages:
 
     def position(self, place: Place) -> int:
         view = place.candidate.view
-        calls = (n.meta["call"] for n in view.calls_before(place.node))
-        return next((c.begin for c in calls if c.path), view.owner.call.begin)  # a marker's call has no path
+        calls = (view.call_of(n) for n in view.calls_before(place.node))
+        return next((c.begin for c in calls if c.path), view.call.begin)  # a marker's call has no path
 
     def of(self, place: Place) -> int:
         if self.ends:

@@ -6,13 +6,14 @@ import ast
 import dataclasses
 import inspect
 import textwrap
+from functools import partial
 
 from torch import fx, nn
 
 from .attention import Gates
 from .errors import TraceError
 from .graph import MULS, Traces, View, is_tensor, shape
-from .trace import Marker, own_graph
+from .trace import Forward, bind, own_forward
 
 SLOT_NAMES = ("se", "attn", "attn2", "attn3", "attn_last")
 _ABSENT = object()
@@ -44,26 +45,31 @@ def empty_slot(traces: Traces, view: View) -> Slot | None:
     the first identity (ByobNet's default) but the last None, which is the end of the branch
     (NFNet's default).
     """
-    module = view.module
-    content = {name: _content(module, name) for name in SLOT_NAMES}
+    found = view.shared("empty slot", partial(_find_empty, view))
+    if found is None:
+        return None
+    name, forward, node, gain = found
+    if forward is not view.forward:
+        view = View(forward, view.call, bind(forward, view.call), traces)
+    return Slot(name, view, node, gain)
+
+
+def _find_empty(view: View) -> tuple[str, Forward, fx.Node, float] | None:
+    content = {name: _content(view.module, name) for name in SLOT_NAMES}
     for node in view.nodes:
         empty = node.op == "call_module" and type(content.get(str(node.target))) is nn.Identity
         if empty and _usable(node) and _once(view, node):
-            return Slot(str(node.target), view, node, 1.0)
-    found: list[Slot] = []
-    for name, value in content.items():
-        if value is None:
-            slot = _probe(traces, view, name)
-            if slot is not None:
-                found.append(slot)
-    return max(found, key=lambda s: s.view.index[s.node], default=None)
+            return str(node.target), view.forward, node, 1.0
+    probes = {name: _probe(view, name) for name, value in content.items() if value is None}
+    found = [(name, *probe) for name, probe in probes.items() if probe is not None]
+    return max(found, key=lambda f: list(f[1].graph.nodes).index(f[2]), default=None)
 
 
 def gate_slot(view: View, gates: Gates) -> Slot | None:
     """The owner's child that only gates its input, if there is one: attention that can be swapped."""
     for node in view.nodes:
         if node.op == "call_module" and node.target in view.module._modules and _usable(node):
-            inner = gates.pure.get(node.meta["call"].module)
+            inner = gates.pure.get(view.call_of(node).module)
             if inner and _once(view, node):
                 return Slot(str(node.target), view, node, 1.0, replaces=True)
     return None
@@ -97,29 +103,21 @@ def _usable(node: fx.Node) -> bool:
     return is_tensor(node) and len(shape(node)) >= 3 and len(node.args) == 1 and node.meta["val"].is_floating_point()
 
 
-def _probe(traces: Traces, view: View, name: str) -> Slot | None:
-    """Fill a None slot with a marker and see whether, and where, the author's code calls it."""
-    module = view.module
-    attributes, children = dict(module.__dict__), dict(module._modules)
+def _probe(view: View, name: str) -> tuple[Forward, fx.Node, float] | None:
+    """Fill a None slot with a marker and see whether, where, and with which gain the author's code calls it."""
     try:
-        setattr(module, name, Marker())
-        marked = View(own_graph(view.owner.call), traces)
+        forward, _ = own_forward(view.call, marker=name)
     except TraceError:
         return None
-    finally:
-        module.__dict__.clear()
-        module.__dict__.update(attributes)
-        module._modules.clear()
-        module._modules.update(children)
-    calls = [n for n in marked.nodes if n.op == "call_module" and n.target == name]
+    calls = [n for n in forward.graph.nodes if n.op == "call_module" and n.target == name]
     if len(calls) != 1 or not _usable(calls[0]):
         return None
-    extra = len(marked.nodes) - len(view.nodes) - 1
+    extra = len(forward.graph.nodes) - len(view.nodes) - 1
     if extra == 0:
-        return Slot(name, marked, calls[0], 1.0)
+        return forward, calls[0], 1.0
     users = list(calls[0].users)
     if extra == 1 and len(users) == 1 and users[0].target in MULS:
         factors = [a for a in users[0].args if isinstance(a, (int, float))]
         if len(factors) == 1 and factors[0] in (0.5, 1.0, 2.0, 4.0):  # powers of two undo exactly
-            return Slot(name, marked, calls[0], float(factors[0]))
+            return forward, calls[0], float(factors[0])
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from .rewrite import (
     parameters_near,
     undo_edits,
 )
+from .signature import frozen
 from .sites import PlacedSite, find_sites
 from .slots import takes_activation
 from .trace import Call, abstract, record
@@ -159,7 +161,7 @@ def _prepare(
         root, size = _record(model, [input_size] if input_size is not None else input_sizes(model), dtype)
         traces = Traces(root)
         found = find_sites(model, traces, config, size)
-        jobs = _jobs(found)
+        jobs = _jobs(found, traces)
     params = sum(p.numel() for p in model.parameters())
     return Plan(name, config, size, params, tuple(s.site for s in found)), jobs
 
@@ -176,20 +178,28 @@ def _record(model: nn.Module, sizes: list[tuple[int, ...]], dtype: torch.dtype) 
     raise first
 
 
-def _jobs(found: list[PlacedSite]) -> list[_Job]:
+def _jobs(found: list[PlacedSite], traces: Traces) -> list[_Job]:
     """Group the sites by owner and generate the owners' code; a site whose owner refuses gets a reason."""
     owners: dict[nn.Module, list[PlacedSite]] = defaultdict(list)
     for s in found:
         if s.site.reason is None:
             owners[s.view.module].append(s)
     jobs: list[_Job] = []
+    classes: dict[Hashable, type[nn.Module] | TraceError] = {}
     for module, group in owners.items():
-        try:
-            edits = _edits(module, group)
-            cls = generate_class(module, edits) if edits.way == "rewrite" else None
-        except TraceError as error:
+        edits = _edits(module, group)
+        cls: type[nn.Module] | TraceError | None = None
+        if edits.way == "rewrite":
+            key = (traces.signatures.of(module), edits.edits, frozen(edits.constants))
+            if key not in classes:
+                try:
+                    classes[key] = generate_class(module, edits)
+                except TraceError as error:
+                    classes[key] = error
+            cls = classes[key]
+        if isinstance(cls, TraceError):
             for s in group:
-                s.site = dataclasses.replace(s.site, reason=str(error))
+                s.site = dataclasses.replace(s.site, reason=str(cls))
             continue
         jobs.append(_Job(module, edits, cls, group))
     return jobs
@@ -210,7 +220,7 @@ def _edits(module: nn.Module, group: list[PlacedSite]) -> OwnerEdits:
         Edit(s.site.slot, child, index[s.place.node], s.place.node.name,
              None if s.place.users is None else tuple(index[u] for u in s.place.users))
         for s, child in zip(group, after))
-    return OwnerEdits("rewrite", edits, tuple(first.view.owner.constants.items()))
+    return OwnerEdits("rewrite", edits, tuple(first.view.forward.constants.items()))
 
 
 def _child_before(s: PlacedSite) -> str:

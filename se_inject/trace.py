@@ -13,7 +13,7 @@ import dataclasses
 import inspect
 import operator
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -56,24 +56,18 @@ class Call:
 
 
 @dataclasses.dataclass(eq=False)
-class Owner:
-    """A module whose own forward was traced, with the shapes of one of its calls.
+class Forward:
+    """A module's own forward, traced, with the shapes of one call; modules that are alike share it.
 
-    Each node's ``meta["val"]`` is its value on meta tensors; a ``call_module`` node's
-    ``meta["call"]`` is the recorded child call. `constants` are the arguments that were not tensors.
+    Each node's ``meta["val"]`` is its value on meta tensors. `constants` are the arguments that were not
+    tensors; `marker` names the empty slot that was filled with a `Marker`. `memo` keeps what was found out
+    about the forward, for all who share it.
     """
 
-    call: Call
     graph: fx.Graph
     constants: dict[str, Any]
-
-    @property
-    def path(self) -> str:
-        return self.call.path
-
-    @property
-    def module(self) -> nn.Module:
-        return self.call.module
+    marker: str | None = None
+    memo: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
 
 
 @contextlib.contextmanager
@@ -227,15 +221,21 @@ class Marker(nn.Module):
         return x
 
 
-def own_graph(call: Call) -> Owner:
-    """Trace the called module alone and give every node its value in this call.
+def own_forward(call: Call, marker: str | None = None) -> tuple[Forward, dict[fx.Node, Call]]:
+    """Trace the called module alone, give every node its value in this call, and every call of a child its record.
+
+    With `marker`, the slot of that name is filled while tracing.
 
     Raises:
         TraceError: fx cannot follow the forward, or the trace does not make the calls that were recorded.
     """
     constants, values = _bind(call)
-    graph = trace_forward(call.module, constants)
+    with untouched([call.module]):
+        if marker is not None:
+            setattr(call.module, marker, Marker())
+        graph = trace_forward(call.module, constants)
     env: dict[fx.Node, Any] = {}
+    calls: dict[fx.Node, Call] = {}
     children = iter(call.children)
     with torch.no_grad(), torch.device("meta"):
         for node in graph.nodes:
@@ -246,15 +246,8 @@ def own_graph(call: Call) -> Owner:
             elif node.op == "get_attr":
                 value = operator.attrgetter(node.target)(call.module)
             elif node.op == "call_module":
-                target = call.module.get_submodule(str(node.target))
-                if isinstance(target, Marker):  # put there after the recording
-                    child: Call | None = Call("", target, args, {}, call, call.begin, call.begin, args[0])
-                else:
-                    child = next(children, None)
-                if child is None or child.module is not target or not _alike((args, kwargs), (child.args, child.kwargs)):
-                    raise TraceError(f"{type(call.module).__name__}.forward took another path when traced")
-                node.meta["call"] = child
-                value = child.output
+                calls[node] = _child_call(call, node, args, kwargs, children, marker)
+                value = calls[node].output
             elif node.op == "output":
                 value = args[0]
             else:
@@ -266,9 +259,45 @@ def own_graph(call: Call) -> Owner:
                 except Exception as error:
                     raise TraceError(f"{type(call.module).__name__}.forward, node {node}: {error}") from error
             env[node] = node.meta["val"] = value
+    _no_more(call, children)
+    return Forward(graph, constants, marker), calls
+
+
+def bind(forward: Forward, call: Call) -> dict[fx.Node, Call]:
+    """The recorded child calls of `call`, by the nodes of a forward that a module like it was traced with.
+
+    Raises:
+        TraceError: The call took another path.
+    """
+    calls: dict[fx.Node, Call] = {}
+    children = iter(call.children)
+    for node in forward.graph.nodes:
+        if node.op == "call_module":
+            args, kwargs = (fx.map_arg(a, lambda n: n.meta["val"]) for a in (node.args, node.kwargs))
+            calls[node] = _child_call(call, node, args, kwargs, children, forward.marker)
+    _no_more(call, children)
+    return calls
+
+
+def _child_call(
+    call: Call, node: fx.Node, args: Any, kwargs: Any, children: Iterator[Call], marker: str | None
+) -> Call:
+    if node.target == marker:  # put there after the recording
+        return Call("", Marker(), args, {}, call, call.begin, call.begin, args[0])
+    target = call.module.get_submodule(str(node.target))
+    child = next(children, None)
+    if child is None or child.module is not target or not _alike((args, kwargs), (child.args, child.kwargs)):
+        raise _another_path(call)
+    return child
+
+
+def _no_more(call: Call, children: Iterator[Call]) -> None:
     if next(children, None) is not None:
-        raise TraceError(f"{type(call.module).__name__}.forward took another path when traced")
-    return Owner(call, graph, constants)
+        raise _another_path(call)
+
+
+def _another_path(call: Call) -> TraceError:
+    return TraceError(f"{type(call.module).__name__}.forward took another path when traced")
 
 
 def _alike(a: Any, b: Any) -> bool:
