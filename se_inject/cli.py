@@ -1,4 +1,4 @@
-"""The command: `se-inject list | plan | inject | info | eject | demo`.
+"""The command: `se-inject list | plan | inject | info | eject | zoo | demo`.
 
 Results go to stdout and talk to stderr, so that output pipes. Exit codes: 0 done, 1 it could not be
 done, 2 it was asked wrongly. torch is imported by the commands that need it, not by ``--help``.
@@ -231,6 +231,64 @@ def eject_command(file: str, output: str, model: str | None, **given: Any) -> No
     write_atomically(output, lambda temporary: save_file(unshared(tensors), temporary, metadata=header))
     _say(f"{len(tensors)} base tensors written, {len(found.tensors) - len(tensors)} SE tensors left out")
     click.echo(output)
+
+
+@main.command("zoo")
+@click.argument("pattern", default="*")
+@click.option("--placement", type=click.Choice(PLACEMENTS), default="auto", show_default=True, help="Where in the branch.")
+@click.option("--verify", type=click.Choice(["meta", "cpu"]), default="meta", show_default=True,
+              help="meta runs each model without computing; cpu compares outputs before and after.")  # fmt: skip
+@click.option("--out", metavar="CSV", help="A table with a row per model; where it is there, the run goes on from it.")
+@click.option("--page", metavar="MD", help="Write a page that sums the table by family.")
+@click.option("--check", metavar="CSV", help="Fail where a model's answer is not the one in this table.")
+@click.option("--jobs", type=click.IntRange(1), help="Worker processes; default one per core.")
+@click.option("--timeout", type=float, default=300.0, show_default=True, help="Seconds for one model.")
+def zoo_command(
+    pattern: str, placement: str, verify: str, out: str | None, page: str | None, check: str | None,
+    jobs: int | None, timeout: float,
+) -> None:  # fmt: skip
+    """Answer for every model of timm that matches PATTERN, or of torchvision for 'torchvision/PATTERN'.
+
+    Each comes out injected or refused with a reason; anything else is a failure.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from . import zoo
+
+    names = zoo.names(pattern)
+    if not names:
+        raise click.ClickException(f"no model matches {pattern!r}; `se-inject list` has timm's names")
+    expected = zoo.read(check) if check else []
+    if check and not expected:
+        raise click.ClickException(f"{check!r} holds no rows to check against; make it with --out {check}")
+    wanted = set(names)
+    keep = [
+        r for r in (zoo.read(out) if out else [])
+        if r.model in wanted and r.placement == placement and r.status != "failed"]
+    if keep:
+        _say(f"{len(keep)} of {len(names)} rows kept from {out}")
+    table = zoo.Table(out, keep)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    quiet = not logging.getLogger("se_inject").isEnabledFor(logging.INFO)
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as progress:
+        task = progress.add_task("zoo", total=len(names), completed=len(keep))
+        for row in zoo.survey(
+                names, keep, placement=placement, verify=verify, jobs=jobs or os.cpu_count() or 1, timeout=timeout):
+            table.add(row)
+            progress.update(task, advance=1, description=row.family)
+            if row.status == "failed":
+                progress.console.print(f"{row.model}: {row.reason}", markup=False)
+    rows = table.finish()
+    if page:
+        zoo.write_page(page, rows, f"se-inject zoo '{pattern}' --placement {placement} --verify {verify}")
+    by_status = {s: sum(r.status == s for r in rows) for s in ("injected", "refused", "failed")}
+    click.echo(f"{len(rows)} models: " + ", ".join(f"{n} {s}" for s, n in by_status.items()))
+    changed = zoo.differences(rows, expected) if check else []
+    for line in changed:
+        click.echo(line)
+    if changed or by_status["failed"]:
+        sys.exit(1)
 
 
 @main.command("demo")

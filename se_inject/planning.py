@@ -8,6 +8,9 @@ from typing import Any
 
 from .config import SEConfig
 
+KINDS = {
+    "residual": "residual", "inverted_residual": "inverted residual", "aggregation": "aggregation", "conv": "conv"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Site:
@@ -48,13 +51,15 @@ class Site:
 class Plan:
     """The sites of a model under a config, injected and skipped.
 
-    ``str(plan)`` is a table; `to_dict` has the same as JSON types. `params` counts the model before.
+    ``str(plan)`` is a table; `to_dict` has the same as JSON types. `params` and `macs` (multiply-adds
+    for one image, by torch's formulas for convolutions and matrix products) are the model's before.
     """
 
     model: str
     config: SEConfig
     input_size: tuple[int, ...]
     params: int
+    macs: int
     all_sites: tuple[Site, ...]
 
     @property
@@ -86,6 +91,7 @@ class Plan:
             "config": dataclasses.replace(self.config, filter_fn=None).to_dict(),
             "input_size": list(self.input_size),
             "params": self.params,
+            "macs": self.macs,
             "added_params": self.added_params,
             "added_macs": self.added_macs,
             "sites": [{**dataclasses.asdict(s), "size": list(s.size)} for s in self.all_sites],
@@ -110,5 +116,6 @@ class Plan:
         lines.append(
             f"{self.model}: {len(self.sites)} sites, {len(self.skipped)} skipped; "
             f"{self.params:,} + {self.added_params:,} parameters (+{share:.1%}), "
-            f"+{self.added_macs / 1e6:.2f} M multiply-adds at {'x'.join(map(str, self.input_size))}")
+            f"{self.macs / 1e6:,.0f} + {self.added_macs / 1e6:,.2f} M multiply-adds "
+            f"at {'x'.join(map(str, self.input_size))}")
         return "\n".join(lines)

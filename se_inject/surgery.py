@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import defaultdict
 from collections.abc import Hashable
@@ -29,7 +30,9 @@ from .rewrite import (
 from .signature import frozen
 from .sites import PlacedSite, find_sites
 from .slots import takes_activation
-from .trace import Call, abstract, record
+from .trace import Call, MultiplyAdds, abstract, record, run
+
+BATCH = 2  # images in the recorded run; more than one, so that no size of 1 stands for two things
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +44,21 @@ class Injection:
 
 
 @dataclasses.dataclass(eq=False)
-class _Job:
+class Job:
     """One owner to rewrite: its edits, its generated class, and its sites."""
 
     module: nn.Module
     edits: OwnerEdits
     cls: type[nn.Module] | None
     found: list[PlacedSite]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A plan with everything made that `apply` needs, so that `apply` cannot fail halfway."""
+
+    plan: Plan
+    jobs: tuple[Job, ...]
 
 
 def plan(
@@ -75,7 +86,7 @@ def plan(
     name = model if isinstance(model, str) else _model_name(model)
     if isinstance(model, str):
         model = skeleton(model)
-    return _prepare(model, config, input_size, name)[0]
+    return prepare(model, config, input_size, name, count=True).plan
 
 
 def inject(
@@ -105,15 +116,24 @@ def inject(
         raise ConfigError(
             f"inject({model!r}) needs a model; write timm.create_model('se_inject/{model}') to make one by name")
     config = SEConfig.of(config, **options)
-    made, jobs = _prepare(model, config, input_size, _model_name(model))
-    if not jobs:
-        raise NoSitesError(_no_sites_message(made))
+    return apply(model, prepare(model, config, input_size, _model_name(model)))
+
+
+def apply(model: nn.Module, prepared: Prepared) -> nn.Module:
+    """Put the blocks of `prepare` into `model`, in place, and return it. On any error the model is as it was.
+
+    Raises:
+        NoSitesError: There is no site, or all are skipped.
+    """
+    config = prepared.plan.config
+    if not prepared.jobs:
+        raise NoSitesError(no_sites_message(prepared.plan))
     blocks: list[dict[str, nn.Module]] = [
-        {s.site.slot: _block(s, job.module, model, config) for s in job.found} for job in jobs
+        {s.site.slot: _block(s, job.module, model, config) for s in job.found} for job in prepared.jobs
     ]
     done: list[nn.Module] = []
     try:
-        for job, named in zip(jobs, blocks):
+        for job, named in zip(prepared.jobs, blocks):
             done.append(job.module)
             apply_edits(job.module, job.edits, job.cls, named)
     except BaseException:
@@ -121,7 +141,7 @@ def inject(
             if "_se_edits" in module.__dict__:
                 undo_edits(module)
         raise
-    model.__dict__["_se_injections"] = (*injections_of(model), Injection(config, made.sites))
+    model.__dict__["_se_injections"] = (*injections_of(model), Injection(config, prepared.plan.sites))
     register_hooks(model)
     return model
 
@@ -151,19 +171,24 @@ def eject(model: nn.Module) -> nn.Module:
     return model
 
 
-def _prepare(
-    model: nn.Module, config: SEConfig, input_size: tuple[int, ...] | None, name: str
-) -> tuple[Plan, list[_Job]]:
-    """Find the sites and make everything that can fail, without changing the model."""
+def prepare(
+    model: nn.Module, config: SEConfig, input_size: tuple[int, ...] | None, name: str, count: bool = False
+) -> Prepared:
+    """Find the sites and make everything that can fail, without changing the model.
+
+    With `count`, the plan knows the multiply-adds of the model, which takes some time.
+    """
     _refuse(model, config)
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
     with abstract(model):
-        root, size = _record(model, [input_size] if input_size is not None else input_sizes(model), dtype)
+        sizes = [input_size] if input_size is not None else input_sizes(model)
+        with MultiplyAdds() if count else contextlib.nullcontext() as counter:
+            root, size = _record(model, sizes, _dtype(model))
         traces = Traces(root)
         found = find_sites(model, traces, config, size)
         jobs = _jobs(found, traces)
     params = sum(p.numel() for p in model.parameters())
-    return Plan(name, config, size, params, tuple(s.site for s in found)), jobs
+    macs = counter.total // BATCH if counter is not None else 0
+    return Prepared(Plan(name, config, size, params, macs, tuple(s.site for s in found)), tuple(jobs))
 
 
 def _record(model: nn.Module, sizes: list[tuple[int, ...]], dtype: torch.dtype) -> tuple[Call, tuple[int, ...]]:
@@ -171,20 +196,20 @@ def _record(model: nn.Module, sizes: list[tuple[int, ...]], dtype: torch.dtype) 
     first: TraceError | None = None
     for size in map(tuple, sizes):
         try:
-            return record(model, torch.empty(2, *size, device="meta", dtype=dtype)), size
+            return record(model, torch.empty(BATCH, *size, device="meta", dtype=dtype)), size
         except TraceError as error:
             first = first or error
     assert first is not None
     raise first
 
 
-def _jobs(found: list[PlacedSite], traces: Traces) -> list[_Job]:
+def _jobs(found: list[PlacedSite], traces: Traces) -> list[Job]:
     """Group the sites by owner and generate the owners' code; a site whose owner refuses gets a reason."""
     owners: dict[nn.Module, list[PlacedSite]] = defaultdict(list)
     for s in found:
         if s.site.reason is None:
             owners[s.view.module].append(s)
-    jobs: list[_Job] = []
+    jobs: list[Job] = []
     classes: dict[Hashable, type[nn.Module] | TraceError] = {}
     for module, group in owners.items():
         edits = _edits(module, group)
@@ -201,7 +226,7 @@ def _jobs(found: list[PlacedSite], traces: Traces) -> list[_Job]:
             for s in group:
                 s.site = dataclasses.replace(s.site, reason=str(cls))
             continue
-        jobs.append(_Job(module, edits, cls, group))
+        jobs.append(Job(module, edits, cls, group))
     return jobs
 
 
@@ -269,7 +294,7 @@ def _refuse(model: nn.Module, config: SEConfig) -> None:
             raise TraceError("the model is a TorchScript module: inject the original model, then script it")
 
 
-def _no_sites_message(made: Plan) -> str:
+def no_sites_message(made: Plan) -> str:
     if not made.all_sites:
         return (f"{made.model}: no site found at input size {made.input_size}: no residual, aggregation or "
                 "convolution that a block could gate; print(se_inject.plan(model)) shows what was looked at")
@@ -305,6 +330,20 @@ def input_sizes(model: nn.Module) -> list[tuple[int, ...]]:
             break
     sides = [side] if side else [(224, 224), (32, 32)]
     return [(c, *s) for s in sides for c in dict.fromkeys(channels or [3])]
+
+
+def runs_on(model: nn.Module, size: tuple[int, ...]) -> bool:
+    """Whether `model` takes an input of this (C, H, W)."""
+    with abstract(model):
+        try:
+            run(model, torch.empty(BATCH, *size, device="meta", dtype=_dtype(model)))
+        except TraceError:
+            return False
+    return True
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
 
 def _model_name(model: object) -> str:

@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from .errors import TraceError
 
@@ -118,6 +120,37 @@ def abstract(model: nn.Module) -> Iterator[None]:
         yield
 
 
+class MultiplyAdds(TorchDispatchMode):
+    """Inside, counts the multiply-adds of convolutions and matrix products, by torch's own formulas."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=out) // 2
+        return out
+
+
+def run(model: nn.Module, inputs: torch.Tensor) -> Any:
+    """Run `model` once, without computing. Use it inside `abstract`.
+
+    Raises:
+        TraceError: The model's own forward raised on this input.
+    """
+    try:
+        with untouched(list(model.modules())), torch.no_grad(), torch.device("meta"):
+            return model(inputs)
+    except Exception as error:
+        raise TraceError(
+            f"{type(model).__name__} failed on an input of shape {tuple(inputs.shape)}: "
+            f"{type(error).__name__}: {error}. If the model needs another size, pass input_size=(C, H, W)."
+        ) from error
+
+
 def record(model: nn.Module, inputs: torch.Tensor) -> Call:
     """Run `model` once and return the call of its root. Use it inside `abstract`.
 
@@ -148,13 +181,7 @@ def record(model: nn.Module, inputs: torch.Tensor) -> Call:
         for module in paths:
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             handles.append(module.register_forward_hook(leave, with_kwargs=True))
-        with untouched(paths), torch.no_grad(), torch.device("meta"):
-            model(inputs)
-    except Exception as error:
-        raise TraceError(
-            f"{type(model).__name__} failed on an input of shape {tuple(inputs.shape)}: "
-            f"{type(error).__name__}: {error}. If the model needs another size, pass input_size=(C, H, W)."
-        ) from error
+        run(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
