@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
+    from .blocks import register_block as register_block
     from .config import SEConfig as SEConfig
     from .errors import NoSitesError as NoSitesError
     from .errors import SEInjectError as SEInjectError
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "SEConfig": "config", "SEInjectError": "errors", "NoSitesError": "errors", "plan": "surgery", "inject": "surgery",
     "eject": "surgery", "Plan": "planning", "Site": "planning", "save": "weights", "load": "weights",
+    "register_block": "blocks",
 }  # fmt: skip
 __all__ = ["__version__", *_HOMES]
 

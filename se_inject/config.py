@@ -31,7 +31,7 @@ class SEConfig:
         rd_divisor: The width is rounded to a multiple of this. None is 8 (timm's SEModule) or 1
             (EfficientNet's SqueezeExcite).
         placement: ``auto``, ``standard``, ``inner``, ``pre``, ``post`` or ``identity``.
-        block: The gate; see `se_inject.gate`.
+        block: The gate, by timm's ``create_attn`` name or as registered; see `se_inject.blocks`.
         init: ``identity`` (gate 1 until trained) or ``timm`` (timm's own init and plain gate).
         act_layer: Activation between the two layers, by timm's ``create_act`` name.
         gate_layer: Gate function, by timm's ``create_act`` name.
@@ -83,7 +83,7 @@ class SEConfig:
         for name, allowed in (("placement", PLACEMENTS), ("init", INITS), ("existing", EXISTING)):
             value = getattr(self, name)
             if value not in allowed:
-                raise ConfigError(f"{name}={value!r}: expected one of {', '.join(allowed)}{_did_you_mean(value, allowed)}")
+                raise ConfigError(f"{name}={value!r}: expected one of {', '.join(allowed)}{did_you_mean(value, allowed)}")
         if not isinstance(self.block, str) or not self.block:
             raise ConfigError(f"block={self.block!r}: expected the name of a block, such as 'se'")
         for name in ("act_layer", "gate_layer"):
@@ -114,7 +114,7 @@ class SEConfig:
         for key in options:
             if key not in names:
                 raise ConfigError(
-                    f"unknown option {key!r}{_did_you_mean(key, names)}; the options are {', '.join(names)}")
+                    f"unknown option {key!r}{did_you_mean(key, names)}; the options are {', '.join(names)}")
         return dataclasses.replace(config or cls(), **options)
 
     def to_dict(self) -> dict[str, Any]:
@@ -169,6 +169,6 @@ def _as_tuple(name: str, value: Any, kind: type) -> tuple[Any, ...] | None:
     return items
 
 
-def _did_you_mean(value: object, known: Iterable[str]) -> str:
+def did_you_mean(value: object, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(value), list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

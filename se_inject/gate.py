@@ -6,7 +6,7 @@ SEModule (``fc1``, ``fc2``) and EfficientNet's SqueezeExcite (``conv_reduce``, `
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -101,40 +101,13 @@ class EfficientNetSqueezeExcite(SqueezeExcite):
         return self.get_submodule("conv_expand")
 
 
-@dataclasses.dataclass(frozen=True)
-class BlockSpec:
-    """What one block is made of, with its cost."""
-
-    channels: int
-    rd_channels: int
-    layout: str
-    style: str
-    bias: bool
-
-    @property
-    def params(self) -> int:
-        weights = 2 * self.channels * self.rd_channels
-        return weights + (self.channels + self.rd_channels if self.bias else 0)
-
-    @property
-    def macs(self) -> int:
-        return 2 * self.channels * self.rd_channels
-
-
-def block_spec(
-    config: SEConfig, channels: int, base: int, layout: str, style: str, from_input: bool = False
-) -> BlockSpec:
-    """The block for a site that gates `channels`; its width comes from `base` channels.
-
-    Raises:
-        ConfigError: `config.block` is not known.
-    """
-    if config.block != "se":
-        raise ConfigError(f"block={config.block!r}: the known block is 'se'")
+def squeeze_width(config: SEConfig, base: int, from_input: bool = False) -> int:
+    """The squeeze width, from `base` channels; `from_input` says that those are an inverted residual's input."""
+    if config.rd_channels is not None:
+        return config.rd_channels
     ratio = config.ratio if config.ratio is not None else 1 / 4 if from_input else 1 / 16
     divisor = config.rd_divisor if config.rd_divisor is not None else 1 if from_input else 8
-    width = config.rd_channels if config.rd_channels is not None else _divisible(base * ratio, divisor)
-    return BlockSpec(channels, width, layout, style, config.bias)
+    return _divisible(base * ratio, divisor)
 
 
 def _divisible(value: float, divisor: int) -> int:
@@ -144,9 +117,10 @@ def _divisible(value: float, divisor: int) -> int:
     return max(divisor, int(value + divisor / 2) // divisor * divisor)
 
 
-def make_block(
-    spec: BlockSpec, config: SEConfig, act: str | type[nn.Module] | None, outer_gain: float, device: Any, dtype: Any
-) -> SqueezeExcite:
+def make_se(
+    channels: int, rd_channels: int, layout: str, style: str, config: SEConfig, act: str | type[nn.Module] | None,
+    outer_gain: float, device: Any, dtype: Any,
+) -> SqueezeExcite:  # fmt: skip
     """Build a block. `act` is the site's own activation, `outer_gain` a factor that the model puts behind it.
 
     Raises:
@@ -154,24 +128,23 @@ def make_block(
     """
     gate_layer = config.gate_layer or "sigmoid"
     gain = 1.0 if config.init == "timm" else identity_gain(gate_layer) / outer_gain
-    cls = EfficientNetSqueezeExcite if spec.style == "efficientnet" else SqueezeExcite
+    cls = EfficientNetSqueezeExcite if style == "efficientnet" else SqueezeExcite
     try:
         block = cls(
-            spec.channels, spec.rd_channels, spec.layout, spec.bias, config.act_layer or act or "relu", gate_layer,
-            gain, device, dtype)
+            channels, rd_channels, layout, config.bias, config.act_layer or act or "relu", gate_layer, gain, device, dtype)
     except (KeyError, AssertionError, TypeError) as error:
         raise ConfigError(
             f"act_layer={config.act_layer!r}, gate_layer={gate_layer!r}: timm cannot create it ({error!r}); "
             "use a name of timm.layers.create_act, such as 'relu', 'silu', 'sigmoid'") from error
     if config.init == "identity":
-        _mirror(block.first_layer())
+        mirror(block.first_layer())
         for parameter in block.last_layer().parameters():
             nn.init.zeros_(parameter)
     return block
 
 
 @torch.no_grad()
-def _mirror(layer: nn.Module) -> None:
+def mirror(layer: nn.Module) -> None:
     """Make the second half of a layer's units the negative of the first half.
 
     A narrow block whose ReLU units are all off gives its zeroed last layer no gradient; of a unit
@@ -182,6 +155,7 @@ def _mirror(layer: nn.Module) -> None:
         parameter[half:2 * half] = -parameter[:half]
 
 
+@functools.cache
 def identity_gain(gate_layer: str) -> float:
     """The factor that makes a gate exactly 1 where its argument is 0, and lets it learn from there.
 
@@ -194,13 +168,18 @@ def identity_gain(gate_layer: str) -> float:
         gate = create_act_layer(gate_layer)
     except (KeyError, AssertionError, TypeError) as error:
         raise ConfigError(f"gate_layer={gate_layer!r}: timm's create_act has no such name; use 'sigmoid'") from error
+    at_zero, slope = gate_at_zero(gate)
+    if at_zero <= 0 or math.frexp(at_zero)[0] != 0.5 or slope == 0:
+        raise ConfigError(
+            f"gate_layer={gate_layer!r} with init='identity': the gate is {at_zero:g} with slope {slope:g} at 0, "
+            "and an exact, trainable identity needs a power of two and a slope; use gate_layer='sigmoid' or init='timm'")
+    return 1.0 / at_zero
+
+
+def gate_at_zero(gate: nn.Module | None) -> tuple[float, float]:
+    """Value and slope of a gate function at 0."""
     with torch.enable_grad(), torch.device("cpu"):
         zero = torch.zeros(1, requires_grad=True)
         value = gate(zero * 1.0) if gate is not None else zero
         (slope,) = torch.autograd.grad(value.sum(), zero)
-    at_zero = float(value.detach())
-    if at_zero <= 0 or math.frexp(at_zero)[0] != 0.5 or float(slope) == 0:
-        raise ConfigError(
-            f"gate_layer={gate_layer!r} with init='identity': the gate is {at_zero:g} with slope {float(slope):g} at 0, "
-            "and an exact, trainable identity needs a power of two and a slope; use gate_layer='sigmoid' or init='timm'")
-    return 1.0 / at_zero
+    return float(value.detach()), float(slope)

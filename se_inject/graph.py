@@ -51,6 +51,13 @@ def is_weight(tensor: torch.Tensor) -> bool:
     return tensor.numel() > max(tensor.shape, default=1)
 
 
+def mixes(module: nn.Module) -> bool:
+    """Whether a module has weights of its own that mix channels or positions; ECA's convolution has only a few."""
+    if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+        return True
+    return any(is_weight(p) for p in module._parameters.values() if p is not None)
+
+
 def is_conv(module: nn.Module) -> bool:
     """Whether `module` is a 2d convolution over space, by itself: kernel larger than one."""
     kernel = getattr(module, "kernel_size", None)
@@ -116,7 +123,7 @@ class Traces:
 
     def has_weights(self, module: nn.Module) -> bool:
         if module not in self._weighty:
-            self._weighty[module] = any(is_weight(p) for p in module._parameters.values() if p is not None) or any(
+            self._weighty[module] = mixes(module) or any(
                 self.has_weights(child) for child in module._modules.values() if child is not None)
         return self._weighty[module]
 
@@ -249,7 +256,7 @@ class View:
             if node.op == "call_module":
                 count += sum(
                     1 for c in self._calls[node].walk()
-                    if any(is_weight(p) for p in c.module._parameters.values() if p is not None))
+                    if mixes(c.module))
             elif self.is_learned(node):
                 count += 1
         return count
@@ -291,7 +298,7 @@ class View:
             if earlier.op == "call_module":
                 for call in reversed(list(self._calls[earlier].walk())):
                     weight = call.module._parameters.get("weight")
-                    if weight is None or not is_weight(weight):
+                    if weight is None or not mixes(call.module):
                         continue
                     if weight.dim() == 2:
                         return len(dims) - 1

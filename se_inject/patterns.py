@@ -113,6 +113,7 @@ def aggregations(view: View) -> Iterator[Candidate]:
     passed on untouched (DenseNet, ShuffleNetV2), the units are the new features; else (Inception)
     the unit is the concat.
     """
+    merges = {c.merge for c in residuals(view)}
     for node in view.nodes:
         if node.op != "call_function" or node.target not in CATS or not is_tensor(node) or len(shape(node)) < 3:
             continue
@@ -137,7 +138,13 @@ def aggregations(view: View) -> Iterator[Candidate]:
             yield Candidate(view, "aggregation", end, mask | view.region(end, node), fork, node)
         elif len(learned) < len(regions) and any(_untouched(o, fork) for o in regions):
             for o in working:
-                yield Candidate(view, "aggregation", o, view.region(o, fork), fork, node)
+                if o in merges:  # a residual by itself, whose branch is gated
+                    continue
+                own = view.region(o, fork)
+                for other in regions:  # new features that were computed from earlier ones
+                    if other is not o and own >> view.index[other] & 1:
+                        own &= ~view.ancestors[view.index[other]]
+                yield Candidate(view, "aggregation", o, own, fork, node)
         else:
             yield Candidate(view, "aggregation", node, mask, fork, node)
 

@@ -25,10 +25,10 @@ class Site:
         layout: ``NCHW``, ``NHWC`` or ``NLC``.
         size: Positions, (H, W) or (L,), at the planned input size.
         stage: Number as in timm's ``out_indices``; the stem is 0.
-        style: ``se`` (keys fc1, fc2) or ``efficientnet`` (keys conv_reduce, conv_expand).
-        rd_channels: Squeeze width.
+        style: ``se`` (keys fc1, fc2), ``efficientnet`` (keys conv_reduce, conv_expand), or the name of another block.
+        rd_channels: Squeeze width; 0 where it is left to the block.
         params: Parameters added.
-        macs: Multiply-adds added for one image: both excitation layers and the scale.
+        macs: Multiply-adds added for one image: the layers of the block and the scale.
         reason: Why the site is skipped; None when it gets a block.
     """
 

@@ -257,10 +257,6 @@ def edited_owners(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if "_se_edits" in m.__dict__]
 
 
-def is_plain_sequential(module: nn.Module) -> bool:
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
-
-
 def parameters_near(module: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of the weights of an owner, else of the model."""
     for source in (module, model):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from bisect import bisect_left
 from collections import defaultdict
 from typing import Any
 
@@ -11,8 +12,8 @@ import torch
 from torch import fx, nn
 
 from .attention import Gates
+from .blocks import block_spec, cost, get_block, problem
 from .config import SEConfig
-from .gate import block_spec
 from .graph import _SLICES, Traces, View, is_tensor, shape
 from .patterns import Candidate, aggregations, chain_end, last_spatial_conv, plain_convs, residuals
 from .planning import Site
@@ -95,6 +96,12 @@ def _collect(traces: Traces, gates: Gates, config: SEConfig) -> tuple[list[Candi
         candidates += found
     residual_types = {type(c.view.module) for c in candidates if c.kind == "residual"}
     owners = {c.view.module for c in candidates}
+    residual_calls = sorted(c.view.call.begin for c in candidates if c.kind == "residual")
+    for view in views:  # where an author put attention is a place, whatever the block is
+        slot = gate_slot(view, gates)
+        if slot is not None and view.module not in owners:
+            kind = "inverted_residual" if _is_inner(slot) else "conv"
+            candidates.append(Candidate(view, kind, slot.node, _without(view, slot.node, residual_calls)))
     for view in views:  # the same block, where stride or width left it without a shortcut
         if type(view.module) in residual_types and view.module not in owners:
             end = chain_end(view)
@@ -103,6 +110,16 @@ def _collect(traces: Traces, gates: Gates, config: SEConfig) -> tuple[list[Candi
     if not candidates:
         candidates = [c for view in views for c in plain_convs(view)]
     return candidates, slots
+
+
+def _without(view: View, node: fx.Node, begins: list[int]) -> int:
+    """Mask of what comes before `node` in its forward, but for calls in which one of the calls `begins` is."""
+    mask = 0
+    for n in view.members(view.ancestors[view.index[node]]):
+        span = view.call_of(n) if n.op == "call_module" else None
+        if span is None or bisect_left(begins, span.begin) == bisect_left(begins, span.end):
+            mask |= 1 << view.index[n]
+    return mask
 
 
 def _found_in(view: View) -> list[Candidate]:
@@ -251,15 +268,22 @@ def _site(place: Place, slot: str, traces: Traces, gates: Gates, stages: _Stages
             reason = f"already has channel attention at {taken}"
         elif taken is not None and config.existing == "replace" and not (place.fill and place.fill.replaces):
             reason = f"its channel attention is no module that could be swapped at {taken}"
+        elif place.fill is None and any(c.changes_list for c in traces.calls[view.module]):
+            reason = f"{type(view.module).__name__}.forward changes a list that it is given"
         elif layout == "NLC" and size == (1,):
             reason = "only one position: nothing to squeeze"
+        elif layout == "NLC" and get_block(config.block).positions:
+            reason = f"block={config.block!r} needs a map with height and width, and this is a sequence of tokens"
+        elif place.fill is not None and place.fill.gain != 1.0 and problem(config, place.fill.gain):
+            reason = problem(config, place.fill.gain)
         elif dim not in (1, len(dims) - 1) or len(dims) > 4:
             reason = f"layout of shape {dims} is not known"
     calls = len(traces.calls[view.module])
+    params, macs = cost(spec, config, size) if reason is None else (0, 0)
     site = Site(
         path=f"{owner}.{slot}" if owner else slot, owner=owner, slot=slot, kind=c.kind, channels=channels,
         layout=layout, size=size, stage=stages.of(place), style=style, rd_channels=spec.rd_channels,
-        params=spec.params, macs=calls * (spec.macs + channels * math.prod(size)), reason=reason)
+        params=params, macs=calls * macs, reason=reason)
     if site.reason is None:
         site = dataclasses.replace(site, reason=config.rejects(site))
     return PlacedSite(site, place, 1.0 if place.fill is None else place.fill.gain)
@@ -302,10 +326,9 @@ class _Stages:
             for entry in info:
                 name = entry.get("module", "") if isinstance(entry, dict) else ""
                 inside = [c.end for c in calls if c.path == name or c.path.startswith(name + ".")]
-                if not name or not inside:
-                    self.ends = []
-                    break
-                self.ends.append(max(inside))
+                self.ends.append(max(inside) if name and inside else -1)  # -1: not called, so nothing is in it
+            if max(self.ends, default=-1) < 0:
+                self.ends = []
 
     def position(self, place: Place) -> int:
         view = place.candidate.view

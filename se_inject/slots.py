@@ -58,7 +58,7 @@ def _find_empty(view: View) -> tuple[str, Forward, fx.Node, float] | None:
     content = {name: _content(view.module, name) for name in SLOT_NAMES}
     for node in view.nodes:
         empty = node.op == "call_module" and type(content.get(str(node.target))) is nn.Identity
-        if empty and _usable(node) and _once(view, node):
+        if empty and _usable(node) and _once(view, node) and _after_work(view, node):
             return str(node.target), view.forward, node, 1.0
     probes = {name: _probe(view, name) for name, value in content.items() if value is None}
     found = [(name, *probe) for name, probe in probes.items() if probe is not None]
@@ -101,6 +101,11 @@ def _once(view: View, node: fx.Node) -> bool:
 
 def _usable(node: fx.Node) -> bool:
     return is_tensor(node) and len(shape(node)) >= 3 and len(node.args) == 1 and node.meta["val"].is_floating_point()
+
+
+def _after_work(view: View, node: fx.Node) -> bool:
+    """Whether a learned layer of the same forward comes before `node`: else it would gate the input, shortcut and all."""
+    return any(view.is_learned(n) for n in view.members(view.ancestors[view.index[node]]) if n is not node)
 
 
 def _probe(view: View, name: str) -> tuple[Forward, fx.Node, float] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections import defaultdict
 from collections.abc import Hashable
@@ -11,11 +10,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .blocks import BlockSpec, make_block, problem
 from .config import SEConfig
 from .errors import ConfigError, NoSitesError, SEInjectError, TraceError
-from .gate import BlockSpec, SqueezeExcite, identity_gain, make_block
 from .graph import Traces
 from .loading import register_hooks, remove_hooks
+from .meta import MetaOps
 from .planning import Plan, Site
 from .rewrite import (
     Edit,
@@ -23,14 +23,13 @@ from .rewrite import (
     apply_edits,
     edited_owners,
     generate_class,
-    is_plain_sequential,
     parameters_near,
     undo_edits,
 )
 from .signature import frozen
 from .sites import PlacedSite, find_sites
 from .slots import takes_activation
-from .trace import Call, MultiplyAdds, abstract, record, run
+from .trace import Call, abstract, is_plain_sequential, record, run
 
 BATCH = 2  # images in the recorded run; more than one, so that no size of 1 stands for two things
 
@@ -86,7 +85,7 @@ def plan(
     name = model if isinstance(model, str) else _model_name(model)
     if isinstance(model, str):
         model = skeleton(model)
-    return prepare(model, config, input_size, name, count=True).plan
+    return prepare(model, config, input_size, name).plan
 
 
 def inject(
@@ -172,31 +171,26 @@ def eject(model: nn.Module) -> nn.Module:
 
 
 def prepare(
-    model: nn.Module, config: SEConfig, input_size: tuple[int, ...] | None, name: str, count: bool = False
+    model: nn.Module, config: SEConfig, input_size: tuple[int, ...] | None, name: str
 ) -> Prepared:
-    """Find the sites and make everything that can fail, without changing the model.
-
-    With `count`, the plan knows the multiply-adds of the model, which takes some time.
-    """
+    """Find the sites and make everything that can fail, without changing the model."""
     _refuse(model, config)
     with abstract(model):
         sizes = [input_size] if input_size is not None else input_sizes(model)
-        with MultiplyAdds() if count else contextlib.nullcontext() as counter:
-            root, size = _record(model, sizes, _dtype(model))
+        root, macs, size = _record(model, sizes, _dtype(model))
         traces = Traces(root)
         found = find_sites(model, traces, config, size)
         jobs = _jobs(found, traces)
     params = sum(p.numel() for p in model.parameters())
-    macs = counter.total // BATCH if counter is not None else 0
-    return Prepared(Plan(name, config, size, params, macs, tuple(s.site for s in found)), tuple(jobs))
+    return Prepared(Plan(name, config, size, params, macs // BATCH, tuple(s.site for s in found)), tuple(jobs))
 
 
-def _record(model: nn.Module, sizes: list[tuple[int, ...]], dtype: torch.dtype) -> tuple[Call, tuple[int, ...]]:
+def _record(model: nn.Module, sizes: list[tuple[int, ...]], dtype: torch.dtype) -> tuple[Call, int, tuple[int, ...]]:
     """Run on the first of `sizes` that the model takes; the error is that of the first."""
     first: TraceError | None = None
     for size in map(tuple, sizes):
         try:
-            return record(model, torch.empty(BATCH, *size, device="meta", dtype=dtype)), size
+            return *record(model, torch.empty(BATCH, *size, device="meta", dtype=dtype)), size
         except TraceError as error:
             first = first or error
     assert first is not None
@@ -254,10 +248,10 @@ def _child_before(s: PlacedSite) -> str:
     return next((name for name in names if name in s.view.module._modules and name != s.site.slot), "")
 
 
-def _block(found: PlacedSite, owner: nn.Module, model: nn.Module, config: SEConfig) -> SqueezeExcite:
+def _block(found: PlacedSite, owner: nn.Module, model: nn.Module, config: SEConfig) -> nn.Module:
     site = found.site
     device, dtype = parameters_near(owner, model)
-    spec = BlockSpec(site.channels, site.rd_channels, site.layout, site.style, config.bias)
+    spec = BlockSpec(config.block, site.channels, site.rd_channels, site.layout, site.style, config.bias)
     slot = found.place.fill
     own = found.place.inner if slot is None else takes_activation(type(owner), slot.name)
     act = _activation(owner) if own else None
@@ -278,8 +272,9 @@ def _refuse(model: nn.Module, config: SEConfig) -> None:
     """Raise for what cannot be planned or rewritten, with the call that works."""
     if not isinstance(model, nn.Module):
         raise ConfigError(f"expected a torch.nn.Module or a timm name, found {type(model).__name__}")
-    if config.init == "identity":
-        identity_gain(config.gate_layer or "sigmoid")
+    why = problem(config)
+    if why is not None:
+        raise ConfigError(why)
     for m in model.modules():
         kind = type(m).__name__
         if kind in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"):
@@ -364,7 +359,7 @@ def skeleton(name: str) -> nn.Module:
     bare = name.removeprefix("se_inject/")
     if not timm.is_model(bare):
         raise ConfigError(unknown_model_message(name, get_arch_name(bare)))
-    with torch.device("meta"):
+    with torch.device("meta"), MetaOps():
         return timm.create_model(bare)
 
 

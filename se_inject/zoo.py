@@ -20,6 +20,7 @@ from torch import nn
 from .checkpoint import write_atomically
 from .config import SEConfig
 from .errors import SEInjectError
+from .meta import MetaOps
 from .planning import KINDS, Plan
 from .registry import PREFIX
 from .surgery import apply, eject, input_sizes, no_sites_message, prepare, runs_on
@@ -132,10 +133,10 @@ def answer(name: str, placement: str = "auto", verify: str = "meta") -> Row:
     row = Row(name, family(name), placement, "failed")
     config = SEConfig(placement=placement)
     try:
-        with torch.device(verify):
+        with torch.device(verify), MetaOps() if verify == "meta" else contextlib.nullcontext():
             model = create(name)
         size = smallest_input(model) if verify == "cpu" else None
-        prepared = prepare(model, config, size, name, count=True)
+        prepared = prepare(model, config, size, name)
         plan = prepared.plan
         row = dataclasses.replace(
             row, params=plan.params, macs=plan.macs, sites=_counts(plan.kinds()), skipped=_skipped(plan))
@@ -163,7 +164,8 @@ def _inject_and_compare(model: nn.Module, prepared: Any, verify: str) -> None:
     if verify == "cpu":
         model.eval()
         before = _run(model, x)
-    apply(model, prepared)
+    with MetaOps() if verify == "meta" else contextlib.nullcontext():
+        apply(model, prepared)
     if before is None:
         with abstract(model):
             run(model, x)
@@ -240,7 +242,8 @@ def _start_worker() -> None:
     import gc
     import warnings
 
-    gc.freeze()  # what was imported need not be looked through at each collection
+    gc.freeze()  # what was imported need not be looked through at each collection,
+    gc.set_threshold(200_000)  # and graphs are many small objects that go all at once
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")  # a library's words about its own old names
 

@@ -254,8 +254,8 @@ def test_a_forward_that_differs_between_modes_is_never_baked():
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 8, 24])
 def test_squeeze_width_is_never_zero(channels):
+    from se_inject.blocks import block_spec
     from se_inject.config import SEConfig
-    from se_inject.gate import block_spec
 
     assert block_spec(SEConfig(ratio=0.001, rd_divisor=1), channels, channels, "NCHW", "se").rd_channels == 1
     assert block_spec(SEConfig(), channels, channels, "NCHW", "se").rd_channels >= 1

@@ -1,0 +1,25 @@
+"""Gather-excite over the whole map, which timm 1.0.31 declares but cannot make.
+
+timm's ``GatherExcite`` hands device and dtype on by position, and its own mlp refuses them. This one makes the
+mlp by itself; keys and forward are timm's. Source: Hu et al., Gather-Excite, arXiv 1810.12348.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.layers import ConvMlp, get_act_layer, make_divisible
+from timm.layers import GatherExcite as TimmGatherExcite
+from torch import nn
+
+
+class GatherExcite(TimmGatherExcite):  # type: ignore[misc]
+    """Scales each channel by a gate from all channels' means. Shape: (N, C, H, W) to the same."""
+
+    def __init__(
+        self, channels: int, rd_ratio: float = 1 / 16, rd_channels: int | None = None, rd_divisor: int = 1,
+        act_layer: str | type[nn.Module] = "relu", gate_layer: str = "sigmoid", device: Any = None, dtype: Any = None,
+    ) -> None:  # fmt: skip
+        super().__init__(channels, use_mlp=False, gate_layer=gate_layer)
+        width = rd_channels or make_divisible(channels * rd_ratio, rd_divisor, round_limit=0.0)
+        self.mlp = ConvMlp(channels, width, act_layer=get_act_layer(act_layer), device=device, dtype=dtype)
