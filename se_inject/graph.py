@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from .axes import channel_axis
 from .errors import TraceError
 from .signature import Signatures, frozen
 from .trace import Call, Forward, bind, own_forward
@@ -286,14 +287,12 @@ class View:
     def channel_dim(self, node: fx.Node) -> int:
         """The channel dimension of an activation: 1 in NCHW, the last in NHWC and (N, L, C).
 
-        Square maps tell it by their shape; where they do not, the learned layer before `node` does.
+        Where the run did not carry it so far, the learned layer before `node` tells it.
         """
         dims = shape(node)
-        if len(dims) == 4:
-            if dims[2] == dims[3] != dims[1]:
-                return 1
-            if dims[1] == dims[2] != dims[3]:
-                return 3
+        axis = channel_axis(node.meta["val"])
+        if axis is not None:
+            return axis
         for earlier in reversed(self.members(self.ancestors[self.index[node]])):
             if earlier.op == "call_module":
                 for call in reversed(list(self._calls[earlier].walk())):

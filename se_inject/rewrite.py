@@ -1,12 +1,14 @@
 """Rewrite the modules that own sites, so that their forward calls the new blocks.
 
-Three ways, the lightest that serves: an empty slot is filled and the author's own forward calls it;
-a plain `nn.Sequential` gets the block as one more child; any other owner gets a subclass of its own
-class whose forward is generated from its traced graph. The weights and their names stay where they are.
+Four ways, the lightest that serves: an empty slot is filled and the author's own forward calls it;
+a plain `nn.Sequential` gets the block as one more child; an `fx.GraphModule` gets a new graph; any other
+owner gets a subclass of its own class whose forward is generated from its traced graph. The weights and
+their names stay where they are.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -17,7 +19,7 @@ import torch
 from torch import fx, nn
 
 from .errors import SEInjectError, TraceError
-from .trace import Unpacked, trace_forward
+from .trace import Unpacked, copy_graph, trace_forward
 
 _NONE = "_se_none"
 
@@ -42,8 +44,9 @@ class Edit:
 class OwnerEdits:
     """All that is done to one owner; kept on it as ``_se_edits``, so that it can be undone and rebuilt.
 
-    `way` is ``fill``, ``insert`` or ``rewrite``. `constants` are the arguments that the trace held
-    fixed. `original` is what stood in a filled slot: the module, or None with where it was kept.
+    `way` is ``fill``, ``insert``, ``graph`` or ``rewrite``. `constants` are the arguments that the trace held
+    fixed. `original` is what stood in a filled slot: the module, or None with where it was kept; or the
+    graphs of a GraphModule, by attribute.
     """
 
     way: str
@@ -81,10 +84,13 @@ def same_graph(a: fx.Graph, b: fx.Graph, constants: dict[str, Any]) -> bool:
     return True
 
 
-def trace_modes(module: nn.Module, constants: dict[str, Any]) -> tuple[fx.Graph, dict[str, Any]]:
+def trace_modes(
+    module: nn.Module, constants: dict[str, Any], known: fx.Graph | None = None
+) -> tuple[fx.Graph, dict[str, Any]]:
     """Trace an owner for rewriting: the graph, and the arguments that it holds fixed.
 
-    Arguments stay open where the forward does not branch on them. `module` is not changed.
+    Arguments stay open where the forward does not branch on them. `known` is a trace in eval mode with
+    `constants`, where there is one. `module` and `known` are not changed.
 
     Raises:
         TraceError: fx cannot follow the forward, or it differs between train and eval mode.
@@ -94,11 +100,10 @@ def trace_modes(module: nn.Module, constants: dict[str, Any]) -> tuple[fx.Graph,
     try:
         for m, _ in modes:
             m.__dict__["training"] = False
-        graph = trace_forward(module, constants)
-        try:
-            free = trace_forward(module, unpacked)
-        except TraceError:
-            free = None
+        graph = trace_forward(module, constants) if known is None else copy_graph(known)
+        free = None
+        with contextlib.suppress(TraceError):
+            free = graph if constants.keys() == unpacked.keys() else trace_forward(module, unpacked)
         if free is not None and same_graph(graph, free, constants):
             graph, fixed = free, {}
         else:
@@ -115,10 +120,11 @@ def trace_modes(module: nn.Module, constants: dict[str, Any]) -> tuple[fx.Graph,
     return graph, fixed
 
 
-def generate_class(module: nn.Module, edits: OwnerEdits) -> type[nn.Module]:
+def generate_class(module: nn.Module, edits: OwnerEdits, known: fx.Graph | None = None) -> type[nn.Module]:
     """A subclass of `module`'s class whose forward calls the blocks. `module` is not changed.
 
-    Owners of one class and equal code share one generated class.
+    Owners of one class and equal code share one generated class. `known` is the trace that the edits were
+    made for, where it is at hand.
 
     Raises:
         TraceError: The forward cannot be traced, or is not the one that the edits were made for.
@@ -128,7 +134,7 @@ def generate_class(module: nn.Module, edits: OwnerEdits) -> type[nn.Module]:
     try:
         for edit in edits.edits:  # on unpickling the blocks are there already, and an owner may iterate its children
             module._modules.pop(edit.slot, None)
-        graph, fixed = trace_modes(module, dict(edits.constants))
+        graph, fixed = trace_modes(module, dict(edits.constants), known)
     finally:
         module._modules.clear()
         module._modules.update(children)
@@ -171,6 +177,32 @@ def _insert(graph: fx.Graph, nodes: list[fx.Node], edit: Edit) -> None:
     else:
         for i in edit.users:
             nodes[i].replace_input_with(node, call)
+
+
+def generate_graphs(module: fx.GraphModule, edits: OwnerEdits) -> dict[str, fx.Graph]:
+    """New graphs for a GraphModule, by attribute; torchvision's keeps one for each mode. `module` is not changed.
+
+    Raises:
+        TraceError: Its graphs differ.
+    """
+    new: dict[fx.Graph, fx.Graph] = {}
+    kept = {key: graph for key, graph in module.__dict__.items() if isinstance(graph, fx.Graph)}
+    for graph in kept.values():
+        if not same_graph(module.graph, graph, {}):
+            raise TraceError("this GraphModule has graphs for train and eval mode that differ")
+        if graph not in new:
+            new[graph] = copy_graph(graph)
+            nodes = list(new[graph].nodes)
+            for edit in edits.edits:
+                _insert(new[graph], nodes, edit)
+            new[graph].lint()
+    return {key: new[graph] for key, graph in kept.items()}
+
+
+def _set_graphs(module: nn.Module, graphs: dict[str, fx.Graph]) -> None:
+    assert isinstance(module, fx.GraphModule)
+    module.__dict__.update(graphs)
+    module.recompile()
 
 
 _classes: dict[tuple[Any, ...], type[nn.Module]] = {}
@@ -221,8 +253,11 @@ def _copy(self: nn.Module) -> nn.Module:
     return new
 
 
-def apply_edits(module: nn.Module, edits: OwnerEdits, cls: type[nn.Module] | None, blocks: dict[str, nn.Module]) -> None:
-    """Put `blocks` into an owner, in place. `cls` is its generated class where the way is ``rewrite``."""
+def apply_edits(
+    module: nn.Module, edits: OwnerEdits, code: type[nn.Module] | dict[str, fx.Graph] | None,
+    blocks: dict[str, nn.Module],
+) -> None:  # fmt: skip
+    """Put `blocks` into an owner, in place. `code` is its generated class or graphs, where it has some."""
     for edit in edits.edits:
         if edit.slot in module._modules:  # a registered slot keeps its place
             module._modules[edit.slot] = blocks[edit.slot]
@@ -234,8 +269,10 @@ def apply_edits(module: nn.Module, edits: OwnerEdits, cls: type[nn.Module] | Non
         module._modules.clear()
         module._modules.update(items)
     module.__dict__["_se_edits"] = edits
-    if cls is not None:
-        module.__class__ = cls
+    if isinstance(code, dict):
+        _set_graphs(module, code)
+    elif code is not None:
+        module.__class__ = code
 
 
 def undo_edits(module: nn.Module) -> None:
@@ -251,6 +288,8 @@ def undo_edits(module: nn.Module) -> None:
         else:
             del module._modules[edit.slot]
             setattr(module, edit.slot, edits.original)
+    if edits.way == "graph":
+        _set_graphs(module, edits.original)
 
 
 def edited_owners(model: nn.Module) -> list[nn.Module]:

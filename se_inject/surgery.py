@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .axes import mark
 from .blocks import BlockSpec, make_block, problem
 from .config import SEConfig
 from .errors import ConfigError, NoSitesError, SEInjectError, TraceError
-from .graph import Traces
+from .graph import Traces, View
 from .loading import register_hooks, remove_hooks
 from .meta import MetaOps
 from .planning import Plan, Site
@@ -23,6 +24,7 @@ from .rewrite import (
     apply_edits,
     edited_owners,
     generate_class,
+    generate_graphs,
     parameters_near,
     undo_edits,
 )
@@ -48,7 +50,7 @@ class Job:
 
     module: nn.Module
     edits: OwnerEdits
-    cls: type[nn.Module] | None
+    code: type[nn.Module] | dict[str, fx.Graph] | None
     found: list[PlacedSite]
 
 
@@ -134,7 +136,7 @@ def apply(model: nn.Module, prepared: Prepared) -> nn.Module:
     try:
         for job, named in zip(prepared.jobs, blocks):
             done.append(job.module)
-            apply_edits(job.module, job.edits, job.cls, named)
+            apply_edits(job.module, job.edits, job.code, named)
     except BaseException:
         for module in done:
             if "_se_edits" in module.__dict__:
@@ -190,7 +192,9 @@ def _record(model: nn.Module, sizes: list[tuple[int, ...]], dtype: torch.dtype) 
     first: TraceError | None = None
     for size in map(tuple, sizes):
         try:
-            return *record(model, torch.empty(BATCH, *size, device="meta", dtype=dtype)), size
+            images = torch.empty(BATCH, *size, device="meta", dtype=dtype)
+            mark(images, 1)
+            return *record(model, images), size
         except TraceError as error:
             first = first or error
     assert first is not None
@@ -204,24 +208,28 @@ def _jobs(found: list[PlacedSite], traces: Traces) -> list[Job]:
         if s.site.reason is None:
             owners[s.view.module].append(s)
     jobs: list[Job] = []
-    classes: dict[Hashable, type[nn.Module] | TraceError] = {}
+    made: dict[Hashable, type[nn.Module] | dict[str, fx.Graph] | TraceError | None] = {}
     for module, group in owners.items():
         edits = _edits(module, group)
-        cls: type[nn.Module] | TraceError | None = None
-        if edits.way == "rewrite":
-            key = (traces.signatures.of(module), edits.edits, frozen(edits.constants))
-            if key not in classes:
-                try:
-                    classes[key] = generate_class(module, edits)
-                except TraceError as error:
-                    classes[key] = error
-            cls = classes[key]
-        if isinstance(cls, TraceError):
+        key = (traces.signatures.of(module), edits.edits, frozen(edits.constants))
+        if key not in made:
+            try:
+                made[key] = _code(group[0].view, edits)
+            except TraceError as error:
+                made[key] = error
+        code = made[key]
+        if isinstance(code, TraceError):
             for s in group:
-                s.site = dataclasses.replace(s.site, reason=str(cls))
+                s.site = dataclasses.replace(s.site, reason=str(code))
             continue
-        jobs.append(Job(module, edits, cls, group))
+        jobs.append(Job(module, edits, code, group))
     return jobs
+
+
+def _code(view: View, edits: OwnerEdits) -> type[nn.Module] | dict[str, fx.Graph] | None:
+    if isinstance(view.module, fx.GraphModule):
+        return generate_graphs(view.module, edits)
+    return generate_class(view.module, edits, view.forward.graph) if edits.way == "rewrite" else None
 
 
 def _edits(module: nn.Module, group: list[PlacedSite]) -> OwnerEdits:
@@ -239,12 +247,15 @@ def _edits(module: nn.Module, group: list[PlacedSite]) -> OwnerEdits:
         Edit(s.site.slot, child, index[s.place.node], s.place.node.name,
              None if s.place.users is None else tuple(index[u] for u in s.place.users))
         for s, child in zip(group, after))
+    if isinstance(module, fx.GraphModule):
+        graphs = {key: graph for key, graph in module.__dict__.items() if isinstance(graph, fx.Graph)}
+        return OwnerEdits("graph", edits, (), graphs)
     return OwnerEdits("rewrite", edits, tuple(first.view.forward.constants.items()))
 
 
 def _child_before(s: PlacedSite) -> str:
     """The owner's child that is called last on the way to a site."""
-    names = (str(n.target) for n in s.view.calls_before(s.place.node))
+    names = (str(n.target).partition(".")[0] for n in s.view.calls_before(s.place.node))
     return next((name for name in names if name in s.view.module._modules and name != s.site.slot), "")
 
 
@@ -283,8 +294,6 @@ def _refuse(model: nn.Module, config: SEConfig) -> None:
             raise TraceError("the model is sharded by FSDP: inject it first, then call fully_shard")
         if kind == "OptimizedModule":
             raise TraceError("the model is compiled: inject the original module (model._orig_mod), then compile it")
-        if isinstance(m, fx.GraphModule):
-            raise TraceError("the model is an fx GraphModule: inject the original model, then trace it")
         if isinstance(m, torch.jit.ScriptModule):
             raise TraceError("the model is a TorchScript module: inject the original model, then script it")
 

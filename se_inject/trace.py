@@ -115,7 +115,8 @@ def abstract(model: nn.Module) -> Iterator[None]:
                 d[key] = {name: meta(t) for name, t in d[key].items()}
             d["_modules"] = dict(d["_modules"])
             for key in (*_HOOKS, *_HOOK_FLAGS):
-                d[key] = OrderedDict()
+                if d[key]:
+                    d[key] = OrderedDict()
             d["training"] = False
         yield
 
@@ -131,7 +132,7 @@ def run(model: nn.Module, inputs: torch.Tensor) -> int:
         TraceError: The model's own forward raised on this input.
     """
     try:
-        with untouched(list(model.modules())), torch.no_grad(), torch.device("meta"), MetaOps() as ops:
+        with untouched(list(model.modules())), torch.no_grad(), MetaOps(factories=True) as ops:
             model(inputs)
             macs: int = ops.macs
             return macs
@@ -217,6 +218,16 @@ class _OwnTracer(fx.Tracer):
         return fn, args
 
 
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """The same nodes in the same order, without what is known about them."""
+    new = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        copies[node] = new.node_copy(node, copies.__getitem__)
+        copies[node].meta = {}
+    return new
+
+
 def is_plain_sequential(module: nn.Module) -> bool:
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
@@ -237,6 +248,8 @@ def trace_forward(module: nn.Module, constants: dict[str, Any]) -> fx.Graph:
     Raises:
         TraceError: The forward does something that fx cannot follow.
     """
+    if isinstance(module, fx.GraphModule):
+        return copy_graph(module.graph)
     if is_plain_sequential(module):
         return _chain(module)
     with untouched([module]):
@@ -273,7 +286,7 @@ def own_forward(call: Call, marker: str | None = None) -> tuple[Forward, dict[fx
     env: dict[fx.Node, Any] = {}
     calls: dict[fx.Node, Call] = {}
     children = iter(call.children)
-    with torch.no_grad(), torch.device("meta"), MetaOps():
+    with torch.no_grad(), MetaOps(factories=True):
         for node in graph.nodes:
             args = fx.map_arg(node.args, env.__getitem__)
             kwargs = fx.map_arg(node.kwargs, env.__getitem__)
