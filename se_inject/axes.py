@@ -36,7 +36,8 @@ def _axes(t: torch.Tensor) -> list[int] | None:
     where: _Where | None = t.__dict__.get(_KEY)
     if where is None:
         return None
-    before, axes, size = 1, [], 1
+    before, size = 1, 1
+    axes: list[int] = []
     for axis, n in enumerate(t.shape):
         if axes or (before == where[0] and (n > 1 or where[1] == 1)):
             axes.append(axis)

@@ -19,16 +19,16 @@ from .trace import Call, Forward, bind, own_forward
 ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 MULS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
 CATS = {torch.cat, torch.concat, torch.concatenate}
-RESHAPES = {
+LAYOUTS = {
     "view", "reshape", "expand", "expand_as", "unsqueeze", "squeeze", "flatten", "contiguous", "view_as", "to",
-    "type_as", "unflatten", torch.reshape, torch.flatten, torch.unsqueeze, torch.squeeze,
-}
+    "type_as", "unflatten", "permute", "transpose", "swapaxes", "movedim", torch.reshape, torch.flatten,
+    torch.unsqueeze, torch.squeeze, torch.permute, torch.transpose, torch.movedim,
+}  # fmt: skip
 _T = TypeVar("_T")
-_SLICES = {operator.getitem, "narrow", torch.narrow}
-_LINEAR_FUNCTIONS = ADDS | MULS | CATS | RESHAPES | _SLICES | {
+SLICES = {operator.getitem, "narrow", torch.narrow}
+_LINEAR_FUNCTIONS = ADDS | MULS | CATS | LAYOUTS | SLICES | {
     operator.sub, operator.isub, torch.sub, "sub", "sub_", operator.neg, operator.truediv, operator.floordiv, "div",
-    "permute", "transpose", "size", "mean", "sum", "chunk", "split", "roll", "clone", "swapaxes", "movedim", "dim",
-    torch.permute, torch.transpose, torch.mean, torch.sum, torch.chunk, torch.split, torch.roll, torch.stack,
+    "size", "mean", "sum", "chunk", "split", "roll", "clone", "dim", torch.mean, torch.sum, torch.chunk, torch.split, torch.roll, torch.stack,
     F.pad, F.avg_pool2d, F.adaptive_avg_pool2d, F.interpolate, F.conv1d, F.conv2d, F.linear, F.batch_norm,
     F.layer_norm, F.group_norm, F.dropout, F.pixel_shuffle, F.pixel_unshuffle, getattr,
 }
@@ -128,6 +128,13 @@ class Traces:
                 self.has_weights(child) for child in module._modules.values() if child is not None)
         return self._weighty[module]
 
+    def scales(self, module: nn.Module) -> bool:
+        """Whether a module does nothing but multiply its input by parameters or numbers (layer scale)."""
+        if self.has_weights(module) or any(True for _ in module.children()):
+            return False
+        view = self.view(module)
+        return view is not None and view.scaled_input(view.nodes[-1].args[0])
+
     def is_linear(self, module: nn.Module) -> bool:
         """Whether a module is linear in its input; unknown modules are not."""
         if module not in self._linear:
@@ -211,16 +218,35 @@ class View:
         return out
 
     def fork(self, nodes: Iterable[fx.Node]) -> fx.Node | None:
-        """The last activation tensor that all of `nodes` come from."""
+        """The last activation, a tensor or several in one value (chunks), that all of `nodes` come from."""
         common = -1
         for node in nodes:
             common &= self.ancestors[self.index[node]]
         while common:
             i = common.bit_length() - 1
             if self.carries_data(self.nodes[i]):
-                return self.nodes[i] if is_tensor(self.nodes[i]) else None
+                return self.nodes[i]
             common ^= 1 << i
         return None
+
+    def sources(self, node: fx.Node) -> list[fx.Node]:
+        """The activations that `node` is computed from."""
+        return [n for n in node.all_input_nodes if self.carries_data(n)]
+
+    @cached_property
+    def moving(self) -> int:
+        """Mask of the nodes that depend on the module's input or on what its children compute."""
+        return self.shared("moving", self._moving)
+
+    def _moving(self) -> int:
+        mask = 0
+        for i, node in enumerate(self.nodes):
+            if node.op in ("placeholder", "call_module") or any(mask >> self.index[n] & 1 for n in self.sources(node)):
+                mask |= 1 << i
+        return mask
+
+    def moves(self, node: fx.Node) -> bool:
+        return bool(self.moving >> self.index[node] & 1)
 
     def region(self, node: fx.Node, fork: fx.Node | None) -> int:
         """Mask of the nodes between `fork` and `node`, with `node`, without `fork`."""
@@ -237,18 +263,14 @@ class View:
 
     def is_nonlinear(self, node: fx.Node) -> bool:
         if node.op == "call_module":
-            return not self.traces.is_linear(self._calls[node].module)
-        if node.op not in ("call_function", "call_method"):
+            return not self._calls[node].passes and not self.traces.is_linear(self._calls[node].module)
+        if node.op not in ("call_function", "call_method") or not self.moves(node):
             return False
         if not self.carries_data(node) and not isinstance(node.meta.get("val"), torch.Tensor):
             return False  # sizes and other plain values
         if node.target in MULS:  # a product of two activations is not linear
-            return sum(isinstance(a, fx.Node) and is_tensor(a) and self._moves(a) for a in node.args[:2]) > 1
+            return sum(isinstance(a, fx.Node) and is_tensor(a) and self.moves(a) for a in node.args[:2]) > 1
         return node.target not in _LINEAR_FUNCTIONS
-
-    def _moves(self, node: fx.Node) -> bool:
-        """Whether a value depends on the module's input."""
-        return any(n.op in ("placeholder", "call_module") for n in self.members(self.ancestors[self.index[node]]))
 
     def work(self, mask: int) -> int:
         """Number of learned layers called in a set of nodes."""
@@ -311,27 +333,22 @@ class View:
             return None
         a, b = node.args[0], node.args[1]
         for x, k in ((a, b), (b, a)):
-            if not isinstance(x, fx.Node) or not is_tensor(x) or not self._moves(x):
+            if not isinstance(x, fx.Node) or not is_tensor(x) or not self.moves(x):
                 continue
             if isinstance(k, (int, float)):
                 return x
-            if isinstance(k, fx.Node) and (not is_tensor(k) or not self._moves(k)):
+            if isinstance(k, fx.Node) and (not is_tensor(k) or not self.moves(k)):
                 return x
         return None
 
-    def passes_scaled(self, module: nn.Module) -> bool:
-        """Whether a module only scales its input by parameters, or in eval mode returns it unchanged."""
-        if isinstance(module, (nn.Identity, nn.modules.dropout._DropoutNd)):
-            return True
-        if self.traces.has_weights(module) or any(True for _ in module.children()):
-            return False
-        view = self.traces.view(module)
-        if view is None:
-            return False
-        out = view.nodes[-1].args[0]
-        while isinstance(out, fx.Node) and out.op != "placeholder":
-            inner = view.is_constant_factor(out)
-            if inner is None:
-                return False
-            out = inner
-        return isinstance(out, fx.Node)
+    def scaled_input(self, node: Any) -> bool:
+        """Whether a value is an input of the module, times constants."""
+        scaled = False
+        while isinstance(node, fx.Node) and node.op != "placeholder":
+            node, scaled = self.is_constant_factor(node), True
+        return isinstance(node, fx.Node) and scaled
+
+    def passes(self, node: fx.Node) -> bool:
+        """Whether a call only scales its input by parameters, or in eval mode returns it unchanged."""
+        call = self._calls[node]
+        return call.passes or self.traces.scales(call.module)

@@ -33,16 +33,17 @@ _REDUCTIONS = {_aten.mean.dim: 1, _aten.sum.dim_IntList: 1, _aten.linalg_vector_
 
 
 class MetaOps(TorchDispatchMode):
-    """Inside, operators on the meta device take short ways, and multiply-adds are counted by torch's own formulas.
+    """Inside, operators on the meta device take short ways, multiply-adds are counted, and channels followed.
 
-    Results know the axis of their channels; see `axes`. A short way is taken where shape, layout and dtype of the result are plain; torch does the rest. With `factories`,
-    tensors are made on the meta device, whatever device is asked for; ``torch.device("meta")`` does nearly the same,
-    but at a cost for every operator.
+    A short way is taken where shape, layout and dtype of the result are plain; torch does the rest, and torch's
+    formulas count. With `factories`, tensors are made on the meta device, whatever device is asked for:
+    ``torch.device("meta")`` does nearly the same, but at a cost for every operator.
     """
 
     def __init__(self, *, factories: bool = False) -> None:
         super().__init__()
         self.macs = 0
+        self.operators = 0
         self.factories = factories
 
     @classmethod
@@ -50,6 +51,7 @@ class MetaOps(TorchDispatchMode):
         return False  # nothing is compiled inside, and the guard against it costs more than most operators here
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operators += 1
         kwargs = kwargs or {}
         packet = func._overloadpacket
         first = args[0] if args else None

@@ -41,9 +41,9 @@ def _content(module: nn.Module, name: str) -> object:
 def empty_slot(traces: Traces, view: View) -> Slot | None:
     """The empty slot of an owner that its forward calls once, if there is one.
 
-    Of several, an `nn.Identity` goes before None, as it is called in any case; of several of a kind,
-    the first identity (ByobNet's default) but the last None, which is the end of the branch
-    (NFNet's default).
+    Of several, an `nn.Identity` goes before None, as it is called in any case; of several identities
+    the one that the constructor's default names (ByobNet's ``attn_last=True``), else the first; of
+    several None the last, which is the end of the branch (NFNet's default).
     """
     found = view.shared("empty slot", partial(_find_empty, view))
     if found is None:
@@ -56,10 +56,12 @@ def empty_slot(traces: Traces, view: View) -> Slot | None:
 
 def _find_empty(view: View) -> tuple[str, Forward, fx.Node, float] | None:
     content = {name: _content(view.module, name) for name in SLOT_NAMES}
-    for node in view.nodes:
-        empty = node.op == "call_module" and type(content.get(str(node.target))) is nn.Identity
-        if empty and _usable(node) and _once(view, node) and _after_work(view, node):
-            return str(node.target), view.forward, node, 1.0
+    identities = [
+        node for node in view.nodes if node.op == "call_module" and type(content.get(str(node.target))) is nn.Identity
+        and _usable(node) and _once(view, node) and _after_work(view, node)]
+    if identities:
+        node = next((n for n in identities if _is_default(type(view.module), str(n.target))), identities[0])
+        return str(node.target), view.forward, node, 1.0
     probes = {name: _probe(view, name) for name, value in content.items() if value is None}
     found = [(name, *probe) for name, probe in probes.items() if probe is not None]
     return max(found, key=lambda f: list(f[1].graph.nodes).index(f[2]), default=None)
@@ -93,6 +95,12 @@ def takes_activation(owner: type[nn.Module], slot: str) -> bool:
             if isinstance(call, ast.Call) and any(k.arg == "act_layer" for k in call.keywords):
                 return True
     return False
+
+
+def _is_default(owner: type[nn.Module], slot: str) -> bool:
+    """Whether the owner's constructor has a flag of the slot's name, and it is set by default."""
+    flag = inspect.signature(owner.__init__).parameters.get(slot)
+    return flag is not None and flag.default is True
 
 
 def _once(view: View, node: fx.Node) -> bool:

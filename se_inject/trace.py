@@ -32,7 +32,8 @@ class Call:
     """One call of a module during the recorded run.
 
     `begin` and `end` number the calls in order, so that `a.begin < b.begin < a.end` says that call
-    `b` happened inside call `a`. `changes_list` says that a list among the arguments was changed.
+    `b` happened inside call `a`. `changes_list` says that a list among the arguments was changed, `operators`
+    how many operators ran inside.
     """
 
     path: str
@@ -44,6 +45,7 @@ class Call:
     end: int = -1
     output: Any = None
     changes_list: bool = False
+    operators: int = 0
     children: list[Call] = dataclasses.field(default_factory=list)
 
     def walk(self) -> Iterator[Call]:
@@ -53,8 +55,9 @@ class Call:
             yield from child.walk()
 
     @property
-    def depth(self) -> int:
-        return 0 if self.parent is None else self.parent.depth + 1
+    def passes(self) -> bool:
+        """Whether the call returned the very tensor that it was given: identity, dropout and drop path in eval mode."""
+        return self.operators == 0 and isinstance(self.output, torch.Tensor) and self.output is self.args[0]
 
 
 @dataclasses.dataclass(eq=False)
@@ -125,17 +128,17 @@ def _same(value: Any) -> Any:
     return value
 
 
-def run(model: nn.Module, inputs: torch.Tensor) -> int:
+def run(model: nn.Module, inputs: torch.Tensor, ops: MetaOps | None = None) -> int:
     """Run `model` once, without computing, and return its multiply-adds. Use it inside `abstract`.
 
     Raises:
         TraceError: The model's own forward raised on this input.
     """
+    ops = ops or MetaOps(factories=True)
     try:
-        with untouched(list(model.modules())), torch.no_grad(), MetaOps(factories=True) as ops:
+        with untouched(list(model.modules())), torch.no_grad(), ops:
             model(inputs)
-            macs: int = ops.macs
-            return macs
+            return ops.macs
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} failed on an input of shape {tuple(inputs.shape)}: "
@@ -153,12 +156,13 @@ def record(model: nn.Module, inputs: torch.Tensor) -> tuple[Call, int]:
     stack: list[Call] = []
     root: list[Call] = []
     count = 0
+    ops = MetaOps(factories=True)
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal count
         parent = stack[-1] if stack else None
         args, kwargs = tree_map(_same, (args, kwargs))  # a list may grow during the call
-        call = Call(paths[module], module, args, kwargs, parent, count)
+        call = Call(paths[module], module, args, kwargs, parent, count, operators=-ops.operators)
         count += 1
         (parent.children if parent else root).append(call)
         stack.append(call)
@@ -167,6 +171,7 @@ def record(model: nn.Module, inputs: torch.Tensor) -> tuple[Call, int]:
         nonlocal count
         call = stack.pop()
         call.output, call.end = output, count
+        call.operators += ops.operators
         call.changes_list = not _alike((args, kwargs), (call.args, call.kwargs))
         count += 1
 
@@ -175,7 +180,7 @@ def record(model: nn.Module, inputs: torch.Tensor) -> tuple[Call, int]:
         for module in paths:
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             handles.append(module.register_forward_hook(leave, with_kwargs=True))
-        macs = run(model, inputs)
+        macs = run(model, inputs, ops)
     finally:
         for handle in handles:
             handle.remove()

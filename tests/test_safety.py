@@ -31,7 +31,7 @@ def snapshot(model):
     ("resnet18", {"input_size": (5, 64, 64)}, "input_size"),
     ("resnet18", {"act_layer": "nonsense"}, "nonsense"),
     ("vit_tiny_patch16_224", {"input_size": (3, 100, 100)}, "input_size"),
-    ("vit_tiny_patch16_224", {"placement": "inner"}, "needs a convolution"),
+    ("vit_tiny_patch16_224", {"placement": "inner"}, "one convolution over space"),
 ])  # fmt: skip
 def test_a_refused_model_is_as_it_was(name, options, message):
     model = timm.create_model(name)

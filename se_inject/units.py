@@ -1,0 +1,170 @@
+"""Which of the candidates of all owners are the units of a model: the outermost, where authors left room first."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+
+from torch import fx, nn
+
+from .attention import Gates
+from .config import SEConfig
+from .graph import Traces, View
+from .patterns import Candidate, candidates, chain_end, is_inside, plain_convs
+from .slots import Slot, empty_slot, gate_slot
+from .trace import Call
+
+
+def find_units(traces: Traces, gates: Gates, config: SEConfig) -> tuple[list[Candidate], dict[nn.Module, Slot]]:
+    """The units of a recorded model, and the slots that are their places, by owner.
+
+    Candidates that are no place for a block come with their reason.
+    """
+    views = [view for view in map(traces.view, list(traces.calls)) if view is not None]
+    found = {view.module: candidates(view) for view in views}
+    linear = [c for group in found.values() for c in group if c.reason is not None]
+    rooms, slots = _rooms(traces, views, gates, _Holders(linear), config)
+    chosen: list[Candidate] = []
+    for view in views:
+        own = [c for c in found[view.module] if c.reason is None]
+        slot = slots.get(view.module)
+        chosen += own if slot is None else [_at_slot(slot, view, own)]
+    types = {type(c.view.module) for c in chosen if c.kind == "residual"}
+    owners = {c.view.module for c in chosen}
+    begins = sorted(c.view.call.begin for c in chosen if c.kind == "residual")
+    for view in views:
+        if view.module not in owners:
+            c = _without_shortcut(view, rooms.get(view.module), type(view.module) in types, begins, config)
+            chosen += [] if c is None else [c]
+    for c in chosen:
+        if c.kind == "conv" and type(c.view.module) in types:
+            c.kind = "inverted_residual"  # the same block, where stride or width left it without a shortcut
+    if not chosen:
+        chosen = [c for view in views for c in plain_convs(view)]
+    return _outermost(chosen, slots, linear), slots
+
+
+def _rooms(
+    traces: Traces, views: list[View], gates: Gates, linear: _Holders, config: SEConfig
+) -> tuple[dict[nn.Module, Slot], dict[nn.Module, Slot]]:
+    """Where authors left room for attention or put it, by owner; and those of it that are the place for a block.
+
+    Of a class that has attention in one slot here and left the same empty there, both are the place. What lies in a
+    linear branch is none: a block there would be lost when the author's code makes one convolution of it.
+    """
+    empty = {}
+    for view in views:
+        slot = empty_slot(traces, view)
+        if slot is not None and not any(True for _ in linear.around(view.call)):
+            empty[view.module] = slot
+    filled = {view.module: slot for view in views if (slot := gate_slot(view, gates)) is not None}
+    slots: dict[nn.Module, Slot] = {}
+    if config.placement == "auto":
+        slots.update(empty)
+        if config.existing == "skip":
+            left = {(type(m), slot.name) for m, slot in empty.items()}
+            slots.update({m: slot for m, slot in filled.items() if (type(m), slot.name) in left})
+    if config.existing == "replace":
+        slots.update(filled)
+    return {**empty, **filled}, slots
+
+
+def _at_slot(slot: Slot, view: View, found: list[Candidate]) -> Candidate:
+    """The unit that a slot belongs to, with the slot as its end: the author's room wins over other places."""
+    own = found if slot.view.forward is view.forward else candidates(slot.view)
+    around = [c for c in own if c.branch >> slot.view.index[slot.node] & 1 and c.reason is None]
+    if around:
+        unit = max(around, key=lambda c: c.kind == "residual")
+        return Candidate(slot.view, unit.kind, slot.node, unit.branch)
+    return Candidate(slot.view, _kind(slot), slot.node, (1 << len(slot.view.nodes)) - 1)
+
+
+def _kind(slot: Slot) -> str:
+    return "inverted_residual" if is_inner(slot) else "conv"
+
+
+def is_inner(slot: Slot) -> bool:
+    """Whether a learned layer of the same forward follows the slot, as in an inverted residual."""
+    bit = 1 << slot.view.index[slot.node]
+    return any(
+        slot.view.is_learned(n) and slot.view.ancestors[slot.view.index[n]] & bit
+        for n in slot.view.nodes if n is not slot.node)
+
+
+def _without_shortcut(
+    view: View, room: Slot | None, of_residual_class: bool, begins: list[int], config: SEConfig
+) -> Candidate | None:
+    """The whole forward as a unit, where its class has a shortcut elsewhere, or its author thought of attention."""
+    if room is None or of_residual_class:
+        return chain_end(view) if of_residual_class else None
+    end = chain_end(view, _kind(room)) if config.placement != "auto" else None
+    if end is None and room.view.forward is not view.forward:
+        return None
+    output = room.node if end is None else end.output
+    fork = None if end is None else end.fork
+    return Candidate(view, _kind(room), output, _without(view, output, begins), fork)
+
+
+def _without(view: View, node: fx.Node, begins: list[int]) -> int:
+    """Mask of what comes before `node` in its forward, but for calls in which one of the calls `begins` is."""
+    mask = 0
+    for n in view.members(view.ancestors[view.index[node]]):
+        span = view.call_of(n) if n.op == "call_module" else None
+        if span is None or bisect_left(begins, span.begin) == bisect_left(begins, span.end):
+            mask |= 1 << view.index[n]
+    return mask
+
+
+class _Holders:
+    """Which units lie around a call, in the forwards that lead to it."""
+
+    def __init__(self, units: Iterable[Candidate]) -> None:
+        self._of: dict[int, list[Candidate]] = defaultdict(list)
+        for c in units:
+            for call in c.view.calls(c.branch):
+                self._of[id(call)].append(c)
+
+    def around(self, call: Call) -> Iterator[Candidate]:
+        """The units whose branches make `call`, directly or further inside."""
+        at: Call | None = call
+        while at is not None:
+            yield from self._of.get(id(at), ())
+            at = at.parent
+
+
+def _outermost(chosen: list[Candidate], slots: dict[nn.Module, Slot], linear: list[Candidate]) -> list[Candidate]:
+    """Drop what lies inside another unit, so that nothing is gated twice on one way.
+
+    A unit that holds a slot further inside gives way to it, and an aggregation to the residual units of the
+    modules that it calls: it is then a stage of them (CSPNet).
+    """
+    holders = _Holders(chosen)
+    gone: set[int] = set()
+    for c in chosen:
+        if c.view.module in slots:
+            gone |= {id(b) for b in holders.around(c.view.call) if b.view.module not in slots}
+    for c in chosen:
+        if c.kind == "residual" and id(c) not in gone:
+            gone |= {id(b) for b in holders.around(c.view.call) if b.kind == "aggregation"}
+    kept = [c for c in chosen if id(c) not in gone]
+    out = _not_inside(kept, kept)
+    linear_holders = _Holders(linear)
+    held = {id(b) for c in out for b in linear_holders.around(c.view.call)}
+    return out + [c for c in _not_inside(linear, out) if id(c) not in held]
+
+
+def _not_inside(these: list[Candidate], units: list[Candidate]) -> list[Candidate]:
+    holders = _Holders(units)
+    in_view: dict[nn.Module, list[Candidate]] = defaultdict(list)
+    for c in units:
+        in_view[c.view.module].append(c)
+    out = []
+    for c in these:
+        siblings = in_view[c.view.module]
+        first = next((b for b in siblings if b.output is c.output and b.view is c.view), c)
+        if first is c and not any(True for _ in holders.around(c.view.call)) and not any(
+                b is not c and b.output is not c.output and is_inside(c, b) for b in siblings if b.view is c.view):
+            out.append(c)
+    return out
+
