@@ -28,7 +28,8 @@ _T = TypeVar("_T")
 SLICES = {operator.getitem, "narrow", torch.narrow}
 _LINEAR_FUNCTIONS = ADDS | MULS | CATS | LAYOUTS | SLICES | {
     operator.sub, operator.isub, torch.sub, "sub", "sub_", operator.neg, operator.truediv, operator.floordiv, "div",
-    "size", "mean", "sum", "chunk", "split", "roll", "clone", "dim", torch.mean, torch.sum, torch.chunk, torch.split, torch.roll, torch.stack,
+    "size", "mean", "sum", "chunk", "split", "roll", "clone", "dim", torch.mean,
+    torch.sum, torch.chunk, torch.split, torch.roll, torch.stack,
     F.pad, F.avg_pool2d, F.adaptive_avg_pool2d, F.interpolate, F.conv1d, F.conv2d, F.linear, F.batch_norm,
     F.layer_norm, F.group_norm, F.dropout, F.pixel_shuffle, F.pixel_unshuffle, getattr,
 }

@@ -237,7 +237,9 @@ def _where_all_ways_pass(place: Place, traces: Traces) -> Place:
 
 def other_ways(view: View) -> str | None:
     """Name of a method of an owner that does the work of its forward in another way."""
-    return _other_ways(type(view.module), view.call.parent is None)
+    owner: Any = type(view.module)
+    way: str | None = _other_ways(owner, view.call.parent is None)
+    return way
 
 
 @functools.cache

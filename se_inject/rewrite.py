@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import itertools
 import linecache
 from typing import Any
@@ -19,9 +20,10 @@ import torch
 from torch import fx, nn
 
 from .errors import SEInjectError, TraceError
-from .trace import Unpacked, copy_graph, trace_forward
+from .paths import Path, counterparts, known_path, same_graph, same_paths, trace_paths
+from .trace import Unpacked, copy_graph
 
-_NONE = "_se_none"
+_ERROR = "_se_error"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,52 +47,25 @@ class OwnerEdits:
     """All that is done to one owner; kept on it as ``_se_edits``, so that it can be undone and rebuilt.
 
     `way` is ``fill``, ``insert``, ``graph`` or ``rewrite``. `constants` are the arguments that the trace held
-    fixed. `original` is what stood in a filled slot: the module, or None with where it was kept; or the
-    graphs of a GraphModule, by attribute.
+    fixed, `decisions` the way that it went where the forward branches on sizes. `original` is what stood in
+    a filled slot: the module, or None with where it was kept; or the graphs of a GraphModule, by attribute.
     """
 
     way: str
     edits: tuple[Edit, ...]
     constants: tuple[tuple[str, Any], ...] = ()
+    decisions: tuple[bool, ...] = ()
     original: Any = None
     original_registered: bool = False
 
 
-def same_graph(a: fx.Graph, b: fx.Graph, constants: dict[str, Any]) -> bool:
-    """Whether two traces of one forward do the same; in `b` a placeholder may stand for its constant."""
-    pairs: dict[fx.Node, fx.Node] = {}
-
-    def same(x: Any, y: Any) -> bool:
-        if isinstance(x, fx.Node) and isinstance(y, fx.Node):
-            return pairs.get(x) is y
-        if isinstance(y, fx.Node):
-            if y.op != "placeholder" or y.target not in constants:
-                return False
-            return x is constants[y.target] or (type(x) is type(constants[y.target]) and x == constants[y.target])
-        if isinstance(x, (list, tuple)) and isinstance(y, (list, tuple)):
-            return len(x) == len(y) and all(map(same, x, y))
-        if isinstance(x, dict) and isinstance(y, dict):
-            return x.keys() == y.keys() and all(same(x[k], y[k]) for k in x)
-        if isinstance(x, slice) and isinstance(y, slice):
-            return same((x.start, x.stop, x.step), (y.start, y.stop, y.step))
-        return type(x) is type(y) and bool(x == y)
-
-    if len(a.nodes) != len(b.nodes):
-        return False
-    for x, y in zip(a.nodes, b.nodes):
-        if x.op != y.op or x.target != y.target or not same(x.args, y.args) or not same(x.kwargs, y.kwargs):
-            return False
-        pairs[x] = y
-    return True
-
-
 def trace_modes(
-    module: nn.Module, constants: dict[str, Any], known: fx.Graph | None = None
-) -> tuple[fx.Graph, dict[str, Any]]:
-    """Trace an owner for rewriting: the graph, and the arguments that it holds fixed.
+    module: nn.Module, constants: dict[str, Any], known: Path | None = None
+) -> tuple[list[Path], dict[str, Any]]:
+    """Trace an owner for rewriting: the ways through its forward, and the arguments that they hold fixed.
 
-    Arguments stay open where the forward does not branch on them. `known` is a trace in eval mode with
-    `constants`, where there is one. `module` and `known` are not changed.
+    Arguments stay open where the forward does not branch on them. `known` is the only way in eval mode with
+    `constants`, where it is at hand. `module` is not changed.
 
     Raises:
         TraceError: fx cannot follow the forward, or it differs between train and eval mode.
@@ -100,60 +75,197 @@ def trace_modes(
     try:
         for m, _ in modes:
             m.__dict__["training"] = False
-        graph = trace_forward(module, constants) if known is None else copy_graph(known)
+        paths = trace_paths(module, constants) if known is None else [known]
         free = None
         with contextlib.suppress(TraceError):
-            free = graph if constants.keys() == unpacked.keys() else trace_forward(module, unpacked)
-        if free is not None and same_graph(graph, free, constants):
-            graph, fixed = free, {}
+            free = paths if constants.keys() == unpacked.keys() else trace_paths(module, unpacked)
+        if free is not None and same_paths(paths, free, constants):
+            paths, fixed = free, {}
         else:
             fixed = {k: v for k, v in constants.items() if v is None or isinstance(v, (bool, int, float, str))}
             if len(fixed) + len(unpacked) < len(constants):
                 raise TraceError(f"{type(module).__name__}.forward depends on an argument that is no plain value")
         for m, _ in modes:
             m.__dict__["training"] = True
-        if not same_graph(graph, trace_forward(module, {**fixed, **unpacked}), {}):
+        if not same_paths(paths, trace_paths(module, {**fixed, **unpacked}), {}):
             raise TraceError(f"{type(module).__name__}.forward differs between train and eval mode")
     finally:
         for m, training in modes:
             m.__dict__["training"] = training
-    return graph, fixed
+    return paths, fixed
 
 
 def generate_class(module: nn.Module, edits: OwnerEdits, known: fx.Graph | None = None) -> type[nn.Module]:
     """A subclass of `module`'s class whose forward calls the blocks. `module` is not changed.
 
     Owners of one class and equal code share one generated class. `known` is the trace that the edits were
-    made for, where it is at hand.
+    made for, where it is at hand and the forward has no other ways.
 
     Raises:
         TraceError: The forward cannot be traced, or is not the one that the edits were made for.
     """
-    base = type(module)
-    children = dict(module._modules)
-    try:
-        for edit in edits.edits:  # on unpickling the blocks are there already, and an owner may iterate its children
-            module._modules.pop(edit.slot, None)
-        graph, fixed = trace_modes(module, dict(edits.constants), known)
-    finally:
-        module._modules.clear()
-        module._modules.update(children)
-    nodes = list(graph.nodes)
+    paths, fixed = _trace_without_blocks(module, edits, known)
+    main = next((p.graph for p in paths if p.outcomes == edits.decisions), None)
+    if main is None:
+        raise TraceError(f"{_base(module).__name__}.forward is not the one that was rewritten")
+    nodes = list(main.nodes)
     for edit in edits.edits:
         if edit.node >= len(nodes) or nodes[edit.node].name != edit.name:
             raise TraceError(
-                f"{base.__name__}.forward is not the one that was rewritten: node {edit.node} should be {edit.name!r}")
-    for edit in edits.edits:
-        _insert(graph, nodes, edit)
-    graph.lint()
-    code = graph.python_code("self")
+                f"{_base(module).__name__}.forward is not the one that was rewritten: "
+                f"node {edit.node} should be {edit.name!r}")
+    return _generate(module, edits, copy_graph(main), paths, fixed)
+
+
+def regenerate(module: nn.Module) -> None:
+    """Rewrite an owner anew, in place, after its author's code, or the user's, set an attribute that its forward may read.
+
+    Raises:
+        TraceError: The place of a block is not in the forward as it is now.
+    """
+    edits: OwnerEdits = module.__dict__["_se_edits"]
+    paths, fixed = _trace_without_blocks(module, edits, None)
+    old = type(module)._se_graph  # type: ignore[attr-defined]
+    main = next((p for p in paths if p.outcomes == edits.decisions), paths[0])
+    if main.graph is None:
+        raise TraceError(main.error)
+    moved = dataclasses.replace(edits, edits=_moved(edits.edits, old, main.graph, module), decisions=main.outcomes)
+    cls = _generate(module, moved, copy_graph(main.graph), paths, fixed)
+    module.__dict__["_se_edits"] = moved
+    module.__class__ = cls
+
+
+def _base(module: nn.Module) -> type[nn.Module]:
+    base: type[nn.Module] = getattr(type(module), "_se_base", type(module))
+    return base
+
+
+def _trace_without_blocks(
+    module: nn.Module, edits: OwnerEdits, known: fx.Graph | None
+) -> tuple[list[Path], dict[str, Any]]:
+    """Trace the author's own forward, whether or not the blocks are there: an owner may iterate its children."""
+    children, cls = dict(module._modules), type(module)
+    try:
+        for edit in edits.edits:
+            module._modules.pop(edit.slot, None)
+        module.__class__ = _base(module)
+        return trace_modes(module, dict(edits.constants), None if known is None else known_path(known))
+    finally:
+        module.__class__ = cls
+        module._modules.clear()
+        module._modules.update(children)
+
+
+def _moved(edits: tuple[Edit, ...], old: fx.Graph, new: fx.Graph, module: nn.Module) -> tuple[Edit, ...]:
+    """The edits of one graph in another of the same forward: by the gated node, or by what uses it.
+
+    Raises:
+        TraceError: A place is not there, or not clear.
+    """
+    pairs = counterparts(old, new)
+    index = {node: i for i, node in enumerate(new.nodes)}
+    nodes = list(old.nodes)
+    out = []
+    for edit in edits:
+        node = nodes[edit.node]
+        users = list(node.users) if edit.users is None else [nodes[i] for i in edit.users]
+        if node in pairs:
+            there = {pairs[node]}
+        else:
+            there = {
+                pairs[u].all_input_nodes[u.all_input_nodes.index(node)] if u in pairs else None  # type: ignore[misc]
+                for u in users}
+        (target,) = there if len(there) == 1 else (None,)
+        if target is None or (edit.users is not None and any(u not in pairs for u in users)):
+            raise TraceError(
+                f"{type(module).__name__}.forward has another way in which the place of {edit.slot!r} is not to be found")
+        out.append(dataclasses.replace(
+            edit, node=index[target], name=target.name,
+            users=None if edit.users is None else tuple(index[pairs[u]] for u in users)))
+    return tuple(out)
+
+
+def _generate(
+    module: nn.Module, edits: OwnerEdits, main: fx.Graph, paths: list[Path], fixed: dict[str, Any]
+) -> type[nn.Module]:
+    """The class for ways through a forward; `edits` are those of `main`, which is kept as it is."""
+    base = _base(module)
     guards = "".join(
         f"    if {name} {'is not' if value is None or isinstance(value, bool) else '!='} {value!r}:\n"
-        f"        raise {_NONE}('{base.__name__}.forward was rewritten for {name}={value!r}: '\n"
+        f"        raise {_ERROR}('{base.__name__}.forward was rewritten for {name}={value!r}: '\n"
         f"            'eject(), then inject() the model in the way it is called')\n"
         for name, value in fixed.items())
-    source = _with_guards(code.src, guards)
-    return _class_of(base, source, {**code.globals, _NONE: SEInjectError})
+    if len(paths) == 1:
+        assert paths[0].graph is not None
+        code = _edited(paths[0].graph, edits.edits).python_code("self")
+        return _class_of(base, _with_guards(code.src, guards), {**code.globals, _ERROR: SEInjectError}, main)
+    functions: list[str] = []
+    names: dict[str, Any] = {_ERROR: SEInjectError}
+    head, call = _head(main)
+
+    def define(graph: fx.Graph, name: str) -> None:
+        code = graph.python_code("self")
+        if any(names.setdefault(k, v) is not v for k, v in code.globals.items()):
+            raise TraceError(f"{base.__name__}.forward gives one name to two things in its ways")
+        functions.append(code.src.replace("def forward(", f"def {name}(", 1))
+
+    def branch(prefix: tuple[bool, ...], indent: str) -> str:
+        here = [p for p in paths if p.outcomes[:len(prefix)] == prefix]
+        if len(here) == 1 and here[0].outcomes == prefix:
+            name = f"_se_way_{paths.index(here[0])}"
+            if here[0].graph is None:
+                return f"{indent}raise {_ERROR}({here[0].error!r})\n"
+            define(_edited(here[0].graph, _moved(edits.edits, main, here[0].graph, module)), name)
+            return f"{indent}return self.{name}({call})\n"
+        name = f"_se_test_{len(functions)}"
+        define(_condition(here[0].conditions[len(prefix)], base), name)
+        return (f"{indent}if self.{name}({call}):\n{branch((*prefix, True), indent + '    ')}"
+                f"{branch((*prefix, False), indent)}")
+
+    body = branch((), "    ")
+    source = "\n\n".join([*functions, f"{head}\n{guards}{body}"])
+    return _class_of(base, source, names, main)
+
+
+def _head(graph: fx.Graph) -> tuple[str, str]:
+    """The first line of a graph's code, and the arguments to call it with."""
+    src = graph.python_code("self").src
+    head = next(line for line in src.splitlines() if line.startswith("def forward("))
+    names = [str(n.target) if str(n.target).startswith("*") else n.name for n in graph.nodes if n.op == "placeholder"]
+    return head, ", ".join(names)
+
+
+def _condition(node: fx.Node, base: type[nn.Module]) -> fx.Graph:
+    """A graph that computes a condition from the arguments.
+
+    Raises:
+        TraceError: It depends on what the owner's children compute.
+    """
+    needed: set[fx.Node] = set()
+    ways = [node]
+    while ways:
+        n = ways.pop()
+        if n.op == "call_module":
+            raise TraceError(f"{base.__name__}.forward branches on what its layers compute")
+        if n not in needed:
+            needed.add(n)
+            ways += n.all_input_nodes
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for n in node.graph.nodes:
+        if n in needed or n.op == "placeholder":
+            copies[n] = graph.node_copy(n, copies.__getitem__)
+    graph.output(copies[node])
+    return graph
+
+
+def _edited(graph: fx.Graph, edits: tuple[Edit, ...]) -> fx.Graph:
+    """`graph` with the blocks called; it is changed."""
+    nodes = list(graph.nodes)
+    for edit in edits:
+        _insert(graph, nodes, edit)
+    graph.lint()
+    return graph
 
 
 def _with_guards(source: str, guards: str) -> str:
@@ -191,11 +303,7 @@ def generate_graphs(module: fx.GraphModule, edits: OwnerEdits) -> dict[str, fx.G
         if not same_graph(module.graph, graph, {}):
             raise TraceError("this GraphModule has graphs for train and eval mode that differ")
         if graph not in new:
-            new[graph] = copy_graph(graph)
-            nodes = list(new[graph].nodes)
-            for edit in edits.edits:
-                _insert(new[graph], nodes, edit)
-            new[graph].lint()
+            new[graph] = _edited(copy_graph(graph), edits.edits)
     return {key: new[graph] for key, graph in kept.items()}
 
 
@@ -209,7 +317,8 @@ _classes: dict[tuple[Any, ...], type[nn.Module]] = {}
 _numbers = itertools.count(1)
 
 
-def _class_of(base: type[nn.Module], source: str, names: dict[str, Any]) -> type[nn.Module]:
+def _class_of(base: type[nn.Module], source: str, names: dict[str, Any], graph: fx.Graph) -> type[nn.Module]:
+    """The class with the functions of `source` for its methods; `graph` is what its author's forward does."""
     key = (base, source, tuple(sorted((k, id(v)) for k, v in names.items())))
     if key not in _classes:
         filename = f"<se_inject {base.__name__} {next(_numbers)}>"
@@ -217,16 +326,45 @@ def _class_of(base: type[nn.Module], source: str, names: dict[str, Any]) -> type
         linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
         namespace = dict(names)
         exec(compile(source, filename, "exec"), namespace)
-        _classes[key] = type(base.__name__, (base,), {
-            "__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__,
-            "forward": namespace["forward"], "_se_base": base,
-            "__reduce_ex__": _reduce, "__deepcopy__": _deepcopy, "__copy__": _copy,
-        })
+        methods = {k: v for k, v in namespace.items() if k == "forward" or k.startswith(("_se_way_", "_se_test_"))}
+        _classes[key] = _derived(base, {**methods, "_se_graph": graph, "__setattr__": _set_attribute})
     return _classes[key]
+
+
+def _derived(base: type[nn.Module], members: dict[str, Any]) -> type[nn.Module]:
+    return type(base.__name__, (base,), {
+        "__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__, "_se_base": base,
+        "__reduce_ex__": _reduce, "__deepcopy__": _deepcopy, "__copy__": _copy, **members,
+    })  # fmt: skip
+
+
+def _set_attribute(self: nn.Module, name: str, value: Any) -> None:
+    """Set it; and as the author's forward may read it, where the trace holds what it was, rewrite anew before the next call."""
+    super(type(self)._se_base, self).__setattr__(name, value)  # type: ignore[attr-defined]
+    cls: Any = type(self)
+    if not name.startswith("_") and name != "training" and "_se_graph" in cls.__dict__:
+        self.__class__ = _stale(cls)
+
+
+@functools.cache
+def _stale(cls: Any) -> type[nn.Module]:
+    """The class of an owner whose attributes were set since its forward was generated as `cls`."""
+    return _derived(cls._se_base, {"forward": _forward_anew, "_se_stale": True, "_se_graph": cls._se_graph})
+
+
+def _forward_anew(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    regenerate(self)
+    return self.forward(*args, **kwargs)
+
+
+def _freshen(module: nn.Module) -> None:
+    if hasattr(type(module), "_se_stale"):
+        regenerate(module)
 
 
 def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
     """Pickle by the original class and the edits: a class made at run time has no name to import."""
+    _freshen(self)
     state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
     return _new, (self._se_base,), state, None, None, _set_state
 

@@ -229,7 +229,9 @@ def _jobs(found: list[PlacedSite], traces: Traces) -> list[Job]:
 def _code(view: View, edits: OwnerEdits) -> type[nn.Module] | dict[str, fx.Graph] | None:
     if isinstance(view.module, fx.GraphModule):
         return generate_graphs(view.module, edits)
-    return generate_class(view.module, edits, view.forward.graph) if edits.way == "rewrite" else None
+    if edits.way != "rewrite":
+        return None
+    return generate_class(view.module, edits, None if view.forward.decisions else view.forward.graph)
 
 
 def _edits(module: nn.Module, group: list[PlacedSite]) -> OwnerEdits:
@@ -239,7 +241,7 @@ def _edits(module: nn.Module, group: list[PlacedSite]) -> OwnerEdits:
         slot = first.site.slot
         registered = slot in module._modules
         original = module._modules[slot] if registered else module.__dict__[slot]
-        return OwnerEdits("fill", (Edit(slot, after[0]),), (), original, registered)
+        return OwnerEdits("fill", (Edit(slot, after[0]),), original=original, original_registered=registered)
     if is_plain_sequential(module):
         return OwnerEdits("insert", tuple(Edit(s.site.slot, child) for s, child in zip(group, after)))
     index = first.view.index
@@ -249,8 +251,9 @@ def _edits(module: nn.Module, group: list[PlacedSite]) -> OwnerEdits:
         for s, child in zip(group, after))
     if isinstance(module, fx.GraphModule):
         graphs = {key: graph for key, graph in module.__dict__.items() if isinstance(graph, fx.Graph)}
-        return OwnerEdits("graph", edits, (), graphs)
-    return OwnerEdits("rewrite", edits, tuple(first.view.forward.constants.items()))
+        return OwnerEdits("graph", edits, original=graphs)
+    forward = first.view.forward
+    return OwnerEdits("rewrite", edits, tuple(forward.constants.items()), forward.decisions)
 
 
 def _child_before(s: PlacedSite) -> str:

@@ -13,7 +13,7 @@ import dataclasses
 import inspect
 import operator
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -65,13 +65,15 @@ class Forward:
     """A module's own forward, traced, with the shapes of one call; modules that are alike share it.
 
     Each node's ``meta["val"]`` is its value on meta tensors. `constants` are the arguments that were not
-    tensors; `marker` names the empty slot that was filled with a `Marker`. `memo` keeps what was found out
-    about the forward, for all who share it.
+    tensors; `marker` names the empty slot that was filled with a `Marker`; `decisions` say which way the
+    forward went, in order, where it branches on sizes. `memo` keeps what was found out about the forward,
+    for all who share it.
     """
 
     graph: fx.Graph
     constants: dict[str, Any]
     marker: str | None = None
+    decisions: tuple[bool, ...] = ()
     memo: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -191,21 +193,48 @@ def record(model: nn.Module, inputs: torch.Tensor) -> tuple[Call, int]:
 class Unpacked:
     """Stands among the constants for an argument that is a list or tuple of tensors and sizes, of fixed length.
 
-    A forward that asks whether it got a list must see one while it is traced.
+    A forward that asks whether it got a list must see one while it is traced. `items` are None, or an
+    `Unpacked` for an item that is a list itself.
     """
 
     kind: type
-    length: int
+    items: tuple[Unpacked | None, ...]
+
+    @classmethod
+    def like(cls, value: Any) -> Unpacked | None:
+        """For a list or tuple of tensors, sizes and such lists; None for anything else."""
+        if type(value) not in (list, tuple, torch.Size) or not value:
+            return None
+        items = [cls.like(v) for v in value]
+        if any(i is None and not isinstance(v, torch.Tensor) and type(v) is not int for i, v in zip(items, value)):
+            return None
+        return cls(list if type(value) is list else tuple, tuple(items))
+
+    def of(self, proxy: Any) -> Any:
+        """The items of a traced argument, in the container that the forward expects."""
+        return self.kind(proxy[i] if item is None else item.of(proxy[i]) for i, item in enumerate(self.items))
 
 
 class _OwnTracer(fx.Tracer):
-    """Traces one module; every child is a leaf, and arguments that are no tensors are constants."""
+    """Traces one module; every child is a leaf, and arguments that are no tensors are constants.
 
-    def __init__(self, constants: dict[str, Any]) -> None:
+    Where the forward branches on a value, `decide` says which way it goes.
+    """
+
+    def __init__(self, constants: dict[str, Any], decide: Callable[[fx.Node], bool] | None) -> None:
         from timm.models._features_fx import get_notrace_functions
 
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))
         self.constants = constants
+        self.decide = decide
+        self.decided: dict[fx.Node, bool] = {}
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        if self.decide is None:
+            return super().to_bool(obj)
+        if obj.node not in self.decided:
+            self.decided[obj.node] = self.decide(obj.node)
+        return self.decided[obj.node]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -217,9 +246,7 @@ class _OwnTracer(fx.Tracer):
         for i, name in enumerate(names, start=1):
             if name in self.constants and i < len(args):
                 value = self.constants[name]
-                if isinstance(value, Unpacked):
-                    value = value.kind(args[i][j] for j in range(value.length))
-                args[i] = value
+                args[i] = value.of(args[i]) if isinstance(value, Unpacked) else value
         return fn, args
 
 
@@ -247,8 +274,12 @@ def _chain(module: nn.Module) -> fx.Graph:
     return graph
 
 
-def trace_forward(module: nn.Module, constants: dict[str, Any]) -> fx.Graph:
+def trace_forward(
+    module: nn.Module, constants: dict[str, Any], decide: Callable[[fx.Node], bool] | None = None
+) -> fx.Graph:
     """Trace `module`'s own forward with its children as leaves. `module` is not changed.
+
+    `decide` is asked, with the node of the condition, wherever the forward branches on a value.
 
     Raises:
         TraceError: The forward does something that fx cannot follow.
@@ -259,7 +290,7 @@ def trace_forward(module: nn.Module, constants: dict[str, Any]) -> fx.Graph:
         return _chain(module)
     with untouched([module]):
         try:
-            graph = _OwnTracer(constants).trace(module)
+            graph = _OwnTracer(constants, decide).trace(module)
         except Exception as error:  # fx raises what the traced code raises
             raise TraceError(f"{type(module).__name__}.forward cannot be traced: {error}") from error
     for node in graph.nodes:
@@ -284,10 +315,17 @@ def own_forward(call: Call, marker: str | None = None) -> tuple[Forward, dict[fx
         TraceError: fx cannot follow the forward, or the trace does not make the calls that were recorded.
     """
     constants, values = _bind(call)
+    decisions: list[bool] = []
+    known: dict[fx.Node, Any] = {}
+
+    def decide(node: fx.Node) -> bool:
+        decisions.append(bool(_evaluate(node, values, known)))
+        return decisions[-1]
+
     with untouched([call.module]):
         if marker is not None:
             setattr(call.module, marker, Marker())
-        graph = trace_forward(call.module, constants)
+        graph = trace_forward(call.module, constants, decide)
     env: dict[fx.Node, Any] = {}
     calls: dict[fx.Node, Call] = {}
     children = iter(call.children)
@@ -314,7 +352,26 @@ def own_forward(call: Call, marker: str | None = None) -> tuple[Forward, dict[fx
                     raise TraceError(f"{type(call.module).__name__}.forward, node {node}: {error}") from error
             env[node] = node.meta["val"] = value
     _no_more(call, children)
-    return Forward(graph, constants, marker), calls
+    return Forward(graph, constants, marker, tuple(decisions)), calls
+
+
+def _evaluate(node: fx.Node, values: dict[str, Any], known: dict[fx.Node, Any]) -> Any:
+    """The value of a node that depends on the arguments' sizes alone.
+
+    Raises:
+        TraceError: It depends on what is in a tensor, or on a child.
+    """
+    if node not in known:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _evaluate(n, values, known))
+        if node.op == "placeholder":
+            known[node] = values.get(str(node.target).lstrip("*"))
+        elif node.op == "call_function":
+            known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        elif node.op == "call_method":
+            known[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        else:
+            raise TraceError("it branches on what its layers compute")
+    return known[node]
 
 
 def bind(forward: Forward, call: Call) -> dict[fx.Node, Call]:
@@ -376,9 +433,9 @@ def _bind(call: Call) -> tuple[dict[str, Any], dict[str, Any]]:
             continue
         values[name] = value
         variadic = signature.parameters[name].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        if not variadic and type(value) in (list, tuple, torch.Size) and value and all(
-                isinstance(v, torch.Tensor) or type(v) is int for v in value):
-            constants[name] = Unpacked(list if type(value) is list else tuple, len(value))
+        unpacked = None if variadic else Unpacked.like(value)
+        if unpacked is not None:
+            constants[name] = unpacked
         elif not variadic and not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value)):
             constants[name] = value
     return constants, values
