@@ -113,9 +113,12 @@ def list_command(pattern: str, pretrained: bool, as_json: bool) -> None:
 @click.argument("target", metavar="NAME|FILE")
 @click.option("--model", metavar="NAME", help="The architecture of a FILE that does not say it.")
 @click.option("--img-size", type=int, help="Height and width of the image; default the model's own.")
+@click.option("--diagram", is_flag=True, help="Draw where the blocks go, each kind of unit once.")
 @click.option("--json", "as_json", is_flag=True, help="The plan as JSON.")
 @_config_options
-def plan_command(target: str, model: str | None, img_size: int | None, as_json: bool, **given: Any) -> None:
+def plan_command(
+    target: str, model: str | None, img_size: int | None, diagram: bool, as_json: bool, **given: Any
+) -> None:
     """Show the sites that inject would fill, and those it would skip and why. Writes nothing."""
     options = _options(given)
     from .checkpoint import read_checkpoint
@@ -125,7 +128,7 @@ def plan_command(target: str, model: str | None, img_size: int | None, as_json: 
     net = base_of(read_checkpoint(target), model, target, meta=True) if _is_file(target) else skeleton(target)
     size = (input_sizes(net)[0][0], img_size, img_size) if img_size else None
     made = plan(net, input_size=size, **options)
-    click.echo(json.dumps(made.to_dict()) if as_json else str(made))
+    click.echo(json.dumps(made.to_dict()) if as_json else made.diagram() if diagram else str(made))
     if not made.sites:
         sys.exit(1)
 
@@ -234,7 +237,7 @@ def eject_command(file: str, output: str, model: str | None, **given: Any) -> No
 
 
 @main.command("zoo")
-@click.argument("pattern", default="*")
+@click.argument("patterns", metavar="[PATTERN]...", nargs=-1)
 @click.option("--placement", type=click.Choice(PLACEMENTS), default="auto", show_default=True, help="Where in the branch.")
 @click.option("--verify", type=click.Choice(["meta", "cpu"]), default="meta", show_default=True,
               help="meta runs each model without computing; cpu compares outputs before and after.")  # fmt: skip
@@ -244,21 +247,25 @@ def eject_command(file: str, output: str, model: str | None, **given: Any) -> No
 @click.option("--jobs", type=click.IntRange(1), help="Worker processes; default one per core.")
 @click.option("--timeout", type=float, default=300.0, show_default=True, help="Seconds for one model.")
 def zoo_command(
-    pattern: str, placement: str, verify: str, out: str | None, page: str | None, check: str | None,
+    patterns: tuple[str, ...], placement: str, verify: str, out: str | None, page: str | None, check: str | None,
     jobs: int | None, timeout: float,
 ) -> None:  # fmt: skip
-    """Answer for every model of timm that matches PATTERN, or of torchvision for 'torchvision/PATTERN'.
+    """Answer for every model of timm that matches a PATTERN, or of torchvision for 'torchvision/PATTERN'.
 
-    Each comes out injected or refused with a reason; anything else is a failure.
+    Without one, all of timm. Each comes out injected or refused with a reason; anything else is a failure.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from . import zoo
 
-    names = zoo.names(pattern)
-    if not names:
-        raise click.ClickException(f"no model matches {pattern!r}; `se-inject list` has timm's names")
+    found: dict[str, None] = {}
+    for pattern in patterns or ("*",):
+        matches = zoo.names(pattern)
+        if not matches:
+            raise click.ClickException(f"no model matches {pattern!r}; `se-inject list` has timm's names")
+        found.update(dict.fromkeys(matches))
+    names = list(found)
     expected = zoo.read(check) if check else []
     if check and not expected:
         raise click.ClickException(f"{check!r} holds no rows to check against; make it with --out {check}")
@@ -281,7 +288,8 @@ def zoo_command(
                 progress.console.print(f"{row.model}: {row.reason}", markup=False)
     rows = table.finish()
     if page:
-        zoo.write_page(page, rows, f"se-inject zoo '{pattern}' --placement {placement} --verify {verify}")
+        asked = " ".join(f"'{p}'" for p in patterns or ("*",))
+        zoo.write_page(page, rows, f"se-inject zoo {asked} --placement {placement} --verify {verify}")
     by_status = {s: sum(r.status == s for r in rows) for s in ("injected", "refused", "failed")}
     click.echo(f"{len(rows)} models: " + ", ".join(f"{n} {s}" for s, n in by_status.items()))
     changed = zoo.differences(rows, expected) if check else []

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from .config import SEConfig
 
 KINDS = {
     "residual": "residual", "inverted_residual": "inverted residual", "aggregation": "aggregation", "conv": "conv"}
+
+
+def _range(numbers: Iterable[int]) -> str:
+    found = sorted(set(numbers))
+    return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +37,7 @@ class Site:
         params: Parameters added.
         macs: Multiply-adds added for one image: the layers of the block and the scale.
         reason: Why the site is skipped; None when it gets a block.
+        drawing: The unit and its block as text; see `Plan.diagram`.
     """
 
     path: str
@@ -45,6 +53,7 @@ class Site:
     params: int
     macs: int
     reason: str | None = None
+    drawing: str = dataclasses.field(default="", repr=False, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +103,30 @@ class Plan:
             "macs": self.macs,
             "added_params": self.added_params,
             "added_macs": self.added_macs,
-            "sites": [{**dataclasses.asdict(s), "size": list(s.size)} for s in self.all_sites],
+            "sites": [
+                {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(s).items() if k != "drawing"}
+                for s in self.all_sites],
         }
+
+    def diagram(self) -> str:
+        """Where the blocks go, drawn: each kind of unit once, with the sites that it stands for.
+
+        A unit is read from left to right, from its input x: the ways through its children, the gate with its
+        channels and squeeze width, and the sum or concat in which the ways join.
+        """
+        groups: dict[tuple[object, ...], list[Site]] = {}
+        for s in self.sites:
+            alike = re.sub(r"\d+", "", s.drawing)  # of numbered siblings, one is drawn
+            groups.setdefault((s.kind, s.layout, s.size, s.channels, s.rd_channels, alike), []).append(s)
+        lines = [f"{self.model}, {'x'.join(map(str, self.input_size))}: {len(self.sites)} blocks"]
+        for group in groups.values():
+            more = f" and {len(group) - 1} more" if len(group) > 1 else ""
+            place = f"{group[0].layout} {'x'.join(map(str, group[0].size))}, stage {_range(s.stage for s in group)}"
+            lines += ["", f"{group[0].path}{more}: {KINDS[group[0].kind]}, {place}"]
+            lines += [f"    {line}" for line in group[0].drawing.splitlines()]
+        reasons = Counter(s.reason.partition(" at ")[0] for s in self.skipped if s.reason is not None)
+        lines += ["", *(f"{n} skipped: {reason}" for reason, n in sorted(reasons.items()))] if reasons else []
+        return "\n".join(lines)
 
     def __str__(self) -> str:
         head = ("site", "kind", "layout", "stage", "channels", "size", "squeeze", "params")

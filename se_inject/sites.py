@@ -10,6 +10,7 @@ from torch import fx, nn
 from .attention import Gates
 from .blocks import block_spec, cost, get_block, problem
 from .config import SEConfig
+from .diagram import draw
 from .graph import Traces, View, is_tensor, shape
 from .places import Place, find_place
 from .planning import Site
@@ -117,10 +118,14 @@ def _site(place: Place, slot: str, traces: Traces, gates: Gates, stages: Stages,
     site = Site(
         path=f"{owner}.{slot}" if owner else slot, owner=owner, slot=slot, kind=c.kind, channels=channels,
         layout=layout, size=size, stage=stages.of(place), style=style, rd_channels=spec.rd_channels,
-        params=params, macs=calls * macs, reason=reason)
+        params=params, macs=calls * macs, reason=reason, drawing=draw(place, _gate(config, channels, spec.rd_channels)))
     if site.reason is None:
         site = dataclasses.replace(site, reason=config.rejects(site))
     return PlacedSite(site, place, 1.0 if place.fill is None else place.fill.gain)
+
+
+def _gate(config: SEConfig, channels: int, squeeze: int) -> str:
+    return f"[{config.block.upper()} {channels}{f' to {squeeze}' if squeeze else ''}]"
 
 
 def _own_block(view: View) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -76,7 +77,7 @@ def _at_slot(slot: Slot, view: View, found: list[Candidate]) -> Candidate:
     around = [c for c in own if c.branch >> slot.view.index[slot.node] & 1 and c.reason is None]
     if around:
         unit = max(around, key=lambda c: c.kind == "residual")
-        return Candidate(slot.view, unit.kind, slot.node, unit.branch)
+        return dataclasses.replace(unit, view=slot.view)
     return Candidate(slot.view, _kind(slot), slot.node, (1 << len(slot.view.nodes)) - 1)
 
 

@@ -1,24 +1,43 @@
-"""Injected models are their bases, bit for bit, until they are trained: twenty families."""
+"""Injected models are their bases, bit for bit, until they are trained: every family of timm, all of torchvision."""
+
+import pathlib
+from collections import defaultdict
 
 import pytest
 import timm
 
 import se_inject
+from se_inject import zoo
 
 from .util import check_identity
 
-MODELS = {
-    "resnet18": 64, "tf_efficientnet_lite0": 64, "vit_tiny_patch16_224": 224, "convnext_atto": 64,
-    "swin_tiny_patch4_window7_224": 224, "mixer_s32_224": 224, "nf_resnet26": 64, "densenet121": 64, "vgg11": 64,
-    "inception_v3": 128, "dpn48b": 64, "rexnet_100": 64, "res2net50_26w_4s": 64, "regnetx_002": 64, "xcit_nano_12_p16_224": 224,
-    "coatnet_pico_rw_224": 224, "edgenext_xx_small": 64, "hrnet_w18_small": 64, "ghostnet_050": 64, "mobileone_s0": 64,
-    "vovnet39a": 64, "dla34": 64, "cspdarknet53": 64, "poolformer_s12": 64, "levit_128s": 224,
-}  # fmt: skip
+TABLE = zoo.read(pathlib.Path(__file__).parent.parent / "docs" / "zoo.csv")
 
 
-@pytest.mark.parametrize("name", MODELS)
+def smallest_of_each_family() -> list[str]:
+    families = defaultdict(list)
+    for row in TABLE:
+        if not row.model.startswith(zoo.TORCHVISION):
+            families[row.family].append(row)
+    injected = [[r for r in group if r.status == "injected"] or group for _, group in sorted(families.items())]
+    return [min(group, key=lambda r: r.params).model for group in injected]
+
+
+FAMILIES = smallest_of_each_family()
+TORCHVISION = [row.model for row in TABLE if row.model.startswith(zoo.TORCHVISION)]
+REFUSED = {row.model for row in TABLE if row.status == "refused"}
+
+
+@pytest.mark.parametrize("name", FAMILIES + TORCHVISION)
 def test_identity(name):
-    check_identity(timm.create_model(name), (3, MODELS[name], MODELS[name]))
+    model = zoo.create(name)
+    size = zoo.smallest_input(model)
+    check_identity(model, size, existing="stack" if name in REFUSED else "skip")
+
+
+def test_every_family_is_there():
+    assert {zoo.family(n) for n in FAMILIES} == {zoo.family(n) for n in zoo.names("*")}
+    assert set(TORCHVISION) == set(zoo.names("torchvision/*"))
 
 
 # no shortcut to gate
