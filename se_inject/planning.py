@@ -37,6 +37,7 @@ class Site:
         params: Parameters added.
         macs: Multiply-adds added for one image: the layers of the block and the scale.
         reason: Why the site is skipped; None when it gets a block.
+        replaces: Names of the base's tensors that go with the attention that the block replaces.
         drawing: The unit and its block as text; see `Plan.diagram`.
     """
 
@@ -53,6 +54,7 @@ class Site:
     params: int
     macs: int
     reason: str | None = None
+    replaces: tuple[str, ...] = ()
     drawing: str = dataclasses.field(default="", repr=False, compare=False)
 
 
@@ -143,6 +145,7 @@ class Plan:
         ]
         for s in self.skipped:
             lines.append(f"{s.path}  skipped: {s.reason}")
+        lines += [f"{s.path}  replaces {', '.join(s.replaces)}" for s in self.sites if s.replaces]
         share = self.added_params / self.params if self.params else 0.0
         lines.append(
             f"{self.model}: {len(self.sites)} sites, {len(self.skipped)} skipped; "

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from .config import SEConfig
-from .errors import ConfigError, SEInjectError
+from .errors import ConfigError, SEInjectError, TraceError
 
 PREFIX = "se_inject/"
 ALIAS = "se_inject_"
@@ -148,6 +148,7 @@ def create(name: str, pretrained: bool = False, **kwargs: Any) -> Any:
     a file with blocks loads by the same way.
     """
     import timm.models._registry as registry
+    from timm.models._features import FeatureGetterNet
 
     from .surgery import inject
 
@@ -159,7 +160,12 @@ def create(name: str, pretrained: bool = False, **kwargs: Any) -> Any:
     finally:
         _pending.reset(token)
     if not pending.done:
-        inject(model, config)
+        try:
+            inject(model, config)
+        except TraceError:  # timm's getter of features may ask for values, where the model that it holds does not
+            if not isinstance(model, FeatureGetterNet):
+                raise
+            inject(model.model, config)
     cfg = getattr(model, "pretrained_cfg", None)
     if isinstance(cfg, dict):
         # timm writes this name into the folders that it saves, and must come back to us

@@ -169,19 +169,18 @@ def _moved(edits: tuple[Edit, ...], old: fx.Graph, new: fx.Graph, module: nn.Mod
     for edit in edits:
         node = nodes[edit.node]
         users = list(node.users) if edit.users is None else [nodes[i] for i in edit.users]
+        everyone = edit.users is None or set(users) == set(node.users)
         if node in pairs:
             there = {pairs[node]}
         else:
-            there = {
-                pairs[u].all_input_nodes[u.all_input_nodes.index(node)] if u in pairs else None  # type: ignore[misc]
-                for u in users}
+            there = {pairs[u].all_input_nodes[u.all_input_nodes.index(node)] for u in users if u in pairs}
         (target,) = there if len(there) == 1 else (None,)
-        if target is None or (edit.users is not None and any(u not in pairs for u in users)):
+        if target is None or (any(u not in pairs for u in users) and not (everyone and node in pairs)):
             raise TraceError(
                 f"{type(module).__name__}.forward has another way in which the place of {edit.slot!r} is not to be found")
         out.append(dataclasses.replace(
             edit, node=index[target], name=target.name,
-            users=None if edit.users is None else tuple(index[pairs[u]] for u in users)))
+            users=None if everyone and node in pairs else tuple(index[pairs[u]] for u in users)))
     return tuple(out)
 
 

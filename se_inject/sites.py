@@ -118,10 +118,20 @@ def _site(place: Place, slot: str, traces: Traces, gates: Gates, stages: Stages,
     site = Site(
         path=f"{owner}.{slot}" if owner else slot, owner=owner, slot=slot, kind=c.kind, channels=channels,
         layout=layout, size=size, stage=stages.of(place), style=style, rd_channels=spec.rd_channels,
-        params=params, macs=calls * macs, reason=reason, drawing=draw(place, _gate(config, channels, spec.rd_channels)))
+        params=params, macs=calls * macs, reason=reason, replaces=_replaced(place),
+        drawing=draw(place, _gate(config, channels, spec.rd_channels)))
     if site.reason is None:
         site = dataclasses.replace(site, reason=config.rejects(site))
     return PlacedSite(site, place, 1.0 if place.fill is None else place.fill.gain)
+
+
+def _replaced(place: Place) -> tuple[str, ...]:
+    """The tensors of the attention that a block replaces."""
+    if place.fill is None or not place.fill.replaces:
+        return ()
+    old = place.view.module.get_submodule(place.fill.name)
+    owner = f"{place.view.path}." if place.view.path else ""
+    return tuple(f"{owner}{place.fill.name}.{key}" for key in old.state_dict())
 
 
 def _gate(config: SEConfig, channels: int, squeeze: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections import defaultdict
 from collections.abc import Hashable
 from typing import Any
@@ -33,6 +34,7 @@ from .sites import PlacedSite, find_sites
 from .slots import takes_activation
 from .trace import Call, abstract, is_plain_sequential, record, run
 
+_logger = logging.getLogger("se_inject")
 BATCH = 2  # images in the recorded run; more than one, so that no size of 1 stands for two things
 
 
@@ -142,6 +144,9 @@ def apply(model: nn.Module, prepared: Prepared) -> nn.Module:
             if "_se_edits" in module.__dict__:
                 undo_edits(module)
         raise
+    replaced = [key for s in prepared.plan.sites for key in s.replaces]
+    if replaced:
+        _logger.info("%d base tensors replaced: %s", len(replaced), ", ".join(replaced))
     model.__dict__["_se_injections"] = (*injections_of(model), Injection(config, prepared.plan.sites))
     register_hooks(model)
     return model

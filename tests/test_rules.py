@@ -113,6 +113,53 @@ class Dense(Toy):
         return torch.cat([x, self.a(x)], 1)
 
 
+class Shuffled(Toy):
+    """ShuffleNetV2: half of the channels pass, and the fork is a tuple of halves."""
+
+    expected = (("se", "aggregation", 8),)
+
+    def __init__(self):
+        super().__init__()
+        self.right = conv(8, 8)
+
+    def forward(self, x):
+        x1, x2 = x.chunk(2, 1)
+        return torch.cat([x1, self.right(x2)], 1)
+
+
+class DualPath(Toy):
+    """DPN: of a branch, a part is added to one part of the shortcut, and a part is put beside the other."""
+
+    expected = (("se", "residual", 16),)
+
+    def forward(self, x):
+        y = self.b(self.a(x))
+        return torch.cat([x[:, :12] + y[:, :12], x[:, 12:], y[:, 12:]], 1)
+
+
+class Stacked(Toy):
+    """Parallel branches that are stacked and summed."""
+
+    expected = (("se1", "residual", 16), ("se2", "residual", 16))
+
+    def forward(self, x):
+        return x + torch.stack([self.a(x), self.c(x)]).sum(dim=0)
+
+
+class LastLayout(Toy):
+    """EdgeNeXt: layer scale in another layout than the sum; the gate is before it."""
+
+    expected = (("se", "residual", 16),)
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.gamma = nn.Linear(16, 16), nn.Parameter(torch.full((16,), 0.5))
+
+    def forward(self, x):
+        y = self.fc(self.a(x).permute(0, 2, 3, 1))
+        return x + (self.gamma * y).permute(0, 3, 1, 2)
+
+
 class Position(Toy):
     """A sum with an embedding is no residual."""
 
@@ -150,7 +197,9 @@ class Net(nn.Module):
         return self.unit(self.stem(x)).mean((2, 3))
 
 
-TOYS = [Residual, InPlace, Scaled, Projection, TwoBranches, Partial, Concat, Dense, Position]
+TOYS = [
+    Residual, InPlace, Scaled, Projection, TwoBranches, Partial, Concat, Dense, Shuffled, DualPath, Stacked, LastLayout,
+    Position]
 
 
 @pytest.mark.parametrize("toy", [*TOYS, Gated])
@@ -183,8 +232,155 @@ def test_gate_is_where_the_plan_says(toy):
         Projection: lambda: u.down(s), TwoBranches: lambda: s,
         Partial: lambda: torch.cat([s, torch.zeros_like(s)], 1),
         Concat: lambda: torch.zeros(2, 32, 8, 8), Dense: lambda: torch.cat([s, torch.zeros_like(s)], 1),
+        Shuffled: lambda: torch.cat([s[:, :8], torch.zeros_like(s[:, 8:])], 1),
+        DualPath: lambda: torch.cat([s, torch.zeros_like(s[:, 12:])], 1), Stacked: lambda: s, LastLayout: lambda: s,
         Position: lambda: s + u.pos}[toy]
     assert torch.equal(model(x), zero().mean((2, 3)))
+
+
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((16, 1, 1), 0.5))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class Nested(Toy):
+    """A branch that is one child, which ends with its layer scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.branch = nn.Sequential(conv(16, 16), nn.Conv2d(16, 16, 1), Scale())
+
+    def forward(self, x):
+        return x + self.branch(x)
+
+
+class Stage(Toy):
+    """CSPNet: a concat around residual blocks is a stage, and the blocks are the units."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.Sequential(Residual(), Residual())
+
+    def forward(self, x):
+        return torch.cat([self.a(x), self.blocks(x)], 1)
+
+
+class Collected(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = conv(16, 16), conv(16, 16)
+
+    def forward(self, x):
+        y = self.one(x)
+        return torch.cat([x, y, self.two(y)], 1)
+
+
+class Fused(Toy):
+    """VoVNet: a child returns the concat, and its caller fuses it."""
+
+    def __init__(self):
+        super().__init__()
+        self.collect, self.fuse = Collected(), conv(48, 16)
+
+    def forward(self, x):
+        return self.fuse(self.collect(x))
+
+
+class Streams(Toy):
+    """TNT: a stream that goes on by itself is gated too, although another is computed from it."""
+
+    def forward(self, x):
+        p = x + self.a(x)
+        return p, x + self.b(self.c(p))
+
+
+class Pooled(Toy):
+    def forward(self, x):
+        return self.c(x + nn.functional.avg_pool2d(x, 3, 1, 1))
+
+
+class Encoded(Toy):
+    def forward(self, x):
+        return self.c(x + self.b(x))
+
+
+class Both(Encoded):
+    """A linear sum beside a real branch changes no name."""
+
+    def forward(self, x):
+        x = x + self.b(x)
+        return x + self.c(x)
+
+
+@pytest.mark.parametrize("toy, paths", [
+    (Nested, ["unit.branch.se"]), (Stage, ["unit.blocks.0.se", "unit.blocks.1.se"]), (Fused, ["unit.se"]),
+    (Both, ["unit.se"])])  # fmt: skip
+def test_owners(toy, paths):
+    model = Net(toy()).eval()
+    x = torch.randn(2, 3, 8, 8)
+    before = model(x)
+    assert [s.path for s in se_inject.plan(model, input_size=(3, 8, 8)).sites] == paths
+    assert torch.equal(se_inject.inject(model, input_size=(3, 8, 8))(x), before)
+
+
+def test_the_gate_of_a_nested_branch_is_before_its_scale():
+    model = se_inject.inject(Net(Nested()), input_size=(3, 8, 8))
+    assert [type(m).__name__ for m in model.unit.branch] == ["Sequential", "Conv2d", "SqueezeExcite", "Scale"]
+
+
+def test_two_streams():
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), Streams())
+    plan = se_inject.plan(model, input_size=(3, 8, 8))
+    assert [(s.path, s.kind) for s in plan.sites] == [("1.se1", "residual"), ("1.se2", "residual")]
+
+
+@pytest.mark.parametrize("toy, reason", [(Pooled, "no convolution or linear layer"), (Encoded, "branch is linear")])
+def test_a_sum_that_is_no_residual_is_said(toy, reason):
+    plan = se_inject.plan(Net(toy()), input_size=(3, 8, 8))
+    assert any(s.kind == "residual" and reason in s.reason for s in plan.skipped)
+    assert all(s.kind != "residual" for s in plan.sites)
+
+
+def test_inner_is_where_the_branchs_convolution_is():
+    model = se_inject.inject(Net(Nested()), input_size=(3, 8, 8), placement="inner")
+    assert [type(m).__name__ for m in model.unit.branch] == ["Sequential", "SqueezeExcite", "Conv2d", "Scale"]
+    plan = se_inject.plan(Net(Concat()), input_size=(3, 8, 8), placement="inner")
+    assert not plan.sites and "one convolution over space that the whole branch goes through" in plan.skipped[0].reason
+
+
+def test_pre_gates_each_input_once():
+    model = se_inject.inject(Net(TwoBranches()), input_size=(3, 8, 8), placement="pre")
+    seen = []
+    for child in (model.unit.a, model.unit.c):
+        child.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    model(torch.randn(2, 3, 8, 8))
+    assert seen[0] is seen[1]  # both branches read the gated input
+
+
+@pytest.mark.parametrize("size", [(3, 8, 8), (3, 16, 24), (3, 24, 16), (3, 32, 16)])
+@pytest.mark.parametrize("name", ["test_convnext", "resnet18", "test_byobnet", "edgenext_xx_small", "fasternet_t0"])
+def test_channels_are_told_from_height_and_width(name, size):
+    """At some of these sizes a map has as many rows or columns as channels."""
+    scaled = (3, 8 * size[1], 8 * size[2])
+    options = {"existing": "stack"} if name == "test_byobnet" else {}
+    square = se_inject.plan(name, **options)
+    other = se_inject.plan(name, input_size=scaled, **options) if size != (3, 8, 8) else square
+    assert [(s.path, s.layout, s.channels, s.stage) for s in other.sites] == [
+        (s.path, s.layout, s.channels, s.stage) for s in square.sites]
+
+
+@pytest.mark.parametrize("name, stages", [
+    ("twins_svt_small", {0, 1, 2, 3}),  # its feature info names modules that are not there
+    ("hrnet_w18_small", {1, 2, 3, 4}),  # likewise; by resolution
+    ("gemma4_vit_167m", set(range(16))),  # named without the wrapper around them
+    ("legacy_xception", {1, 2, 3, 4}),  # taps inside the blocks
+    ("coat_tiny", {0, 1, 2, 3})])  # one module for three entries
+def test_stages_are_out_indices(name, stages):
+    assert {s.stage for s in se_inject.plan(name).sites} == stages
 
 
 def test_existing_attention_is_named_and_stacks():
@@ -203,6 +399,8 @@ def test_existing_attention_is_replaced_and_comes_back():
     before = model(x)
     plan = se_inject.plan(model, existing="replace", ratio=0.5)
     assert len(plan.sites) == 8 and not plan.skipped
+    assert plan.sites[0].replaces == tuple(k for k in keys if k.startswith("layer1.0.se."))
+    assert "layer1.0.se  replaces layer1.0.se.fc1.weight, " in str(plan)
     se_inject.inject(model, existing="replace", ratio=0.5)
     assert isinstance(model.layer1[0].se, SqueezeExcite) and model.layer1[0].se.fc1.out_channels == 32
     assert list(model.state_dict()) == keys
