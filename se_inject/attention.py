@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from functools import partial
+import operator
 
+import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from .graph import ADDS, MULS, Traces, View, is_tensor, shape
 from .trace import Call
+
+_POOLINGS = {
+    "mean", torch.mean, "amax", torch.amax, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.avg_pool2d,
+    operator.matmul, torch.matmul}  # a product with attention weights is a weighted mean
+_POOLING_LAYERS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AvgPool2d)
 
 
 def _unexpanded(node: fx.Node) -> fx.Node:
@@ -32,14 +39,30 @@ def is_gate(view: View, node: fx.Node) -> bool:
             continue
         channel = view.channel_dim(x) if len(xs) < 5 else 2
         places = [d for d in range(channel if len(xs) == 5 else 1, len(xs)) if d != channel]
-        pooled = all(gs[d] == 1 for d in places) and any(xs[d] > 1 for d in places)
-        if pooled and gs[channel] == xs[channel] and view.learned(view.region(g, x)):
+        way = view.region(g, x)
+        pooled = all(gs[d] == 1 for d in places) and (
+            any(xs[d] > 1 for d in places) or (node.target in MULS and _pools(view, way)))
+        if pooled and gs[channel] == xs[channel] and view.learned(way):
             return True
     return False
 
 
-def _gates_of(view: View) -> list[fx.Node]:
-    return [n for n in view.nodes if is_gate(view, n)]
+def _pools(view: View, mask: int) -> bool:
+    """Whether a set of nodes takes a mean over positions, which on a map of one position the shapes do not show."""
+    for node in view.members(mask):
+        if node.target in _POOLINGS:
+            return True
+        if node.op == "call_module":
+            module = view.call_of(node).module
+            inside = view.traces.view(module)
+            if isinstance(module, _POOLING_LAYERS) or (inside is not None and _pools(inside, (1 << len(inside.nodes)) - 1)):
+                return True
+    return False
+
+
+def gates_of(view: View) -> list[fx.Node]:
+    """The gates among the nodes of a forward; looked for once for all modules that share it."""
+    return view.shared("gates", lambda: [n for n in view.nodes if is_gate(view, n)])
 
 
 class Gates:
@@ -50,7 +73,7 @@ class Gates:
         for module in traces.calls:
             view = traces.view(module)
             if view is not None:
-                found = view.shared("gates", partial(_gates_of, view))
+                found = gates_of(view)
                 if found:
                     self.nodes[module] = found
         self.pure = {m: self._is_pure(traces.view(m), found) for m, found in self.nodes.items()}
@@ -71,7 +94,7 @@ class Gates:
 
     def in_region(self, view: View, mask: int) -> str | None:
         """Path of the first channel attention among a set of nodes."""
-        for node in self.nodes.get(view.module, ()):
+        for node in gates_of(view):
             if mask >> view.index[node] & 1:
                 return view.path or type(view.module).__name__
         for call in view.calls(mask):

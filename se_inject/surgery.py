@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -365,7 +365,7 @@ def _model_name(model: object) -> str:
 
 
 def skeleton(name: str) -> nn.Module:
-    """The named timm model on the meta device.
+    """The named timm model, as `without_values`.
 
     Raises:
         ConfigError: timm has no such model.
@@ -376,8 +376,19 @@ def skeleton(name: str) -> nn.Module:
     bare = name.removeprefix("se_inject/")
     if not timm.is_model(bare):
         raise ConfigError(unknown_model_message(name, get_arch_name(bare)))
-    with torch.device("meta"), MetaOps():
-        return timm.create_model(bare)
+    return without_values(lambda: timm.create_model(bare))
+
+
+def without_values(make: Callable[[], nn.Module]) -> nn.Module:
+    """A new model on the meta device; on the CPU where its constructor asks for the values of tensors.
+
+    Older timm does, for its drop path rates, and torchvision's RegNet for its widths.
+    """
+    try:
+        with torch.device("meta"), MetaOps():
+            return make()
+    except (NotImplementedError, RuntimeError):
+        return make()
 
 
 def unknown_model_message(name: str, architecture: str) -> str:

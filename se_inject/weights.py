@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +15,7 @@ from .errors import ConfigError, WeightsError
 from .loading import block_paths, load_strictly
 from .recipe import KEY, Recipe
 from .registry import base_name, split_options
-from .surgery import eject, inject, injections_of, unknown_model_message
+from .surgery import eject, inject, injections_of, unknown_model_message, without_values
 
 
 def save(
@@ -125,7 +124,7 @@ def base_of(
         name: A timm name, or None.
         path: The file, for the messages.
         pretrained: Give the model timm's pretrained weights.
-        meta: Make it on the meta device, without memory for weights.
+        meta: Make it without memory for weights; see `without_values`.
 
     Raises:
         WeightsError: Neither says the architecture, or timm does not have it.
@@ -141,8 +140,9 @@ def base_of(
     if not timm.is_model(bare):
         raise WeightsError(f"{str(path)!r}: {unknown_model_message(said, bare)}")
     args = {**infer_model_args(bare, found.tensors), **split_options(found.model_args)[1]}
-    with torch.device("meta") if meta else contextlib.nullcontext():
-        return timm.create_model(bare, pretrained=pretrained, **args)
+    if meta:
+        return without_values(lambda: timm.create_model(bare, **args))
+    return timm.create_model(bare, pretrained=pretrained, **args)
 
 
 def infer_model_args(name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:

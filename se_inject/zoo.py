@@ -23,7 +23,7 @@ from .errors import SEInjectError
 from .meta import MetaOps
 from .planning import KINDS, Plan
 from .registry import PREFIX
-from .surgery import apply, eject, input_sizes, no_sites_message, prepare, runs_on
+from .surgery import apply, eject, input_sizes, no_sites_message, prepare, runs_on, without_values
 from .trace import abstract, run
 
 TORCHVISION = "torchvision/"
@@ -133,7 +133,7 @@ def answer(name: str, placement: str = "auto", verify: str = "meta") -> Row:
     row = Row(name, family(name), placement, "failed")
     config = SEConfig(placement=placement)
     try:
-        model = _skeleton(name) if verify == "meta" else create(name)
+        model = without_values(lambda: create(name)) if verify == "meta" else create(name)
         size = smallest_input(model) if verify == "cpu" else None
         prepared = prepare(model, config, size, name)
         plan = prepared.plan
@@ -149,15 +149,6 @@ def answer(name: str, placement: str = "auto", verify: str = "meta") -> Row:
         row = dataclasses.replace(row, status="failed", reason=f"{type(error).__name__}: {error}")
     return dataclasses.replace(
         row, reason=" ".join(row.reason.split()), seconds=round(time.perf_counter() - start, 2))
-
-
-def _skeleton(name: str) -> nn.Module:
-    """The model on the meta device; on the CPU where its constructor needs the values of tensors (torchvision's RegNet)."""
-    try:
-        with torch.device("meta"), MetaOps():
-            return create(name)
-    except NotImplementedError:
-        return create(name)
 
 
 def _skipped(plan: Plan) -> str:
