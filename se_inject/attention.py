@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from bisect import bisect_left
 
 import torch
 import torch.nn.functional as F
@@ -77,7 +78,8 @@ class Gates:
                 if found:
                     self.nodes[module] = found
         self.pure = {m: self._is_pure(traces.view(m), found) for m, found in self.nodes.items()}
-        self._calls = [call for module in self.nodes for call in traces.calls[module]]
+        self._calls = sorted((c for module in self.nodes for c in traces.calls[module]), key=lambda c: c.begin)
+        self._begins = [c.begin for c in self._calls]
 
     @staticmethod
     def _is_pure(view: View | None, found: list[fx.Node]) -> bool:
@@ -89,8 +91,8 @@ class Gates:
 
     def inside(self, call: Call) -> str | None:
         """Path of the first gating module called in `call`, itself included."""
-        hits = [c for c in self._calls if call.begin <= c.begin < call.end]
-        return min(hits, key=lambda c: c.begin).path if hits else None
+        i = bisect_left(self._begins, call.begin)
+        return self._calls[i].path if i < len(self._calls) and self._begins[i] < call.end else None
 
     def in_region(self, view: View, mask: int) -> str | None:
         """Path of the first channel attention among a set of nodes."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from torch import fx, nn
 
 from .graph import CATS, LAYOUTS, SLICES, View
+from .patterns import argument
 from .places import Place
 
 _SILENT = LAYOUTS | SLICES | {getattr, "size", "dim"}
@@ -36,8 +37,8 @@ def draw(place: Place, gate: str) -> str:
 
 
 def _operands(merge: fx.Node) -> list[fx.Node]:
-    first = merge.args[0]
-    return [o for o in (first if isinstance(first, (list, tuple)) else merge.args) if isinstance(o, fx.Node)]
+    first = argument(merge, 0, "tensors")
+    return [o for o in (first if isinstance(first, (list, tuple)) else merge.all_input_nodes) if isinstance(o, fx.Node)]
 
 
 def _end(place: Place) -> fx.Node:

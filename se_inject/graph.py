@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from .axes import channel_axis
 from .errors import TraceError
+from .meta import storage
 from .signature import Signatures, frozen
 from .trace import Call, Forward, bind, own_forward
 
@@ -172,6 +173,21 @@ class View:
             memo[what] = find()
         found: _T = memo[what]
         return found
+
+    def is_written_after(self, node: fx.Node) -> bool:
+        """Whether something later in the forward writes into the memory of `node`'s value."""
+        last = self.shared("last writes", self._last_writes)
+        return last.get(storage(node.meta["val"]), -1) > self.index[node]
+
+    def _last_writes(self) -> dict[int, int]:
+        return {s: i for i, n in enumerate(self.nodes) for s in n.meta.get("writes", ())}
+
+    def is_read_elsewhere(self, node: fx.Node) -> bool:
+        """Whether the memory of `node`'s value is read later through an earlier node, which a gate would not reach."""
+        mine = storage(node.meta["val"])
+        return any(
+            is_tensor(n) and storage(n.meta["val"]) == mine and any(self.index[u] > self.index[node] for u in n.users)
+            for n in self.members(self.ancestors[self.index[node]]) if n is not node)
 
     @property
     def path(self) -> str:

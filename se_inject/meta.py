@@ -36,14 +36,16 @@ class MetaOps(TorchDispatchMode):
     """Inside, operators on the meta device take short ways, multiply-adds are counted, and channels followed.
 
     A short way is taken where shape, layout and dtype of the result are plain; torch does the rest, and torch's
-    formulas count. With `factories`, tensors are made on the meta device, whatever device is asked for:
-    ``torch.device("meta")`` does nearly the same, but at a cost for every operator.
+    formulas count. `written` grows by the storage of each tensor that is written into. With `factories`, tensors are
+    made on the meta device, whatever device is asked for: ``torch.device("meta")`` does nearly the same, but at a cost
+    for every operator.
     """
 
     def __init__(self, *, factories: bool = False) -> None:
         super().__init__()
         self.macs = 0
         self.operators = 0
+        self.written: list[int] = []
         self.factories = factories
 
     @classmethod
@@ -54,6 +56,9 @@ class MetaOps(TorchDispatchMode):
         self.operators += 1
         kwargs = kwargs or {}
         packet = func._overloadpacket
+        for i in _writes(func):
+            if i < len(args) and isinstance(args[i], torch.Tensor):
+                self.written.append(storage(args[i]))
         first = args[0] if args else None
         if isinstance(first, torch.Tensor):
             out = _short_way(func, packet, first, args, kwargs)
@@ -82,11 +87,11 @@ def _short_way(func: Any, packet: Any, first: torch.Tensor, args: Sequence[Any],
     if packet in _IN_PLACE and all(_no_larger(a, first) for a in args[1:]):
         return first
     if packet in _LIKE_FIRST and all(_as(a, first) for a in (*args[1:], *kwargs.values())):
-        return torch.empty_strided(first.shape, first.stride(), dtype=first.dtype, device="meta")
+        return torch.empty_like(first)
     if packet in _NORMS:
         return first.new_empty(first.shape), first, first  # the statistics are for the backward alone
     if packet in _BATCH_NORMS and args[_BATCH_NORMS[packet]] is False:
-        return torch.empty_strided(first.shape, first.stride(), dtype=first.dtype, device="meta"), first, first
+        return torch.empty_like(first), first, first
     at = _REDUCTIONS.get(func)
     if at is not None and not kwargs and len(args) > at and args[at] and first.is_contiguous():
         dims, keep = {d % first.dim() for d in args[at]}, args[at + 1:] == (True,)
@@ -111,6 +116,18 @@ def _no_larger(a: Any, first: torch.Tensor) -> bool:
     if not isinstance(a, torch.Tensor):
         return True
     return a.is_meta and (a.shape == first.shape or a.dim() == 0)
+
+
+def storage(t: torch.Tensor) -> int:
+    """What tells whether two tensors share memory: views do, also on the meta device."""
+    where: int = t.untyped_storage()._cdata
+    return where
+
+
+@functools.cache
+def _writes(func: Any) -> tuple[int, ...]:
+    """Which arguments an operator writes into."""
+    return tuple(i for i, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write)
 
 
 @functools.cache

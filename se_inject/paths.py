@@ -113,7 +113,8 @@ def counterparts(a: fx.Graph, b: fx.Graph) -> dict[fx.Node, fx.Node]:
     ways = [(_output(a), _output(b))]
     while ways:
         x, y = ways.pop()
-        if found.setdefault(x, y) is not y or len(x.all_input_nodes) != len(y.all_input_nodes):
+        found[x] = y
+        if len(x.all_input_nodes) != len(y.all_input_nodes):
             continue
         for n, m in zip(x.all_input_nodes, y.all_input_nodes):
             if n not in found and m not in taken and (n.op, n.target) == (m.op, m.target):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import fx
@@ -52,19 +53,25 @@ def _operands(node: fx.Node) -> list[fx.Node] | None:
     """The operands of a sum of equal maps, if `node` is one: an addition, or the sum of a stack."""
     if node.op not in ("call_function", "call_method"):
         return None
-    found: list[fx.Node] = []
-    if node.target in ADDS and len(node.args) >= 2:
-        found = list(node.args[:2])  # type: ignore[arg-type]
-    elif node.target in ("sum", torch.sum) and node.args and isinstance(node.args[0], fx.Node):
-        stack = node.args[0]
-        if stack.target is torch.stack and len(stack.users) == 1 and _dim(node) == _dim(stack):
-            found = list(stack.args[0])  # type: ignore[arg-type]
+    found: list[Any] = []
+    first = argument(node, 0, "input")
+    if node.target in ADDS:
+        found = [first, argument(node, 1, "other")]
+    elif node.target in ("sum", torch.sum) and isinstance(first, fx.Node) and first.target is torch.stack:
+        parts = argument(first, 0, "tensors")
+        if len(first.users) == 1 and _dim(node) == _dim(first) and isinstance(parts, (list, tuple)):
+            found = list(parts)
     maps = all(is_tensor(n) and shape(n) == shape(found[0]) and len(shape(n)) >= 3 for n in found)
     return found if len(found) > 1 and maps and node.meta["val"].is_floating_point() else None
 
 
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument of a function, given by position or by name."""
+    return node.args[position] if position < len(node.args) else node.kwargs.get(name, default)
+
+
 def _dim(node: fx.Node) -> object:
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    dim = argument(node, 1, "dim", 0)
     return dim[0] if isinstance(dim, (list, tuple)) and len(dim) == 1 else dim
 
 
@@ -93,8 +100,7 @@ def _residuals(view: View) -> Iterator[Candidate]:
         if operands is None:
             continue
         terms = _terms(operands, partial)
-        data = [t for t in terms if any(n.op in ("placeholder", "call_module") and view.carries_data(n)
-                                        for n in view.members(view.ancestors[view.index[t]]))]
+        data = [t for t in terms if view.moves(t)]
         if len(data) < 2:
             continue
         fork = view.fork(data)
@@ -153,12 +159,10 @@ def _aggregations(view: View, residuals: list[Candidate]) -> Iterator[Candidate]
             yield from _fused_by_caller(view, node)
         if node.op != "call_function" or node.target not in CATS or not is_tensor(node) or len(shape(node)) < 3:
             continue
-        operands = node.args[0]
+        operands, dim = argument(node, 0, "tensors"), argument(node, 1, "dim", 0)
         if not isinstance(operands, (list, tuple)) or len(operands) < 2 or not all(is_tensor(o) for o in operands):
             continue
-        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-        assert isinstance(dim, int)
-        if dim % len(shape(node)) != view.channel_dim(node):
+        if not isinstance(dim, int) or dim % len(shape(node)) != view.channel_dim(node):
             continue
         fork = view.fork(operands)  # type: ignore[arg-type]
         regions = {o: view.region(o, fork) for o in operands if isinstance(o, fx.Node)}

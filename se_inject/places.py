@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import types
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -17,6 +15,7 @@ from .slots import Slot
 from .trace import is_plain_sequential
 from .units import is_inner
 
+IN_PLACE = "its tensor is changed in place, and read where a gate would not reach"
 NO_CONV = "placement='inner' needs one convolution over space that the whole branch goes through"
 
 
@@ -48,6 +47,8 @@ def find_place(c: Candidate, slot: Slot | None, placement: str, traces: Traces) 
     place = _place(c, placement, traces)
     if place.reason is None and c.reason is None:
         place = _where_all_ways_pass(place, traces)
+        if place.view.is_read_elsewhere(place.node) or (place.users is not None and place.view.is_written_after(place.node)):
+            place = dataclasses.replace(place, reason=IN_PLACE)
     return place
 
 
@@ -83,7 +84,7 @@ def _place(c: Candidate, placement: str, traces: Traces) -> Place:
     if placement == "post":
         return Place(c, view, c.output)
     end_view, node, behind, sliced = _walk_back(traces, view, c.output, c.branch)
-    if sliced or c.kind != "residual" or any(_in_place(u) for u in node.users):
+    if sliced or c.kind != "residual" or end_view.is_written_after(node):
         return Place(c, end_view, node)
     return Place(c, end_view, node, [behind] if behind is not None else merges or None)
 
@@ -216,34 +217,25 @@ def _conv_before(view: View, node: fx.Node) -> nn.Module | None:
     return None
 
 
-def _in_place(node: fx.Node) -> bool:
-    """Whether a node writes into its first argument, so that later readers see the new value."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return node.op == "call_method" and name.endswith("_") and not name.endswith("__")
-
-
 def _where_all_ways_pass(place: Place, traces: Traces) -> Place:
     """A place in a child, where the owner has other ways in than `forward`, which would miss the block."""
     view, node, moved = place.view, place.node, False
-    while other_ways(view) or (moved and is_plain_sequential(view.module)):
+    while _other_way(view) or (moved and is_plain_sequential(view.module)):
         child = _child(traces, view, node)
         out = None if child is None else child.nodes[-1].args[0]
         if child is None or not isinstance(out, fx.Node) or not is_tensor(out):
             name = type(view.module).__name__
-            return dataclasses.replace(place, reason=f"{name}.{other_ways(view)} is another way in, which would miss the block")
+            return dataclasses.replace(place, reason=f"{name}.{_other_way(view)} is another way in, which would miss the block")
         view, node, moved = child, out, True
     return dataclasses.replace(place, view=view, node=node, users=None) if moved else place
 
 
-def other_ways(view: View) -> str | None:
+def _other_way(view: View) -> str | None:
     """Name of a method of an owner that does the work of its forward in another way."""
-    owner: Any = type(view.module)
-    way: str | None = _other_ways(owner, view.call.parent is None)
-    return way
+    return view.shared("other way", lambda: _find_other_way(type(view.module), view.call.parent is None))
 
 
-@functools.cache
-def _other_ways(cls: Any, is_root: bool) -> str | None:
+def _find_other_way(cls: type[nn.Module], is_root: bool) -> str | None:
     used: set[str] = set()
     ways = ["forward"]
     while ways:  # the methods that forward calls do not count, but a model's own are called by their names

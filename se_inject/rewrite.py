@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import itertools
 import linecache
+import threading
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch import fx, nn
 
 from .errors import SEInjectError, TraceError
 from .paths import Path, counterparts, known_path, same_graph, same_paths, trace_paths
-from .trace import Unpacked, copy_graph
+from .trace import Unpacked, abstract, copy_graph
 
 _ERROR = "_se_error"
 
@@ -117,12 +118,22 @@ def generate_class(module: nn.Module, edits: OwnerEdits, known: fx.Graph | None 
     return _generate(module, edits, copy_graph(main), paths, fixed)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def regenerate(module: nn.Module) -> None:
     """Rewrite an owner anew, in place, after its author's code, or the user's, set an attribute that its forward may read.
 
     Raises:
         TraceError: The place of a block is not in the forward as it is now.
     """
+    with _lock:  # fx patches nn.Module for all threads
+        if hasattr(type(module), "_se_stale"):
+            _regenerate(module)
+
+
+_lock = threading.RLock()
+
+
+def _regenerate(module: nn.Module) -> None:
     edits: OwnerEdits = module.__dict__["_se_edits"]
     paths, fixed = _trace_without_blocks(module, edits, None)
     old = type(module)._se_graph  # type: ignore[attr-defined]
@@ -149,7 +160,8 @@ def _trace_without_blocks(
         for edit in edits.edits:
             module._modules.pop(edit.slot, None)
         module.__class__ = _base(module)
-        return trace_modes(module, dict(edits.constants), None if known is None else known_path(known))
+        with abstract(module):
+            return trace_modes(module, dict(edits.constants), None if known is None else known_path(known))
     finally:
         module.__class__ = cls
         module._modules.clear()
@@ -163,6 +175,7 @@ def _moved(edits: tuple[Edit, ...], old: fx.Graph, new: fx.Graph, module: nn.Mod
         TraceError: A place is not there, or not clear.
     """
     pairs = counterparts(old, new)
+    taken = set(pairs.values())
     index = {node: i for i, node in enumerate(new.nodes)}
     nodes = list(old.nodes)
     out = []
@@ -172,8 +185,8 @@ def _moved(edits: tuple[Edit, ...], old: fx.Graph, new: fx.Graph, module: nn.Mod
         everyone = edit.users is None or set(users) == set(node.users)
         if node in pairs:
             there = {pairs[node]}
-        else:
-            there = {pairs[u].all_input_nodes[u.all_input_nodes.index(node)] for u in users if u in pairs}
+        else:  # what the users read that is no counterpart of anything else
+            there = {m for u in users if u in pairs for m in pairs[u].all_input_nodes if m not in taken}
         (target,) = there if len(there) == 1 else (None,)
         if target is None or (any(u not in pairs for u in users) and not (everyone and node in pairs)):
             raise TraceError(
@@ -189,17 +202,17 @@ def _generate(
 ) -> type[nn.Module]:
     """The class for ways through a forward; `edits` are those of `main`, which is kept as it is."""
     base = _base(module)
+    names: dict[str, Any] = {_ERROR: SEInjectError, **{f"_se_fixed_{name}": value for name, value in fixed.items()}}
     guards = "".join(
-        f"    if {name} {'is not' if value is None or isinstance(value, bool) else '!='} {value!r}:\n"
-        f"        raise {_ERROR}('{base.__name__}.forward was rewritten for {name}={value!r}: '\n"
+        f"    if {name} {'is not' if value is None or isinstance(value, bool) else '!='} _se_fixed_{name}:\n"
+        f"        raise {_ERROR}('{base.__name__}.forward was rewritten for one value of {name}: '\n"
         f"            'eject(), then inject() the model in the way it is called')\n"
         for name, value in fixed.items())
     if len(paths) == 1:
         assert paths[0].graph is not None
         code = _edited(paths[0].graph, edits.edits).python_code("self")
-        return _class_of(base, _with_guards(code.src, guards), {**code.globals, _ERROR: SEInjectError}, main)
+        return _class_of(base, _with_guards(code.src, guards), {**code.globals, **names}, main, edits.decisions)
     functions: list[str] = []
-    names: dict[str, Any] = {_ERROR: SEInjectError}
     head, call = _head(main)
 
     def define(graph: fx.Graph, name: str) -> None:
@@ -223,7 +236,7 @@ def _generate(
 
     body = branch((), "    ")
     source = "\n\n".join([*functions, f"{head}\n{guards}{body}"])
-    return _class_of(base, source, names, main)
+    return _class_of(base, source, names, main, edits.decisions)
 
 
 def _head(graph: fx.Graph) -> tuple[str, str]:
@@ -316,9 +329,12 @@ _classes: dict[tuple[Any, ...], type[nn.Module]] = {}
 _numbers = itertools.count(1)
 
 
-def _class_of(base: type[nn.Module], source: str, names: dict[str, Any], graph: fx.Graph) -> type[nn.Module]:
-    """The class with the functions of `source` for its methods; `graph` is what its author's forward does."""
-    key = (base, source, tuple(sorted((k, id(v)) for k, v in names.items())))
+def _class_of(
+    base: type[nn.Module], source: str, names: dict[str, Any], graph: fx.Graph, decisions: tuple[bool, ...]
+) -> type[nn.Module]:
+    """The class with the functions of `source` for its methods; `graph` is what its author's forward does where it
+    goes by `decisions`."""
+    key = (base, source, decisions, tuple(sorted((k, id(v)) for k, v in names.items())))
     if key not in _classes:
         filename = f"<se_inject {base.__name__} {next(_numbers)}>"
         # the source stays readable: for tracebacks, and for torch.jit.script
@@ -331,18 +347,35 @@ def _class_of(base: type[nn.Module], source: str, names: dict[str, Any], graph: 
 
 
 def _derived(base: type[nn.Module], members: dict[str, Any]) -> type[nn.Module]:
+    own = {name for cls in base.__mro__ if cls not in (nn.Module, object) for name in cls.__dict__}
+    copying = {} if own & {"__getstate__", "__deepcopy__", "__copy__"} else {"__deepcopy__": _deepcopy, "__copy__": _copy}
     return type(base.__name__, (base,), {
         "__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__, "_se_base": base,
-        "__reduce_ex__": _reduce, "__deepcopy__": _deepcopy, "__copy__": _copy, **members,
+        "__reduce_ex__": _reduce, **copying, **members,
     })  # fmt: skip
 
 
 def _set_attribute(self: nn.Module, name: str, value: Any) -> None:
     """Set it; and as the author's forward may read it, where the trace holds what it was, rewrite anew before the next call."""
-    super(type(self)._se_base, self).__setattr__(name, value)  # type: ignore[attr-defined]
     cls: Any = type(self)
-    if not name.startswith("_") and name != "training" and "_se_graph" in cls.__dict__:
+    old = getattr(self, name, None)
+    cls._se_base.__setattr__(self, name, value)
+    if "_se_graph" in cls.__dict__ and name not in _OF_MODULES and not _traces_alike(old, value):
         self.__class__ = _stale(cls)
+
+
+_OF_MODULES = {  # what torch sets on modules
+    "__class__", "training", "_is_replica", "_former_parameters", "_is_full_backward_hook", "_compiled_call_impl"}
+
+
+def _traces_alike(old: Any, new: Any) -> bool:
+    """Whether a trace is the same for two values of an attribute: it reads tensors and children by their names."""
+    if isinstance(old, torch.Tensor) or isinstance(new, torch.Tensor):
+        return isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor) and old.shape == new.shape
+    if isinstance(old, nn.Module) or isinstance(new, nn.Module):
+        return type(old) is type(new)
+    plain = (bool, int, float, str, type(None))
+    return type(old) is type(new) and isinstance(new, plain) and bool(old == new)
 
 
 @functools.cache
@@ -356,16 +389,10 @@ def _forward_anew(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return self.forward(*args, **kwargs)
 
 
-def _freshen(module: nn.Module) -> None:
-    if hasattr(type(module), "_se_stale"):
-        regenerate(module)
-
-
 def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
     """Pickle by the original class and the edits: a class made at run time has no name to import."""
-    _freshen(self)
-    state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
-    return _new, (self._se_base,), state, None, None, _set_state
+    regenerate(self)
+    return _new, (self._se_base,), self.__getstate__(), None, None, _set_state
 
 
 def _new(base: type[nn.Module]) -> nn.Module:
@@ -395,6 +422,7 @@ def apply_edits(
     blocks: dict[str, nn.Module],
 ) -> None:  # fmt: skip
     """Put `blocks` into an owner, in place. `code` is its generated class or graphs, where it has some."""
+    module.__dict__["_se_edits"] = edits
     for edit in edits.edits:
         if edit.slot in module._modules:  # a registered slot keeps its place
             module._modules[edit.slot] = blocks[edit.slot]
@@ -405,7 +433,6 @@ def apply_edits(
         items.insert(at, (edit.slot, blocks[edit.slot]))
         module._modules.clear()
         module._modules.update(items)
-    module.__dict__["_se_edits"] = edits
     if isinstance(code, dict):
         _set_graphs(module, code)
     elif code is not None:
@@ -415,15 +442,14 @@ def apply_edits(
 def undo_edits(module: nn.Module) -> None:
     """Give an owner back its class and its children, in place."""
     edits: OwnerEdits = module.__dict__.pop("_se_edits")
-    if edits.way == "rewrite":
-        module.__class__ = type(module)._se_base  # type: ignore[attr-defined]
+    if "_se_base" in type(module).__dict__:
+        module.__class__ = _base(module)
     for edit in edits.edits:
-        if edits.way != "fill":
-            del module._modules[edit.slot]
-        elif edits.original_registered:
+        if edits.way == "fill" and edits.original_registered:
             module._modules[edit.slot] = edits.original
-        else:
-            del module._modules[edit.slot]
+            continue
+        module._modules.pop(edit.slot, None)
+        if edits.way == "fill":
             setattr(module, edit.slot, edits.original)
     if edits.way == "graph":
         _set_graphs(module, edits.original)

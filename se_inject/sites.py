@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import defaultdict
 
 from torch import fx, nn
@@ -71,7 +72,7 @@ def _slot_names(module: nn.Module, places: list[Place]) -> list[str]:
         return [places[0].fill.name]
     real = [p for p in places if p.unit.reason is None]
     order = [*real, *(p for p in places if p.unit.reason is not None)]
-    names = iter([f"se{i}" for i in range(1, 2 * len(places) + 9) if not hasattr(module, f"se{i}")])
+    names = (f"se{i}" for i in itertools.count(1) if not hasattr(module, f"se{i}"))
     named: dict[int, str] = {}
     if len(real) < 2 and not hasattr(module, "se"):
         named[id(order[0])] = "se"
@@ -111,7 +112,7 @@ def _site(place: Place, slot: str, traces: Traces, gates: Gates, stages: Stages,
             reason = f"block={config.block!r} needs a map with height and width, and this is a sequence of tokens"
         elif place.fill is not None and place.fill.gain != 1.0 and problem(config, place.fill.gain):
             reason = problem(config, place.fill.gain)
-        elif dim not in (1, len(dims) - 1) or len(dims) > 4:
+        elif dim not in (1, len(dims) - 1) or len(dims) > 4 or (len(dims) == 3 and dim == 1):
             reason = f"layout of shape {dims} is not known"
     calls = len(traces.calls[view.module])
     params, macs = cost(spec, config, size) if reason is None else (0, 0)

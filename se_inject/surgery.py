@@ -27,6 +27,7 @@ from .rewrite import (
     generate_class,
     generate_graphs,
     parameters_near,
+    regenerate,
     undo_edits,
 )
 from .signature import frozen
@@ -139,7 +140,9 @@ def apply(model: nn.Module, prepared: Prepared) -> nn.Module:
         for job, named in zip(prepared.jobs, blocks):
             done.append(job.module)
             apply_edits(job.module, job.edits, job.code, named)
+        register_hooks(model)
     except BaseException:
+        remove_hooks(model)
         for module in done:
             if "_se_edits" in module.__dict__:
                 undo_edits(module)
@@ -148,7 +151,6 @@ def apply(model: nn.Module, prepared: Prepared) -> nn.Module:
     if replaced:
         _logger.info("%d base tensors replaced: %s", len(replaced), ", ".join(replaced))
     model.__dict__["_se_injections"] = (*injections_of(model), Injection(config, prepared.plan.sites))
-    register_hooks(model)
     return model
 
 
@@ -166,7 +168,14 @@ def eject(model: nn.Module) -> nn.Module:
     Raises:
         SEInjectError: The model has no blocks of ours.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"eject({model!r}) needs a model")
     owners = edited_owners(model)
+    other = [type(m).__name__ for m in owners if hasattr(m, "_se_base") and "_se_base" not in type(m).__dict__]
+    if other:
+        raise SEInjectError(
+            f"eject({_model_name(model)}): {other[0]} was changed since (by a parametrization, say): undo that first; "
+            "nothing was changed")
     if not owners:
         raise SEInjectError(f"eject({_model_name(model)}): there are no injected blocks in this model; nothing was changed")
     remove_hooks(model)
@@ -182,14 +191,23 @@ def prepare(
 ) -> Prepared:
     """Find the sites and make everything that can fail, without changing the model."""
     _refuse(model, config)
+    size = None if input_size is None else _checked(input_size)
+    for owner in edited_owners(model):
+        regenerate(owner)
     with abstract(model):
-        sizes = [input_size] if input_size is not None else input_sizes(model)
+        sizes = [size] if size is not None else input_sizes(model)
         root, macs, size = _record(model, sizes, _dtype(model))
         traces = Traces(root)
         found = find_sites(model, traces, config, size)
         jobs = _jobs(found, traces)
     params = sum(p.numel() for p in model.parameters())
     return Prepared(Plan(name, config, size, params, macs // BATCH, tuple(s.site for s in found)), tuple(jobs))
+
+
+def _checked(size: object) -> tuple[int, ...]:
+    if isinstance(size, (tuple, list)) and len(size) == 3 and all(type(n) is int and n > 0 for n in size):
+        return tuple(size)
+    raise ConfigError(f"input_size={size!r}: expected (C, H, W), three whole numbers above 0, such as (3, 224, 224)")
 
 
 def _record(model: nn.Module, sizes: list[tuple[int, ...]], dtype: torch.dtype) -> tuple[Call, int, tuple[int, ...]]:
@@ -302,6 +320,9 @@ def _refuse(model: nn.Module, config: SEConfig) -> None:
             raise TraceError("the model is sharded by FSDP: inject it first, then call fully_shard")
         if kind == "OptimizedModule":
             raise TraceError("the model is compiled: inject the original module (model._orig_mod), then compile it")
+        tensors = (*m._parameters.values(), *m._buffers.values())
+        if any(t is not None and nn.parameter.is_lazy(t) for t in tensors):
+            raise TraceError("the model has lazy layers without weights: run it on one batch first, then inject it")
         if isinstance(m, torch.jit.ScriptModule):
             raise TraceError("the model is a TorchScript module: inject the original model, then script it")
 
@@ -318,7 +339,9 @@ def no_sites_message(made: Plan) -> str:
     if all(s.reason is not None and s.reason.startswith("already has") for s in made.all_sites):
         return (f"{made.model}: all {len(made.all_sites)} sites already have channel attention: "
                 'use existing="stack" or existing="replace"')
-    return f"{made.model}: all {len(made.all_sites)} sites are skipped ({reasons}): widen the options that leave them out"
+    chosen = any(s.reason == made.config.rejects(s) for s in made.all_sites)
+    advice = ": widen the options that leave them out" if chosen else ""
+    return f"{made.model}: all {len(made.all_sites)} sites are skipped ({reasons}){advice}"
 
 
 def input_sizes(model: nn.Module) -> list[tuple[int, ...]]:

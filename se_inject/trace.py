@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import inspect
 import operator
+import random
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any
@@ -21,7 +22,7 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .errors import TraceError
-from .meta import MetaOps
+from .meta import MetaOps, storage
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
@@ -33,7 +34,7 @@ class Call:
 
     `begin` and `end` number the calls in order, so that `a.begin < b.begin < a.end` says that call
     `b` happened inside call `a`. `changes_list` says that a list among the arguments was changed, `operators`
-    how many operators ran inside.
+    how many operators ran inside, `writes` into which of its arguments' storages they wrote.
     """
 
     path: str
@@ -46,6 +47,7 @@ class Call:
     output: Any = None
     changes_list: bool = False
     operators: int = 0
+    writes: frozenset[int] = frozenset()
     children: list[Call] = dataclasses.field(default_factory=list)
 
     def walk(self) -> Iterator[Call]:
@@ -57,7 +59,8 @@ class Call:
     @property
     def passes(self) -> bool:
         """Whether the call returned the very tensor that it was given: identity, dropout and drop path in eval mode."""
-        return self.operators == 0 and isinstance(self.output, torch.Tensor) and self.output is self.args[0]
+        return self.operators == 0 and isinstance(self.output, torch.Tensor) and bool(self.args) and (
+            self.output is self.args[0])
 
 
 @dataclasses.dataclass(eq=False)
@@ -79,19 +82,20 @@ class Forward:
 
 @contextlib.contextmanager
 def untouched(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Whatever happens inside, each module's attributes are afterwards the very objects they were.
+    """Whatever happens inside, each module's class and attributes are afterwards the very objects they were.
 
     Lists and dicts among them are copies inside: a forward may keep a cache there.
     """
-    saved = [(m, dict(m.__dict__)) for m in modules]
+    saved = [(m, m.__class__, dict(m.__dict__)) for m in modules]
     try:
-        for m, attributes in saved:
+        for m, _, attributes in saved:
             for key, value in attributes.items():
                 if type(value) in (dict, list):
                     m.__dict__[key] = value.copy()
         yield
     finally:
-        for m, attributes in saved:
+        for m, cls, attributes in saved:
+            m.__class__ = cls
             m.__dict__.clear()
             m.__dict__.update(attributes)
 
@@ -116,6 +120,10 @@ def abstract(model: nn.Module) -> Iterator[None]:
             for key, value in list(d.items()):
                 if isinstance(value, torch.Tensor):
                     d[key] = meta(value)
+                elif type(value) is list:
+                    d[key] = [meta(v) for v in value]
+                elif type(value) is dict:
+                    d[key] = {k: meta(v) for k, v in value.items()}
             for key in ("_parameters", "_buffers"):
                 d[key] = {name: meta(t) for name, t in d[key].items()}
             d["_modules"] = dict(d["_modules"])
@@ -159,6 +167,7 @@ def record(model: nn.Module, inputs: torch.Tensor) -> tuple[Call, int]:
     root: list[Call] = []
     count = 0
     ops = MetaOps(factories=True)
+    written: list[int] = []
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal count
@@ -168,12 +177,16 @@ def record(model: nn.Module, inputs: torch.Tensor) -> tuple[Call, int]:
         count += 1
         (parent.children if parent else root).append(call)
         stack.append(call)
+        written.append(len(ops.written))
 
     def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         nonlocal count
         call = stack.pop()
         call.output, call.end = output, count
         call.operators += ops.operators
+        since = ops.written[written.pop():]
+        if since:
+            call.writes = frozenset(since) & {storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         call.changes_list = not _alike((args, kwargs), (call.args, call.kwargs))
         count += 1
 
@@ -215,6 +228,35 @@ class Unpacked:
         return self.kind(proxy[i] if item is None else item.of(proxy[i]) for i, item in enumerate(self.items))
 
 
+def _modes() -> tuple[object, ...]:
+    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *(
+        (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")))
+
+
+@contextlib.contextmanager
+def _other_modes() -> Iterator[None]:
+    """Inside, grad and autocast are on, so that a forward shows where it turns them off."""
+    was = {d: torch.is_autocast_enabled(d) for d in ("cpu", "cuda")}
+    with torch.enable_grad():
+        try:
+            for d in was:
+                torch.set_autocast_enabled(d, True)
+            yield
+        finally:
+            for d, enabled in was.items():
+                torch.set_autocast_enabled(d, enabled)
+
+
+def _state(module: nn.Module) -> tuple[object, ...]:
+    """What a forward must leave alone to be traced: attributes, buffers, modes, and Python's and torch's random numbers."""
+    own = {
+        key: (id(value), tuple(map(id, value.values() if isinstance(value, dict) else value)))
+        if type(value) in (dict, list) else id(value) for key, value in module.__dict__.items()}
+    versions = tuple(t._version for d in (module._parameters, module._buffers) for t in d.values() if t is not None)
+    modes = tuple(m.training for m in module.modules())
+    return own, versions, modes, random.getstate()[1], torch.get_rng_state().numpy().tobytes()
+
+
 class _OwnTracer(fx.Tracer):
     """Traces one module; every child is a leaf, and arguments that are no tensors are constants.
 
@@ -227,14 +269,29 @@ class _OwnTracer(fx.Tracer):
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))
         self.constants = constants
         self.decide = decide
-        self.decided: dict[fx.Node, bool] = {}
+        self.decided: dict[Hashable, bool] = {}
+        self.modes = _modes()
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _modes() != self.modes:
+            raise TraceError("it changes the grad or autocast mode, which a trace does not hold")
+        return super().create_node(*args, **kwargs)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         if self.decide is None:
             return super().to_bool(obj)
-        if obj.node not in self.decided:
-            self.decided[obj.node] = self.decide(obj.node)
-        return self.decided[obj.node]
+        key = self._spelled(obj.node)
+        if key not in self.decided:
+            self.decided[key] = self.decide(obj.node)
+        return self.decided[key]
+
+    def _spelled(self, node: fx.Node) -> Hashable:
+        """The same for conditions that are written again."""
+        if node.op in ("placeholder", "call_module"):
+            return node
+        arguments: list[Hashable] = [node.op, node.target]  # type: ignore[list-item]
+        fx.map_arg((node.args, node.kwargs), lambda n: arguments.append(self._spelled(n)))
+        return (*arguments, repr(fx.map_arg((node.args, node.kwargs), lambda n: None)))
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -288,11 +345,19 @@ def trace_forward(
         return copy_graph(module.graph)
     if is_plain_sequential(module):
         return _chain(module)
-    with untouched([module]):
+    kinds = [p.kind for p in inspect.signature(type(module).forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL in kinds and inspect.Parameter.KEYWORD_ONLY in kinds:
+        raise TraceError(f"{type(module).__name__}.forward has keyword arguments behind *args, which fx mixes up")
+    with untouched([module]), _other_modes():
+        before = _state(module)
         try:
             graph = _OwnTracer(constants, decide).trace(module)
         except Exception as error:  # fx raises what the traced code raises
             raise TraceError(f"{type(module).__name__}.forward cannot be traced: {error}") from error
+        if _state(module) != before:
+            raise TraceError(
+                f"{type(module).__name__}.forward sets attributes or buffers of its module, or draws random numbers, "
+                "which a trace does not hold")
     for node in graph.nodes:
         if node.op == "get_attr" and node.target.startswith("_tensor_constant"):
             raise TraceError(f"{type(module).__name__}.forward makes a tensor that the trace would freeze")
@@ -323,14 +388,16 @@ def own_forward(call: Call, marker: str | None = None) -> tuple[Forward, dict[fx
         return decisions[-1]
 
     with untouched([call.module]):
-        if marker is not None:
-            setattr(call.module, marker, Marker())
+        if marker is not None:  # past a __setattr__, ours or the author's
+            call.module.__dict__["_modules"] = {**call.module._modules, marker: Marker()}
+            call.module.__dict__.pop(marker, None)
         graph = trace_forward(call.module, constants, decide)
     env: dict[fx.Node, Any] = {}
     calls: dict[fx.Node, Call] = {}
     children = iter(call.children)
-    with torch.no_grad(), MetaOps(factories=True):
+    with torch.no_grad(), MetaOps(factories=True) as ops:
         for node in graph.nodes:
+            before = len(ops.written)
             args = fx.map_arg(node.args, env.__getitem__)
             kwargs = fx.map_arg(node.kwargs, env.__getitem__)
             if node.op == "placeholder":
@@ -351,6 +418,7 @@ def own_forward(call: Call, marker: str | None = None) -> tuple[Forward, dict[fx
                 except Exception as error:
                     raise TraceError(f"{type(call.module).__name__}.forward, node {node}: {error}") from error
             env[node] = node.meta["val"] = value
+            node.meta["writes"] = calls[node].writes if node.op == "call_module" else frozenset(ops.written[before:])
     _no_more(call, children)
     return Forward(graph, constants, marker, tuple(decisions)), calls
 
