@@ -1,4 +1,4 @@
-"""Which axis of a tensor holds the channels, followed through the operators of a run.
+"""Which axis of a tensor holds the channels, and which the batch, followed through the operators of a run.
 
 A convolution says it; every other operator carries it on: a permutation moves it, a reshape keeps its place in
 memory order, a linear layer over another axis leaves it alone. So it is known in any layout and at any size, and
@@ -17,23 +17,33 @@ _aten = torch.ops.aten
 # Where the channels are: the number of elements before one of them in the flattened order of the leading axes, and
 # how many there are. A view changes neither.
 _Where = tuple[int, int]
-_KEY = "_se_channels"
+CHANNELS, BATCH = "_se_channels", "_se_batch"
 
 
-def mark(t: torch.Tensor, axis: int) -> None:
-    """Say that the channels of `t` are on `axis`."""
-    t.__dict__[_KEY] = (math.prod(t.shape[:axis]), t.shape[axis])
+def mark(t: torch.Tensor, axis: int, key: str) -> None:
+    """Say that the channels, or the batch, of `t` are on `axis`."""
+    t.__dict__[key] = (math.prod(t.shape[:axis]), t.shape[axis])
 
 
 def channel_axis(t: torch.Tensor) -> int | None:
     """The axis of the channels of `t`, or None where it is not known or they are on several."""
-    axes = _axes(t)
+    return _axis(t, CHANNELS)
+
+
+def batch_is_first(t: torch.Tensor) -> bool:
+    """Whether the batch, or the batch and what was folded into it (windows), is the first axis; also where it is not known."""
+    where: _Where | None = t.__dict__.get(BATCH)
+    return where is None or where[0] == 1
+
+
+def _axis(t: torch.Tensor, key: str) -> int | None:
+    axes = _axes(t, key)
     return axes[0] if axes is not None and len(axes) == 1 else None
 
 
-def _axes(t: torch.Tensor) -> list[int] | None:
-    """The neighbouring axes that hold the channels together."""
-    where: _Where | None = t.__dict__.get(_KEY)
+def _axes(t: torch.Tensor, key: str) -> list[int] | None:
+    """The neighbouring axes that hold the channels, or the batch, together."""
+    where: _Where | None = t.__dict__.get(key)
     if where is None:
         return None
     before, size = 1, 1
@@ -49,119 +59,117 @@ def _axes(t: torch.Tensor) -> list[int] | None:
 
 
 def follow(packet: Any, args: Sequence[Any], out: Any) -> None:
-    """Carry the place of the channels from the arguments of an operator to its result."""
+    """Carry the places of channels and batch from the arguments of an operator to its result."""
     if isinstance(out, torch.Tensor):
         rule = _RULES.get(packet, _alike)
-        rule(args, out)
+        rule(args, out, CHANNELS)
+        rule(args, out, BATCH)
     elif isinstance(out, (list, tuple)):  # of parts (split) or with statistics (norms): each like the first argument
         for part in out:
             if isinstance(part, torch.Tensor):
-                _alike(args[:1], part)
+                _alike(args[:1], part, CHANNELS)
+                _alike(args[:1], part, BATCH)
 
 
-def _alike(args: Sequence[Any], out: torch.Tensor) -> None:
+def _alike(args: Sequence[Any], out: torch.Tensor, key: str) -> None:
     """A result with as many axes as an argument has its channels on the same."""
-    if _KEY in out.__dict__:  # in place
+    if key in out.__dict__:  # in place
         return
     for a in args:
-        if isinstance(a, torch.Tensor) and a.dim() == out.dim() and _KEY in a.__dict__:
+        if isinstance(a, torch.Tensor) and a.dim() == out.dim() and key in a.__dict__:
             if a.shape == out.shape:
-                out.__dict__[_KEY] = a.__dict__[_KEY]
+                out.__dict__[key] = a.__dict__[key]
                 return
-            axis = channel_axis(a)
+            axis = _axis(a, key)
             if axis is not None:
-                mark(out, axis)
+                mark(out, axis, key)
                 return
 
 
-def _convolution(args: Sequence[Any], out: torch.Tensor) -> None:
-    mark(out, 1)
+def _convolution(args: Sequence[Any], out: torch.Tensor, key: str) -> None:
+    mark(out, 1 if key == CHANNELS else 0, key)
 
 
-def _view(args: Sequence[Any], out: torch.Tensor) -> None:
-    if _KEY in args[0].__dict__:
-        out.__dict__[_KEY] = args[0].__dict__[_KEY]
+def _view(args: Sequence[Any], out: torch.Tensor, key: str) -> None:
+    if key in args[0].__dict__:
+        out.__dict__[key] = args[0].__dict__[key]
 
 
-def _permuted(order: Sequence[int], source: torch.Tensor, out: torch.Tensor) -> None:
-    axes = _axes(source)
+def _permuted(order: Sequence[int], source: torch.Tensor, out: torch.Tensor, key: str) -> None:
+    axes = _axes(source, key)
     if axes is not None:
         places = sorted(order.index(axis) for axis in axes)
         if places == list(range(places[0], places[0] + len(places))):
-            out.__dict__[_KEY] = (math.prod(out.shape[:places[0]]), math.prod(out.shape[p] for p in places))
+            out.__dict__[key] = (math.prod(out.shape[:places[0]]), math.prod(out.shape[p] for p in places))
 
 
-def _permute(args: Sequence[Any], out: torch.Tensor) -> None:
-    _permuted([d % out.dim() for d in args[1]], args[0], out)
+def _permute(args: Sequence[Any], out: torch.Tensor, key: str) -> None:
+    _permuted([d % out.dim() for d in args[1]], args[0], out, key)
 
 
-def _transpose(args: Sequence[Any], out: torch.Tensor) -> None:
+def _transpose(args: Sequence[Any], out: torch.Tensor, key: str) -> None:
     if out.dim() > 1:
         order = list(range(out.dim()))
         a, b = (d % out.dim() for d in args[1:3]) if len(args) > 2 else (0, 1)
         order[a], order[b] = b, a
-        _permuted(order, args[0], out)
+        _permuted(order, args[0], out, key)
 
 
-def _matmul(x: torch.Tensor, out: torch.Tensor) -> None:
+def _matmul(x: torch.Tensor, out: torch.Tensor, key: str) -> None:
     """A product over the last axis: channels that are elsewhere stay, channels there or unknown are now there."""
-    where = x.__dict__.get(_KEY)
+    where = x.__dict__.get(key)
     rows = math.prod(x.shape[:-1])
-    if where is None or where == (rows, x.shape[-1]):
-        mark(out, out.dim() - 1)
-    elif where[0] * where[1] <= rows:
-        out.__dict__[_KEY] = where
+    if key == CHANNELS and (where is None or where == (rows, x.shape[-1])):
+        mark(out, out.dim() - 1, key)
+    elif where is not None and where[0] * where[1] <= rows:
+        out.__dict__[key] = where
 
 
-def _bmm(args: Sequence[Any], out: torch.Tensor) -> None:
-    if _KEY in args[0].__dict__:
-        _matmul(args[0], out)
+def _bmm(args: Sequence[Any], out: torch.Tensor, key: str) -> None:
+    if key in args[0].__dict__:
+        _matmul(args[0], out, key)
 
 
-def _cat(args: Sequence[Any], out: torch.Tensor) -> None:
-    _alike(args[0], out)
+def _cat(args: Sequence[Any], out: torch.Tensor, key: str) -> None:
+    _alike(args[0], out, key)
 
 
-def _shifted(source: torch.Tensor, out: torch.Tensor, dim: int, by: int) -> None:
-    axis = channel_axis(source)
+def _shifted(source: torch.Tensor, out: torch.Tensor, key: str, dim: int, by: int) -> None:
+    axis = _axis(source, key)
     if axis is not None and (by > 0 or axis != dim):
-        mark(out, axis + by if axis >= dim else axis)
+        mark(out, axis + by if axis >= dim else axis, key)
 
 
-def _unsqueeze(args: Sequence[Any], out: torch.Tensor) -> None:
-    _shifted(args[0], out, args[1] % out.dim(), 1)
+def _unsqueeze(args: Sequence[Any], out: torch.Tensor, key: str) -> None:
+    _shifted(args[0], out, key, args[1] % out.dim(), 1)
 
 
-def _stack(args: Sequence[Any], out: torch.Tensor) -> None:
+def _stack(args: Sequence[Any], out: torch.Tensor, key: str) -> None:
     dim = (args[1] if len(args) > 1 else 0) % out.dim()
     for t in args[0]:
-        if _KEY in t.__dict__:
-            _shifted(t, out, dim, 1)
+        if key in t.__dict__:
+            _shifted(t, out, key, dim, 1)
             return
 
 
-def _select(args: Sequence[Any], out: torch.Tensor) -> None:
-    _shifted(args[0], out, args[1] % args[0].dim(), -1)
+def _select(args: Sequence[Any], out: torch.Tensor, key: str) -> None:
+    _shifted(args[0], out, key, args[1] % args[0].dim(), -1)
 
 
-def _reduced(args: Sequence[Any], out: torch.Tensor) -> None:
+def _reduced(args: Sequence[Any], out: torch.Tensor, key: str) -> None:
     source = args[0]
-    axis = channel_axis(source)
+    axis = _axis(source, key)
     if out.dim() == source.dim():
-        _alike(args, out)
+        _alike(args, out, key)
     elif axis is not None and len(args) > 1 and isinstance(args[1], (int, list, tuple)):
         gone = {d % source.dim() for d in ([args[1]] if isinstance(args[1], int) else args[1])}
         if axis not in gone and len(gone) == source.dim() - out.dim():
-            mark(out, axis - sum(d < axis for d in gone))
+            mark(out, axis - sum(d < axis for d in gone), key)
 
 
-def _unfolded(args: Sequence[Any], out: torch.Tensor) -> None:
-    mark(out, 1)
-
-
-_RULES: dict[Any, Callable[[Sequence[Any], torch.Tensor], None]] = {
-    _aten.convolution: _convolution, _aten.im2col: _unfolded, _aten.col2im: _unfolded,
-    _aten.addmm: lambda args, out: _matmul(args[1], out), _aten.mm: lambda args, out: _matmul(args[0], out),
+_RULES: dict[Any, Callable[[Sequence[Any], torch.Tensor, str], None]] = {
+    _aten.convolution: _convolution, _aten.im2col: _convolution, _aten.col2im: _convolution,
+    _aten.addmm: lambda args, out, key: _matmul(args[1], out, key), _aten.mm: lambda args, out, key: _matmul(args[0], out, key),
     _aten.bmm: _bmm, _aten.view: _view, _aten._unsafe_view: _view, _aten.permute: _permute, _aten.transpose: _transpose,
     _aten.t: _transpose, _aten.cat: _cat, _aten.unsqueeze: _unsqueeze, _aten.stack: _stack, _aten.select: _select,
     _aten.squeeze: _reduced, _aten.mean: _reduced, _aten.sum: _reduced, _aten.amax: _reduced, _aten.max: _reduced,

@@ -269,13 +269,12 @@ def zoo_command(
     expected = zoo.read(check) if check else []
     if check and not expected:
         raise click.ClickException(f"{check!r} holds no rows to check against; make it with --out {check}")
+    there = [r for r in (zoo.read(out) if out else []) if r.status != "failed"]
     wanted = set(names)
-    keep = [
-        r for r in (zoo.read(out) if out else [])
-        if r.model in wanted and r.placement == placement and r.status != "failed"]
+    keep = [r for r in there if r.model in wanted and r.placement == placement]
     if keep:
         _say(f"{len(keep)} of {len(names)} rows kept from {out}")
-    table = zoo.Table(out, keep)
+    table = zoo.Table(out, there)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     quiet = not logging.getLogger("se_inject").isEnabledFor(logging.INFO)
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as progress:
@@ -286,7 +285,7 @@ def zoo_command(
             progress.update(task, advance=1, description=row.family)
             if row.status == "failed":
                 progress.console.print(f"{row.model}: {row.reason}", markup=False)
-    rows = table.finish()
+    rows = [r for r in table.finish() if r.model in wanted and r.placement == placement]
     if page:
         asked = " ".join(f"'{p}'" for p in patterns or ("*",))
         zoo.write_page(page, rows, f"se-inject zoo {asked} --placement {placement} --verify {verify}")

@@ -45,7 +45,7 @@ class MetaOps(TorchDispatchMode):
         super().__init__()
         self.macs = 0
         self.operators = 0
-        self.written: list[int] = []
+        self.written: list[torch.UntypedStorage] = []  # held, so that no other gets its address
         self.factories = factories
 
     @classmethod
@@ -58,7 +58,7 @@ class MetaOps(TorchDispatchMode):
         packet = func._overloadpacket
         for i in _writes(func):
             if i < len(args) and isinstance(args[i], torch.Tensor):
-                self.written.append(storage(args[i]))
+                self.written.append(args[i].untyped_storage())
         first = args[0] if args else None
         if isinstance(first, torch.Tensor):
             out = _short_way(func, packet, first, args, kwargs)

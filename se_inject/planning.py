@@ -27,7 +27,7 @@ class Site:
         path: Dotted name of the block, `owner` and `slot`; what `include` and `exclude` match.
         owner: Dotted name of the module whose forward is rewritten; empty for the model itself.
         slot: Name of the block in its owner.
-        kind: ``residual``, ``inverted_residual``, ``aggregation`` or ``conv``.
+        kind: ``residual``, ``inverted_residual``, ``aggregation`` or ``conv``; ``unknown`` where a forward could not be traced.
         channels: Gated channels.
         layout: ``NCHW``, ``NHWC`` or ``NLC``.
         size: Positions, (H, W) or (L,), at the planned input size.

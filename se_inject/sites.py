@@ -9,6 +9,7 @@ from collections import defaultdict
 from torch import fx, nn
 
 from .attention import Gates
+from .axes import batch_is_first, channel_axis
 from .blocks import block_spec, cost, get_block, problem
 from .config import SEConfig
 from .diagram import draw
@@ -16,7 +17,8 @@ from .graph import Traces, View, is_tensor, shape
 from .places import Place, find_place
 from .planning import Site
 from .stages import Stages
-from .units import find_units
+from .trace import Call
+from .units import find_units, find_untraced
 
 
 @dataclasses.dataclass(eq=False)
@@ -32,8 +34,13 @@ class PlacedSite:
         return self.place.view
 
 
-def find_sites(model: nn.Module, traces: Traces, config: SEConfig, input_size: tuple[int, ...]) -> list[PlacedSite]:
-    """All sites of a recorded model, in the order of execution, the skipped ones with their reason."""
+def find_sites(
+    model: nn.Module, traces: Traces, config: SEConfig, input_size: tuple[int, ...]
+) -> tuple[list[PlacedSite], list[Site]]:
+    """All sites of a recorded model, in the order of execution, the skipped ones with their reason.
+
+    Then those of which nothing is known but that a forward could not be traced.
+    """
     gates = Gates(traces)
     units, slots = find_units(traces, gates, config)
     stages = Stages(model, traces, input_size)
@@ -46,7 +53,18 @@ def find_sites(model: nn.Module, traces: Traces, config: SEConfig, input_size: t
         for place, name in zip(group, _slot_names(module, group)):
             out.append(_site(place, name, traces, gates, stages, config))
     out.sort(key=lambda s: stages.position(s.place))
-    return out
+    return out, [_unknown(call, why, stages) for call, why in find_untraced(traces, units)]
+
+
+def _unknown(call: Call, why: str, stages: Stages) -> Site:
+    dims = tuple(call.output.shape)
+    dim = channel_axis(call.output)
+    dim = 1 if dim is None and len(dims) == 4 else len(dims) - 1 if dim is None else dim
+    size = tuple(d for i, d in enumerate(dims) if i not in (0, dim))
+    return Site(
+        path=f"{call.path}.se" if call.path else "se", owner=call.path, slot="se", kind="unknown", channels=dims[dim],
+        layout="NCHW" if dim == 1 else "NLC" if len(dims) == 3 else "NHWC", size=size, stage=stages.at(call.end, size),
+        style="se", rd_channels=0, params=0, macs=0, reason=why)
 
 
 def _distinct(places: list[Place]) -> list[Place]:
@@ -112,6 +130,8 @@ def _site(place: Place, slot: str, traces: Traces, gates: Gates, stages: Stages,
             reason = f"block={config.block!r} needs a map with height and width, and this is a sequence of tokens"
         elif place.fill is not None and place.fill.gain != 1.0 and problem(config, place.fill.gain):
             reason = problem(config, place.fill.gain)
+        elif not all(batch_is_first(n.meta["val"]) for n in _values(place, dims)):
+            reason = f"the batch is not the first axis of its tensor, of shape {dims}"
         elif dim not in (1, len(dims) - 1) or len(dims) > 4 or (len(dims) == 3 and dim == 1):
             reason = f"layout of shape {dims} is not known"
     calls = len(traces.calls[view.module])
@@ -137,6 +157,11 @@ def _replaced(place: Place) -> tuple[str, ...]:
 
 def _gate(config: SEConfig, channels: int, squeeze: int) -> str:
     return f"[{config.block.upper()} {channels}{f' to {squeeze}' if squeeze else ''}]"
+
+
+def _values(place: Place, dims: tuple[int, ...]) -> list[fx.Node]:
+    """The gated value and, of the same shape, the sum that it goes into, which may know more of its axes."""
+    return [n for n in (place.node, place.unit.merge) if n is not None and is_tensor(n) and shape(n) == dims]
 
 
 def _own_block(view: View) -> str:

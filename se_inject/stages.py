@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -42,12 +43,15 @@ class Stages:
 
     def of(self, place: Place) -> int:
         dims, dim = shape(place.node), place.view.channel_dim(place.node)
-        size = math.prod(d for i, d in enumerate(dims) if i not in (0, dim))
-        reduction = math.sqrt(max(self._positions / max(size, 1), 1))
+        call = self._maker(place)
+        return self.at(
+            place.view.call.begin if call is None else call.end, [d for i, d in enumerate(dims) if i not in (0, dim)])
+
+    def at(self, moment: int, size: Sequence[int]) -> int:
+        """The stage of a map of this `size` that was made at `moment` of the run."""
+        reduction = math.sqrt(max(self._positions / max(math.prod(size), 1), 1))
         if self._ends:
-            call = self._maker(place)
-            at = place.view.call.begin if call is None else call.end
-            first = next((end for end in self._ends if at <= end), None)
+            first = next((end for end in self._ends if moment <= end), None)
             if first is None:
                 return len(self._ends)
             there = [i for i, end in enumerate(self._ends) if end == first]

@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .axes import mark
+from .axes import BATCH as BATCH_AXIS
+from .axes import CHANNELS, mark
 from .blocks import BlockSpec, make_block, problem
 from .config import SEConfig
 from .errors import ConfigError, NoSitesError, SEInjectError, TraceError
 from .graph import Traces, View
 from .loading import register_hooks, remove_hooks
 from .meta import MetaOps
+from .patterns import LINEAR, UNLEARNED
 from .planning import Plan, Site
 from .rewrite import (
     Edit,
@@ -198,10 +200,10 @@ def prepare(
         sizes = [size] if size is not None else input_sizes(model)
         root, macs, size = _record(model, sizes, _dtype(model))
         traces = Traces(root)
-        found = find_sites(model, traces, config, size)
+        found, unknown = find_sites(model, traces, config, size)
         jobs = _jobs(found, traces)
     params = sum(p.numel() for p in model.parameters())
-    return Prepared(Plan(name, config, size, params, macs // BATCH, tuple(s.site for s in found)), tuple(jobs))
+    return Prepared(Plan(name, config, size, params, macs // BATCH, (*(s.site for s in found), *unknown)), tuple(jobs))
 
 
 def _checked(size: object) -> tuple[int, ...]:
@@ -216,7 +218,8 @@ def _record(model: nn.Module, sizes: list[tuple[int, ...]], dtype: torch.dtype) 
     for size in map(tuple, sizes):
         try:
             images = torch.empty(BATCH, *size, device="meta", dtype=dtype)
-            mark(images, 1)
+            mark(images, 0, BATCH_AXIS)
+            mark(images, 1, CHANNELS)
             return *record(model, images), size
         except TraceError as error:
             first = first or error
@@ -336,8 +339,9 @@ def no_sites_message(made: Plan) -> str:
         assert s.reason is not None
         counts[s.reason.partition(" at ")[0]] += 1
     reasons = "; ".join(f"{n} x {reason}" for reason, n in sorted(counts.items()))
-    if all(s.reason is not None and s.reason.startswith("already has") for s in made.all_sites):
-        return (f"{made.model}: all {len(made.all_sites)} sites already have channel attention: "
+    places = [s for s in made.all_sites if s.kind != "unknown" and s.reason not in (LINEAR, UNLEARNED)]
+    if places and all(s.reason is not None and s.reason.startswith("already has") for s in places):
+        return (f"{made.model}: all {len(places)} sites already have channel attention: "
                 'use existing="stack" or existing="replace"')
     chosen = any(s.reason == made.config.rejects(s) for s in made.all_sites)
     advice = ": widen the options that leave them out" if chosen else ""

@@ -34,7 +34,8 @@ class Call:
 
     `begin` and `end` number the calls in order, so that `a.begin < b.begin < a.end` says that call
     `b` happened inside call `a`. `changes_list` says that a list among the arguments was changed, `operators`
-    how many operators ran inside, `writes` into which of its arguments' storages they wrote.
+    how many operators ran inside, `writes` into which of its arguments' storages they wrote, and `own_writes` into
+    which storages its own forward did.
     """
 
     path: str
@@ -48,6 +49,7 @@ class Call:
     changes_list: bool = False
     operators: int = 0
     writes: frozenset[int] = frozenset()
+    own_writes: tuple[torch.UntypedStorage, ...] = ()
     children: list[Call] = dataclasses.field(default_factory=list)
 
     def walk(self) -> Iterator[Call]:
@@ -168,6 +170,14 @@ def record(model: nn.Module, inputs: torch.Tensor) -> tuple[Call, int]:
     count = 0
     ops = MetaOps(factories=True)
     written: list[int] = []
+    own: list[list[torch.UntypedStorage]] = []
+    taken = 0
+
+    def take_writes() -> None:
+        nonlocal taken
+        if own:
+            own[-1] += ops.written[taken:]
+        taken = len(ops.written)
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal count
@@ -176,7 +186,9 @@ def record(model: nn.Module, inputs: torch.Tensor) -> tuple[Call, int]:
         call = Call(paths[module], module, args, kwargs, parent, count, operators=-ops.operators)
         count += 1
         (parent.children if parent else root).append(call)
+        take_writes()
         stack.append(call)
+        own.append([])
         written.append(len(ops.written))
 
     def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -186,7 +198,10 @@ def record(model: nn.Module, inputs: torch.Tensor) -> tuple[Call, int]:
         call.operators += ops.operators
         since = ops.written[written.pop():]
         if since:
-            call.writes = frozenset(since) & {storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+            given = {storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+            call.writes = frozenset(s._cdata for s in since) & given
+        take_writes()
+        call.own_writes = tuple(own.pop())
         call.changes_list = not _alike((args, kwargs), (call.args, call.kwargs))
         count += 1
 
@@ -235,16 +250,18 @@ def _modes() -> tuple[object, ...]:
 
 @contextlib.contextmanager
 def _other_modes() -> Iterator[None]:
-    """Inside, grad and autocast are on, so that a forward shows where it turns them off."""
-    was = {d: torch.is_autocast_enabled(d) for d in ("cpu", "cuda")}
+    """Inside, grad and autocast are on, to a dtype that no forward asks for, so that a forward shows where it sets them."""
+    was = {d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")}
     with torch.enable_grad():
         try:
             for d in was:
                 torch.set_autocast_enabled(d, True)
+                torch.set_autocast_dtype(d, torch.float64)
             yield
         finally:
-            for d, enabled in was.items():
+            for d, (enabled, dtype) in was.items():
                 torch.set_autocast_enabled(d, enabled)
+                torch.set_autocast_dtype(d, dtype)
 
 
 def _state(module: nn.Module) -> tuple[object, ...]:
@@ -418,9 +435,30 @@ def own_forward(call: Call, marker: str | None = None) -> tuple[Forward, dict[fx
                 except Exception as error:
                     raise TraceError(f"{type(call.module).__name__}.forward, node {node}: {error}") from error
             env[node] = node.meta["val"] = value
-            node.meta["writes"] = calls[node].writes if node.op == "call_module" else frozenset(ops.written[before:])
+            node.meta["writes"] = calls[node].writes if node.op == "call_module" else frozenset(
+                s._cdata for s in ops.written[before:])
     _no_more(call, children)
+    _check_rereads(graph, call)
     return Forward(graph, constants, marker, tuple(decisions)), calls
+
+
+_ALSO_IN_PLACE = {operator.add, operator.sub, operator.mul, operator.truediv}
+
+
+def _check_rereads(graph: fx.Graph, call: Call) -> None:
+    """Where fx has made ``x = x + y`` of ``x += y``: that nothing reads the memory that was written into.
+
+    Raises:
+        TraceError: Something does.
+    """
+    written = {s._cdata for s in call.own_writes}
+    index = {node: i for i, node in enumerate(graph.nodes)} if written else {}
+    for node in graph.nodes if written else ():
+        first = node.args[0] if node.op == "call_function" and node.target in _ALSO_IN_PLACE else None
+        value = first.meta["val"] if isinstance(first, fx.Node) else None
+        if isinstance(value, torch.Tensor) and storage(value) in written and any(
+                index[u] > index[node] for u in first.users):  # type: ignore[union-attr]
+            raise TraceError(f"{type(call.module).__name__}.forward reads a tensor again that it has changed in place")
 
 
 def _evaluate(node: fx.Node, values: dict[str, Any], known: dict[fx.Node, Any]) -> Any:

@@ -7,6 +7,7 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch import fx, nn
 
 from .attention import Gates
@@ -42,8 +43,36 @@ def find_units(traces: Traces, gates: Gates, config: SEConfig) -> tuple[list[Can
         if c.kind == "conv" and type(c.view.module) in types:
             c.kind = "inverted_residual"  # the same block, where stride or width left it without a shortcut
     if not chosen:
-        chosen = [c for view in views for c in plain_convs(view)]
+        chosen = [c for view in views if not _is_in_untraced(view.call, traces) for c in plain_convs(view)]
     return _outermost(chosen, slots, linear), slots
+
+
+def _is_in_untraced(call: Call, traces: Traces) -> bool:
+    """Whether a call lies in a forward, other than the model's, that could not be traced: a unit of which nothing is known."""
+    at = call.parent
+    while at is not None and at.parent is not None:
+        if at.module in traces.failures:
+            return True
+        at = at.parent
+    return False
+
+
+def find_untraced(traces: Traces, units: list[Candidate]) -> list[tuple[Call, str]]:
+    """The modules on maps whose forward could not be traced, and why, but for those around units or inside one."""
+    holders = _Holders(units)
+    around: set[int] = set()
+    for c in units:
+        at: Call | None = c.view.call
+        while at is not None:
+            around.add(id(at))
+            at = at.parent
+    found = []
+    for module, why in traces.failures.items():
+        call = traces.calls[module][0]
+        is_map = isinstance(call.output, torch.Tensor) and call.output.dim() >= 3
+        if is_map and traces.has_weights(module) and id(call) not in around and not any(True for _ in holders.around(call)):
+            found.append((call, why))
+    return [(call, why) for call, why in found if not _is_in_untraced(call, traces)]
 
 
 def _rooms(

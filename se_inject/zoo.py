@@ -282,7 +282,7 @@ class Table:
 
     def finish(self) -> list[Row]:
         """Put the rows into the order of their names."""
-        self.rows.sort(key=lambda r: r.model)
+        self.rows.sort(key=lambda r: (r.model, r.placement))
         self._write()
         return self.rows
 

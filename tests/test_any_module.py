@@ -2,6 +2,7 @@
 
 import copy
 import io
+import random
 
 import pytest
 import timm
@@ -224,3 +225,255 @@ def test_another_way_in_does_not_miss_the_block():
         expected = base.forward_intermediates(x, intermediates_only=True)
     assert calls == through_forward and len(calls) == 13
     assert all(torch.equal(a, b) for a, b in zip(features, expected, strict=True))
+
+
+class NormEnd(Unit):
+    """Its branch ends with a norm, into which may be written."""
+
+    def __init__(self):
+        super().__init__()
+        self.b = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16))
+
+
+class Autocast(Unit):
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = self.b(self.a(x))
+        return x + y.float()
+
+
+class Frozen(Unit):
+    def forward(self, x):
+        with torch.no_grad():
+            y = self.a(x)
+        return x + self.b(y)
+
+
+class Counting(Unit):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls.add_(1)
+        return x + self.b(self.a(x))
+
+
+class Remembering(Unit):
+    def forward(self, x):
+        self.last = x
+        return x + self.b(self.a(x))
+
+
+class Drawing(Unit):
+    def forward(self, x):
+        y = self.b(self.a(x))
+        return x + y * (2 if random.random() < 0.5 else 1)
+
+
+class Writing(NormEnd):
+    """Not followed by fx: an assignment to a part."""
+
+    def forward(self, x):
+        y = self.b(self.a(x))
+        y[:, 0] = 0
+        return x + y
+
+
+@pytest.mark.parametrize("unit, reason", [
+    (Autocast, "grad or autocast mode"), (Frozen, "grad or autocast mode"), (Counting, "sets attributes or buffers"),
+    (Remembering, "sets attributes or buffers"), (Drawing, "draws random numbers"), (Writing, "cannot be traced")])
+def test_what_a_trace_cannot_hold_is_skipped_with_the_reason(unit, reason):
+    model = Net(Unit(), unit())
+    plan = se_inject.plan(model, input_size=(3, 16, 16))
+    assert [s.path for s in plan.sites] == ["units.0.se"]
+    assert [(s.owner, s.kind) for s in plan.skipped] == [("units.1", "unknown")] and reason in plan.skipped[0].reason
+    if unit not in (Counting, Drawing):  # these differ from run to run
+        check_identity(model, (3, 16, 16))
+    with pytest.raises(se_inject.NoSitesError, match=reason):  # and no convolution inside is gated instead
+        se_inject.inject(Net(unit()), input_size=(3, 16, 16))
+
+
+class InPlaceFunction(NormEnd):
+    def forward(self, x):
+        y = self.b(self.a(x))
+        nn.functional.relu(y, inplace=True)
+        return x + y
+
+
+class InPlaceView(NormEnd):
+    def forward(self, x):
+        y = self.b(self.a(x))
+        y.view(y.shape[0], -1).mul_(0.5)
+        return x + y
+
+
+class InPlaceAlias(NormEnd):
+    def forward(self, x):
+        y = self.b(self.a(x))
+        out = y
+        y += x
+        return nn.functional.gelu(out)
+
+
+class InPlaceModule(NormEnd):
+    def __init__(self):
+        super().__init__()
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        y = self.b(self.a(x))
+        self.act(y)
+        return x + y
+
+
+@pytest.mark.parametrize("unit", [InPlaceFunction, InPlaceView, InPlaceAlias, InPlaceModule])
+def test_memory_that_is_written_in_place(unit):
+    model = Net(unit())
+    try:
+        check_identity(model, (3, 16, 16))
+    except se_inject.NoSitesError as error:
+        assert "changed in place" in str(error) or "cannot be traced" in str(error)
+
+
+class PreActivation(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.act = nn.ReLU(inplace=True)
+        self.a, self.b = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+
+    def forward(self, x):
+        return self.b(self.act(self.a(self.act(x)))) + x
+
+
+@pytest.mark.parametrize("placement", ["auto", "inner", "pre", "post", "identity"])
+def test_an_input_that_is_changed_in_place(placement):
+    """The shortcut is what the first activation left in the input's memory."""
+    model = Net(PreActivation())
+    if placement in ("pre", "identity"):
+        with pytest.raises(se_inject.NoSitesError, match="changed in place"):
+            se_inject.inject(model, input_size=(3, 16, 16), placement=placement)
+    else:
+        check_identity(model, (3, 16, 16), placement=placement)
+
+
+class Early(Unit):
+    def forward(self, x):
+        if x.shape[-1] < 4:
+            return x
+        return x + self.b(self.a(x))
+
+
+class Commuted(Branching):
+    """The operands of the sum change places between the ways."""
+
+    def forward(self, x):
+        if x.shape[2] % 2 == 0:
+            return self.work(x) + x
+        return x + self.work(nn.functional.pad(x, (0, 1, 0, 1)))[:, :, :-1, :-1]
+
+
+@pytest.mark.parametrize("unit, sides", [(Early, (18, 5)), (Commuted, (18, 19))])
+def test_ways_that_differ(unit, sides):
+    model = Net(unit()).eval()
+    se_inject.inject(model, input_size=(3, sides[0], sides[0]))
+    shut = copy.deepcopy(model)
+    shut.units[0].se.gain = 0.0
+    for side in sides:
+        x = torch.randn(2, 3, side, side)
+        with torch.no_grad():
+            assert torch.equal(shut(x), model.head(model.stem(x).mean((2, 3))))  # only the branch is gated
+
+
+class BatchSecond(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.attn = nn.Conv2d(3, 16, 4, 4), nn.MultiheadAttention(16, 2)
+        self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.stem(x).flatten(2).permute(2, 0, 1)  # (L, N, C)
+        y = self.norm(x)
+        return self.head((x + self.attn(y, y, y)[0]).mean(0))
+
+
+def test_the_batch_is_never_squeezed():
+    plan = se_inject.plan(BatchSecond(), input_size=(3, 32, 32))
+    assert not plan.sites and "the batch is not the first axis" in plan.skipped[0].reason
+
+
+def test_sequences_of_channels_first_are_refused():
+    class Wave(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.a, self.b = nn.Conv1d(3, 16, 3), nn.Conv1d(16, 16, 3, padding=1), nn.Conv1d(16, 16, 1)
+
+        def forward(self, x):
+            x = self.stem(x.flatten(2))
+            return x + self.b(torch.relu(self.a(x)))
+
+    plan = se_inject.plan(Wave(), input_size=(3, 8, 8))
+    assert not plan.sites and "layout of shape" in plan.skipped[0].reason
+
+
+class Named(Unit):
+    def forward(self, x):
+        y = torch.add(input=x, other=self.b(self.a(x)))
+        return torch.cat(tensors=[y, x], dim=1)[:, :16]
+
+
+def test_arguments_by_name():
+    check_identity(Net(Named()), (3, 16, 16))
+
+
+@pytest.mark.parametrize("name, placement", [("resnet18", "standard"), ("vovnet39a", "post"), ("nf_resnet26", "inner")])
+def test_planning_an_injected_model_changes_nothing(name, placement):
+    model = se_inject.inject(timm.create_model(name).eval(), placement=placement)
+    classes, x = [type(m) for m in model.modules()], torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        before = model(x)
+        plan = se_inject.plan(model, placement=placement)
+        assert not plan.sites and [type(m) for m in model.modules()] == classes
+        assert torch.equal(model(x), before)
+
+
+def test_an_attribute_of_every_owner_is_set():
+    base = randomise(timm.create_model("tiny_vit_5m_224")).eval()
+    model = se_inject.inject(copy.deepcopy(base))
+    x = torch.randn(1, 3, 224, 224)
+    for m in model.modules():
+        if "_se_edits" in m.__dict__:
+            m.note = "anything"
+    se_inject.plan(model)
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(model)(x), base(x))
+        assert torch.equal(model(x), base(x))
+    script = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(script(x), base(x))
+
+
+class Own(Unit):
+    def __setattr__(self, name, value):
+        if name == "width":
+            value = 2 * value
+        super().__setattr__(name, value)
+
+
+def test_the_authors_own_setattr_is_called():
+    model = se_inject.inject(Net(Own()), input_size=(3, 16, 16))
+    model.units[0].width = 3
+    assert model.units[0].width == 6
+
+
+@pytest.mark.parametrize("size", [224, "a", (3, 32.0, 32), (3, -1, 2), (3, 32)])
+def test_a_wrong_input_size_is_said(size):
+    with pytest.raises(se_inject.SEInjectError, match="expected \\(C, H, W\\)"):
+        se_inject.plan(Net(Unit()), input_size=size)
+
+
+def test_what_is_no_model_and_what_has_no_weights_yet():
+    with pytest.raises(se_inject.SEInjectError, match="needs a model"):
+        se_inject.eject("resnet18")
+    with pytest.raises(se_inject.SEInjectError, match="lazy layers"):
+        se_inject.inject(nn.Sequential(nn.LazyConv2d(16, 3), nn.ReLU()))
