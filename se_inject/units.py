@@ -15,7 +15,9 @@ from .config import SEConfig
 from .graph import Traces, View
 from .patterns import Candidate, candidates, chain_end, is_inside, plain_convs
 from .slots import Slot, empty_slot, gate_slot
-from .trace import Call
+from .trace import Call, is_plain_sequential
+
+LONG_SKIP = "a skip around a stage of residual units"
 
 
 def find_units(traces: Traces, gates: Gates, config: SEConfig) -> tuple[list[Candidate], dict[nn.Module, Slot]]:
@@ -167,7 +169,7 @@ def _outermost(chosen: list[Candidate], slots: dict[nn.Module, Slot], linear: li
     """Drop what lies inside another unit, so that nothing is gated twice on one way.
 
     A unit that holds a slot further inside gives way to it, and an aggregation to the residual units of the
-    modules that it calls: it is then a stage of them (CSPNet).
+    modules that it calls: it is then a stage of them (CSPNet). So does a skip around a stage of residual units.
     """
     holders = _Holders(chosen)
     gone: set[int] = set()
@@ -178,10 +180,27 @@ def _outermost(chosen: list[Candidate], slots: dict[nn.Module, Slot], linear: li
         if c.kind == "residual" and id(c) not in gone:
             gone |= {id(b) for b in holders.around(c.view.call) if b.kind == "aggregation"}
     kept = [c for c in chosen if id(c) not in gone]
+    long = _long_skips(kept)
+    kept = [c for c in kept if c not in long]
     out = _not_inside(kept, kept)
+    out += [dataclasses.replace(c, reason=LONG_SKIP) for c in _not_inside(long, out)]
     linear_holders = _Holders(linear)
     held = {id(b) for c in out for b in linear_holders.around(c.view.call)}
     return out + [c for c in _not_inside(linear, out) if id(c) not in held]
+
+
+def _long_skips(chosen: list[Candidate]) -> list[Candidate]:
+    """The residuals around two or more residual units that follow each other in one `nn.Sequential`."""
+    holders = _Holders(chosen)
+    seen: dict[tuple[int, int], Call] = {}
+    long: dict[int, Candidate] = {}
+    for c in (c for c in chosen if c.kind == "residual"):
+        stage = c.view.call.parent
+        if stage is not None and is_plain_sequential(stage.module):
+            for b in holders.around(c.view.call):
+                if b.kind == "residual" and seen.setdefault((id(b), id(stage)), c.view.call) is not c.view.call:
+                    long[id(b)] = b
+    return list(long.values())
 
 
 def _not_inside(these: list[Candidate], units: list[Candidate]) -> list[Candidate]:

@@ -297,6 +297,17 @@ class Fused(Toy):
         return self.fuse(self.collect(x))
 
 
+class LongSkip(Toy):
+    """EDSR: a skip around a stage of residual blocks is no unit of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(Residual(), Residual(), nn.Conv2d(16, 16, 3, padding=1))
+
+    def forward(self, x):
+        return x + self.body(x)
+
+
 class Streams(Toy):
     """TNT: a stream that goes on by itself is gated too, although another is computed from it."""
 
@@ -325,7 +336,7 @@ class Both(Encoded):
 
 @pytest.mark.parametrize("toy, paths", [
     (Nested, ["unit.branch.se"]), (Stage, ["unit.blocks.0.se", "unit.blocks.1.se"]), (Fused, ["unit.se"]),
-    (Both, ["unit.se"])])  # fmt: skip
+    (Both, ["unit.se"]), (LongSkip, ["unit.body.0.se", "unit.body.1.se"])])  # fmt: skip
 def test_owners(toy, paths):
     model = Net(toy()).eval()
     x = torch.randn(2, 3, 8, 8)
