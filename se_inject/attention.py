@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .graph import ADDS, MULS, Traces, View, is_tensor, shape
-from .trace import Call
+from .record import Call
 
 _POOLINGS = {
     "mean", torch.mean, "amax", torch.amax, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.avg_pool2d,

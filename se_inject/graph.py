@@ -13,9 +13,10 @@ from torch import fx, nn
 
 from .axes import channel_axis
 from .errors import TraceError
+from .forward import Forward, bind, own_forward
 from .meta import storage
+from .record import Call
 from .signature import Signatures, frozen
-from .trace import Call, Forward, bind, own_forward
 
 ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 MULS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}

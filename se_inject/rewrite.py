@@ -1,10 +1,4 @@
-"""Rewrite the modules that own sites, so that their forward calls the new blocks.
-
-Four ways, the lightest that serves: an empty slot is filled and the author's own forward calls it;
-a plain `nn.Sequential` gets the block as one more child; an `fx.GraphModule` gets a new graph; any other
-owner gets a subclass of its own class whose forward is generated from its traced graph. The weights and
-their names stay where they are.
-"""
+"""Generate the forward of an owner that calls its blocks: a subclass of its own class, or a new graph."""
 
 from __future__ import annotations
 
@@ -20,44 +14,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .edits import OwnerEdits, base_class, moved, put_in
 from .errors import SEInjectError, TraceError
-from .paths import Path, counterparts, known_path, same_graph, same_paths, trace_paths
-from .trace import Unpacked, abstract, copy_graph
+from .paths import Path, known_path, same_graph, same_paths, trace_paths
+from .record import abstract
+from .trace import Unpacked, copy_graph
 
 _ERROR = "_se_error"
-
-
-@dataclasses.dataclass(frozen=True)
-class Edit:
-    """One block in one owner.
-
-    `after` is the child that it is registered behind, as its author would have written it; empty is
-    the first place. `node` is the position of the gated node in the owner's traced graph, `name` its
-    name there (a check), and `users` the positions of the nodes that get the gated value; None is all.
-    """
-
-    slot: str
-    after: str
-    node: int = 0
-    name: str = ""
-    users: tuple[int, ...] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class OwnerEdits:
-    """All that is done to one owner; kept on it as ``_se_edits``, so that it can be undone and rebuilt.
-
-    `way` is ``fill``, ``insert``, ``graph`` or ``rewrite``. `constants` are the arguments that the trace held
-    fixed, `decisions` the way that it went where the forward branches on sizes. `original` is what stood in
-    a filled slot: the module, or None with where it was kept; or the graphs of a GraphModule, by attribute.
-    """
-
-    way: str
-    edits: tuple[Edit, ...]
-    constants: tuple[tuple[str, Any], ...] = ()
-    decisions: tuple[bool, ...] = ()
-    original: Any = None
-    original_registered: bool = False
 
 
 def trace_modes(
@@ -108,12 +71,12 @@ def generate_class(module: nn.Module, edits: OwnerEdits, known: fx.Graph | None 
     paths, fixed = _trace_without_blocks(module, edits, known)
     main = next((p.graph for p in paths if p.outcomes == edits.decisions), None)
     if main is None:
-        raise TraceError(f"{_base(module).__name__}.forward is not the one that was rewritten")
+        raise TraceError(f"{base_class(module).__name__}.forward is not the one that was rewritten")
     nodes = list(main.nodes)
     for edit in edits.edits:
         if edit.node >= len(nodes) or nodes[edit.node].name != edit.name:
             raise TraceError(
-                f"{_base(module).__name__}.forward is not the one that was rewritten: "
+                f"{base_class(module).__name__}.forward is not the one that was rewritten: "
                 f"node {edit.node} should be {edit.name!r}")
     return _generate(module, edits, copy_graph(main), paths, fixed)
 
@@ -140,15 +103,10 @@ def _regenerate(module: nn.Module) -> None:
     main = next((p for p in paths if p.outcomes == edits.decisions), paths[0])
     if main.graph is None:
         raise TraceError(main.error)
-    moved = dataclasses.replace(edits, edits=_moved(edits.edits, old, main.graph, module), decisions=main.outcomes)
-    cls = _generate(module, moved, copy_graph(main.graph), paths, fixed)
-    module.__dict__["_se_edits"] = moved
+    new = dataclasses.replace(edits, edits=moved(edits.edits, old, main.graph, module), decisions=main.outcomes)
+    cls = _generate(module, new, copy_graph(main.graph), paths, fixed)
+    module.__dict__["_se_edits"] = new
     module.__class__ = cls
-
-
-def _base(module: nn.Module) -> type[nn.Module]:
-    base: type[nn.Module] = getattr(type(module), "_se_base", type(module))
-    return base
 
 
 def _trace_without_blocks(
@@ -159,7 +117,7 @@ def _trace_without_blocks(
     try:
         for edit in edits.edits:
             module._modules.pop(edit.slot, None)
-        module.__class__ = _base(module)
+        module.__class__ = base_class(module)
         with abstract(module):
             return trace_modes(module, dict(edits.constants), None if known is None else known_path(known))
     finally:
@@ -168,42 +126,11 @@ def _trace_without_blocks(
         module._modules.update(children)
 
 
-def _moved(edits: tuple[Edit, ...], old: fx.Graph, new: fx.Graph, module: nn.Module) -> tuple[Edit, ...]:
-    """The edits of one graph in another of the same forward: by the gated node, or by what uses it.
-
-    Raises:
-        TraceError: A place is not there, or not clear.
-    """
-    if not any(n.op == "call_module" for n in new.nodes):
-        return ()  # an early return, where nothing of the unit is computed
-    pairs = counterparts(old, new)
-    taken = set(pairs.values())
-    index = {node: i for i, node in enumerate(new.nodes)}
-    nodes = list(old.nodes)
-    out = []
-    for edit in edits:
-        node = nodes[edit.node]
-        users = list(node.users) if edit.users is None else [nodes[i] for i in edit.users]
-        everyone = edit.users is None or set(users) == set(node.users)
-        if node in pairs:
-            there = {pairs[node]}
-        else:  # what the users read that is no counterpart of anything else
-            there = {m for u in users if u in pairs for m in pairs[u].all_input_nodes if m not in taken}
-        (target,) = there if len(there) == 1 else (None,)
-        if target is None or (any(u not in pairs for u in users) and not (everyone and node in pairs)):
-            raise TraceError(
-                f"{type(module).__name__}.forward has another way in which the place of {edit.slot!r} is not to be found")
-        out.append(dataclasses.replace(
-            edit, node=index[target], name=target.name,
-            users=None if everyone and node in pairs else tuple(index[pairs[u]] for u in users)))
-    return tuple(out)
-
-
 def _generate(
     module: nn.Module, edits: OwnerEdits, main: fx.Graph, paths: list[Path], fixed: dict[str, Any]
 ) -> type[nn.Module]:
     """The class for ways through a forward; `edits` are those of `main`, which is kept as it is."""
-    base = _base(module)
+    base = base_class(module)
     names: dict[str, Any] = {_ERROR: SEInjectError, **{f"_se_fixed_{name}": value for name, value in fixed.items()}}
     guards = "".join(
         f"    if {name} {'is not' if value is None or isinstance(value, bool) else '!='} _se_fixed_{name}:\n"
@@ -212,7 +139,7 @@ def _generate(
         for name, value in fixed.items())
     if len(paths) == 1:
         assert paths[0].graph is not None
-        code = _edited(paths[0].graph, edits.edits).python_code("self")
+        code = put_in(paths[0].graph, edits.edits).python_code("self")
         return _class_of(base, _with_guards(code.src, guards), {**code.globals, **names}, main, edits.decisions)
     functions: list[str] = []
     head, call = _head(main)
@@ -229,7 +156,9 @@ def _generate(
             name = f"_se_way_{paths.index(here[0])}"
             if here[0].graph is None:
                 return f"{indent}raise {_ERROR}({here[0].error!r})\n"
-            define(_edited(here[0].graph, _moved(edits.edits, main, here[0].graph, module)), name)
+            graph = here[0].graph
+            works = any(n.op == "call_module" for n in graph.nodes)  # else an early return, where there is nothing to gate
+            define(put_in(graph, moved(edits.edits, main, graph, module)) if works else graph, name)
             return f"{indent}return self.{name}({call})\n"
         name = f"_se_test_{len(functions)}"
         define(_condition(here[0].conditions[len(prefix)], base), name)
@@ -273,15 +202,6 @@ def _condition(node: fx.Node, base: type[nn.Module]) -> fx.Graph:
     return graph
 
 
-def _edited(graph: fx.Graph, edits: tuple[Edit, ...]) -> fx.Graph:
-    """`graph` with the blocks called; it is changed."""
-    nodes = list(graph.nodes)
-    for edit in edits:
-        _insert(graph, nodes, edit)
-    graph.lint()
-    return graph
-
-
 def _with_guards(source: str, guards: str) -> str:
     if not guards:
         return source
@@ -289,20 +209,6 @@ def _with_guards(source: str, guards: str) -> str:
     if not sep:
         head, sep, body = source.partition(":\n")
     return head + sep + guards + body
-
-
-def _insert(graph: fx.Graph, nodes: list[fx.Node], edit: Edit) -> None:
-    node = nodes[edit.node]
-    after = node
-    if node.op == "placeholder":
-        after = [n for n in graph.nodes if n.op == "placeholder"][-1]
-    with graph.inserting_after(after):
-        call = graph.call_module(edit.slot, (node,))
-    if edit.users is None:
-        node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
-    else:
-        for i in edit.users:
-            nodes[i].replace_input_with(node, call)
 
 
 def generate_graphs(module: fx.GraphModule, edits: OwnerEdits) -> dict[str, fx.Graph]:
@@ -317,14 +223,8 @@ def generate_graphs(module: fx.GraphModule, edits: OwnerEdits) -> dict[str, fx.G
         if not same_graph(module.graph, graph, {}):
             raise TraceError("this GraphModule has graphs for train and eval mode that differ")
         if graph not in new:
-            new[graph] = _edited(copy_graph(graph), edits.edits)
+            new[graph] = put_in(copy_graph(graph), edits.edits)
     return {key: new[graph] for key, graph in kept.items()}
-
-
-def _set_graphs(module: nn.Module, graphs: dict[str, fx.Graph]) -> None:
-    assert isinstance(module, fx.GraphModule)
-    module.__dict__.update(graphs)
-    module.recompile()
 
 
 _classes: dict[tuple[Any, ...], type[nn.Module]] = {}
@@ -417,56 +317,3 @@ def _copy(self: nn.Module) -> nn.Module:
     new = type(self).__new__(type(self))
     new.__dict__.update(self.__dict__)
     return new
-
-
-def apply_edits(
-    module: nn.Module, edits: OwnerEdits, code: type[nn.Module] | dict[str, fx.Graph] | None,
-    blocks: dict[str, nn.Module],
-) -> None:  # fmt: skip
-    """Put `blocks` into an owner, in place. `code` is its generated class or graphs, where it has some."""
-    module.__dict__["_se_edits"] = edits
-    for edit in edits.edits:
-        if edit.slot in module._modules:  # a registered slot keeps its place
-            module._modules[edit.slot] = blocks[edit.slot]
-            continue
-        module.__dict__.pop(edit.slot, None)
-        items = list(module._modules.items())
-        at = [name for name, _ in items].index(edit.after) + 1 if edit.after else 0
-        items.insert(at, (edit.slot, blocks[edit.slot]))
-        module._modules.clear()
-        module._modules.update(items)
-    if isinstance(code, dict):
-        _set_graphs(module, code)
-    elif code is not None:
-        module.__class__ = code
-
-
-def undo_edits(module: nn.Module) -> None:
-    """Give an owner back its class and its children, in place."""
-    edits: OwnerEdits = module.__dict__.pop("_se_edits")
-    if "_se_base" in type(module).__dict__:
-        module.__class__ = _base(module)
-    for edit in edits.edits:
-        if edits.way == "fill" and edits.original_registered:
-            module._modules[edit.slot] = edits.original
-            continue
-        module._modules.pop(edit.slot, None)
-        if edits.way == "fill":
-            setattr(module, edit.slot, edits.original)
-    if edits.way == "graph":
-        _set_graphs(module, edits.original)
-
-
-def edited_owners(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if "_se_edits" in m.__dict__]
-
-
-def parameters_near(module: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype of the weights of an owner, else of the model."""
-    for source in (module, model):
-        for p in source.parameters():
-            if p.is_floating_point():
-                return p.device, p.dtype
-    return torch.device("cpu"), torch.get_default_dtype()
-
-

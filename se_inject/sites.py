@@ -16,8 +16,8 @@ from .diagram import draw
 from .graph import Traces, View, is_tensor, shape
 from .places import Place, find_place
 from .planning import Site
+from .record import Call
 from .stages import Stages
-from .trace import Call
 from .units import find_units, find_untraced
 
 

@@ -12,8 +12,8 @@ from torch import fx, nn
 
 from .attention import Gates
 from .errors import TraceError
+from .forward import Forward, bind, own_forward
 from .graph import MULS, Traces, View, is_tensor, shape
-from .trace import Forward, bind, own_forward
 
 SLOT_NAMES = ("se", "attn", "attn2", "attn3", "attn_last")
 _ABSENT = object()

@@ -11,7 +11,7 @@ from torch import nn
 
 from .graph import Traces, shape
 from .places import Place
-from .trace import Call
+from .record import Call
 
 
 class Stages:

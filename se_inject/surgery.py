@@ -15,27 +15,19 @@ from .axes import BATCH as BATCH_AXIS
 from .axes import CHANNELS, mark
 from .blocks import BlockSpec, make_block, problem
 from .config import SEConfig
+from .edits import Edit, OwnerEdits, apply_edits, edited_owners, parameters_near, undo_edits
 from .errors import ConfigError, NoSitesError, SEInjectError, TraceError
 from .graph import Traces, View
 from .loading import register_hooks, remove_hooks
 from .meta import MetaOps
 from .patterns import LINEAR, UNLEARNED
 from .planning import Plan, Site
-from .rewrite import (
-    Edit,
-    OwnerEdits,
-    apply_edits,
-    edited_owners,
-    generate_class,
-    generate_graphs,
-    parameters_near,
-    regenerate,
-    undo_edits,
-)
+from .record import Call, abstract, record, run
+from .rewrite import generate_class, generate_graphs, regenerate
 from .signature import frozen
 from .sites import PlacedSite, find_sites
 from .slots import takes_activation
-from .trace import Call, abstract, is_plain_sequential, record, run
+from .trace import is_plain_sequential
 
 _logger = logging.getLogger("se_inject")
 BATCH = 2  # images in the recorded run; more than one, so that no size of 1 stands for two things

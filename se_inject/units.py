@@ -14,8 +14,9 @@ from .attention import Gates
 from .config import SEConfig
 from .graph import Traces, View
 from .patterns import Candidate, candidates, chain_end, is_inside, plain_convs
+from .record import Call
 from .slots import Slot, empty_slot, gate_slot
-from .trace import Call, is_plain_sequential
+from .trace import is_plain_sequential
 
 LONG_SKIP = "a skip around a stage of residual units"
 

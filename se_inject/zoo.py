@@ -22,9 +22,9 @@ from .config import SEConfig
 from .errors import SEInjectError
 from .meta import MetaOps
 from .planning import KINDS, Plan
+from .record import abstract, run
 from .registry import PREFIX
 from .surgery import apply, eject, input_sizes, no_sites_message, prepare, runs_on, without_values
-from .trace import abstract, run
 
 TORCHVISION = "torchvision/"
 _TYPES = {"str": str, "int": int, "float": float}

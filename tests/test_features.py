@@ -7,7 +7,7 @@ import torch
 from se_inject import zoo
 from se_inject.loading import block_paths
 
-from .test_identity import FAMILIES, REFUSED
+from .test_identity import FAMILIES, REFUSED, one_after_another
 from .util import randomise
 
 
@@ -39,7 +39,7 @@ def compare(name, **kwargs):
     return ours, base, x, theirs
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", one_after_another(FAMILIES))
 def test_features_of_every_family(name):
     made = compare(name)
     assert made is not None

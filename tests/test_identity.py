@@ -44,7 +44,15 @@ def smallest_size(name, model, **options):
     raise AssertionError(f"{name} has blocks at one position")
 
 
-@pytest.mark.parametrize("name", FAMILIES + TORCHVISION)
+PARAMS = {row.model: row.params for row in TABLE}
+
+
+def one_after_another(names):
+    """The largest on one worker, so that no two of them are in memory."""
+    return [pytest.param(n, marks=pytest.mark.xdist_group("large")) if PARAMS[n] > 2e8 else n for n in names]
+
+
+@pytest.mark.parametrize("name", one_after_another(FAMILIES + TORCHVISION))
 def test_identity(name):
     model = zoo.create(name)
     options = {"existing": "stack"} if name in REFUSED else {}

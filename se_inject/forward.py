@@ -1,0 +1,190 @@
+"""A recorded call and its traced forward, put together: every node has its value, every call of a child its record."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import operator
+from collections.abc import Hashable, Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils._pytree import tree_leaves
+
+from .errors import TraceError
+from .meta import MetaOps, storage
+from .record import Call, alike, untouched
+from .trace import Unpacked, trace_forward
+
+
+@dataclasses.dataclass(eq=False)
+class Forward:
+    """A module's own forward, traced, with the shapes of one call; modules that are alike share it.
+
+    Each node's ``meta["val"]`` is its value on meta tensors. `constants` are the arguments that were not
+    tensors; `marker` names the empty slot that was filled with a `Marker`; `decisions` say which way the
+    forward went, in order, where it branches on sizes. `memo` keeps what was found out about the forward,
+    for all who share it.
+    """
+
+    graph: fx.Graph
+    constants: dict[str, Any]
+    marker: str | None = None
+    decisions: tuple[bool, ...] = ()
+    memo: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
+
+
+class Marker(nn.Module):
+    """Stands in an empty slot while its owner is traced, so that the author's code shows the slot's place."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def own_forward(call: Call, marker: str | None = None) -> tuple[Forward, dict[fx.Node, Call]]:
+    """Trace the called module alone, give every node its value in this call, and every call of a child its record.
+
+    With `marker`, the slot of that name is filled while tracing.
+
+    Raises:
+        TraceError: fx cannot follow the forward, or the trace does not make the calls that were recorded.
+    """
+    constants, values = _bind(call)
+    decisions: list[bool] = []
+    known: dict[fx.Node, Any] = {}
+
+    def decide(node: fx.Node) -> bool:
+        decisions.append(bool(_evaluate(node, values, known)))
+        return decisions[-1]
+
+    with untouched([call.module]):
+        if marker is not None:  # past a __setattr__, ours or the author's
+            call.module.__dict__["_modules"] = {**call.module._modules, marker: Marker()}
+            call.module.__dict__.pop(marker, None)
+        graph = trace_forward(call.module, constants, decide)
+    env: dict[fx.Node, Any] = {}
+    calls: dict[fx.Node, Call] = {}
+    children = iter(call.children)
+    with torch.no_grad(), MetaOps(factories=True) as ops:
+        for node in graph.nodes:
+            before = len(ops.written)
+            args = fx.map_arg(node.args, env.__getitem__)
+            kwargs = fx.map_arg(node.kwargs, env.__getitem__)
+            if node.op == "placeholder":
+                value = values.get(str(node.target).lstrip("*"))
+            elif node.op == "get_attr":
+                value = operator.attrgetter(node.target)(call.module)
+            elif node.op == "call_module":
+                calls[node] = _child_call(call, node, args, kwargs, children, marker)
+                value = calls[node].output
+            elif node.op == "output":
+                value = args[0]
+            else:
+                try:
+                    if node.op == "call_function":
+                        value = node.target(*args, **kwargs)
+                    else:
+                        value = getattr(args[0], node.target)(*args[1:], **kwargs)
+                except Exception as error:
+                    raise TraceError(f"{type(call.module).__name__}.forward, node {node}: {error}") from error
+            env[node] = node.meta["val"] = value
+            node.meta["writes"] = calls[node].writes if node.op == "call_module" else frozenset(
+                s._cdata for s in ops.written[before:])
+    _no_more(call, children)
+    _check_rereads(graph, call)
+    return Forward(graph, constants, marker, tuple(decisions)), calls
+
+
+_ALSO_IN_PLACE = {operator.add, operator.sub, operator.mul, operator.truediv}
+
+
+def _check_rereads(graph: fx.Graph, call: Call) -> None:
+    """Where fx has made ``x = x + y`` of ``x += y``: that nothing reads the memory that was written into.
+
+    Raises:
+        TraceError: Something does.
+    """
+    written = {s._cdata for s in call.own_writes}
+    index = {node: i for i, node in enumerate(graph.nodes)} if written else {}
+    for node in graph.nodes if written else ():
+        first = node.args[0] if node.op == "call_function" and node.target in _ALSO_IN_PLACE else None
+        value = first.meta["val"] if isinstance(first, fx.Node) else None
+        if isinstance(value, torch.Tensor) and storage(value) in written and any(
+                index[u] > index[node] for u in first.users):  # type: ignore[union-attr]
+            raise TraceError(f"{type(call.module).__name__}.forward reads a tensor again that it has changed in place")
+
+
+def _evaluate(node: fx.Node, values: dict[str, Any], known: dict[fx.Node, Any]) -> Any:
+    """The value of a node that depends on the arguments' sizes alone.
+
+    Raises:
+        TraceError: It depends on what is in a tensor, or on a child.
+    """
+    if node not in known:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _evaluate(n, values, known))
+        if node.op == "placeholder":
+            known[node] = values.get(str(node.target).lstrip("*"))
+        elif node.op == "call_function":
+            known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        elif node.op == "call_method":
+            known[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        else:
+            raise TraceError("it branches on what its layers compute")
+    return known[node]
+
+
+def bind(forward: Forward, call: Call) -> dict[fx.Node, Call]:
+    """The recorded child calls of `call`, by the nodes of a forward that a module like it was traced with.
+
+    Raises:
+        TraceError: The call took another path.
+    """
+    calls: dict[fx.Node, Call] = {}
+    children = iter(call.children)
+    for node in forward.graph.nodes:
+        if node.op == "call_module":
+            args, kwargs = (fx.map_arg(a, lambda n: n.meta["val"]) for a in (node.args, node.kwargs))
+            calls[node] = _child_call(call, node, args, kwargs, children, forward.marker)
+    _no_more(call, children)
+    return calls
+
+
+def _child_call(
+    call: Call, node: fx.Node, args: Any, kwargs: Any, children: Iterator[Call], marker: str | None
+) -> Call:
+    if node.target == marker:  # put there after the recording
+        return Call("", Marker(), args, {}, call, call.begin, call.begin, args[0])
+    target = call.module.get_submodule(str(node.target))
+    child = next(children, None)
+    if child is None or child.module is not target or not alike((args, kwargs), (child.args, child.kwargs)):
+        raise _another_path(call)
+    return child
+
+
+def _no_more(call: Call, children: Iterator[Call]) -> None:
+    if next(children, None) is not None:
+        raise _another_path(call)
+
+
+def _another_path(call: Call) -> TraceError:
+    return TraceError(f"{type(call.module).__name__}.forward took another path when traced")
+
+
+def _bind(call: Call) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split a call's arguments into constants and tensors, both by parameter name."""
+    signature = inspect.signature(type(call.module).forward)
+    bound = signature.bind(call.module, *call.args, **call.kwargs)
+    bound.apply_defaults()
+    constants, values = {}, {}
+    for i, (name, value) in enumerate(bound.arguments.items()):
+        if i == 0:  # self
+            continue
+        values[name] = value
+        variadic = signature.parameters[name].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        unpacked = None if variadic else Unpacked.like(value)
+        if unpacked is not None:
+            constants[name] = unpacked
+        elif not variadic and not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value)):
+            constants[name] = value
+    return constants, values

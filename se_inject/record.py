@@ -1,0 +1,207 @@
+"""Run a model once without computing, and keep every module call with its arguments and results.
+
+A whole-model graph loses module boundaries, and those are what gets rewritten. So the model is run
+once, eagerly, on meta tensors; the recorded calls give the shapes of what is traced later, module by
+module, and prove that the trace took the path that the model takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .errors import TraceError
+from .meta import MetaOps, storage
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+
+
+@dataclasses.dataclass(eq=False)
+class Call:
+    """One call of a module during the recorded run.
+
+    `begin` and `end` number the calls in order, so that `a.begin < b.begin < a.end` says that call
+    `b` happened inside call `a`. `changes_list` says that a list among the arguments was changed, `operators`
+    how many operators ran inside, `writes` into which of its arguments' storages they wrote, and `own_writes` into
+    which storages its own forward did.
+    """
+
+    path: str
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    parent: Call | None
+    begin: int
+    end: int = -1
+    output: Any = None
+    changes_list: bool = False
+    operators: int = 0
+    writes: frozenset[int] = frozenset()
+    own_writes: tuple[torch.UntypedStorage, ...] = ()
+    children: list[Call] = dataclasses.field(default_factory=list)
+
+    def walk(self) -> Iterator[Call]:
+        """This call and all calls inside it, in the order of their beginning."""
+        yield self
+        for child in self.children:
+            yield from child.walk()
+
+    @property
+    def passes(self) -> bool:
+        """Whether the call returned the very tensor that it was given: identity, dropout and drop path in eval mode."""
+        return self.operators == 0 and isinstance(self.output, torch.Tensor) and bool(self.args) and (
+            self.output is self.args[0])
+
+
+@contextlib.contextmanager
+def untouched(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Whatever happens inside, each module's class and attributes are afterwards the very objects they were.
+
+    Lists and dicts among them are copies inside: a forward may keep a cache there.
+    """
+    saved = [(m, m.__class__, dict(m.__dict__)) for m in modules]
+    try:
+        for m, _, attributes in saved:
+            for key, value in attributes.items():
+                if type(value) in (dict, list):
+                    m.__dict__[key] = value.copy()
+        yield
+    finally:
+        for m, cls, attributes in saved:
+            m.__class__ = cls
+            m.__dict__.clear()
+            m.__dict__.update(attributes)
+
+
+@contextlib.contextmanager
+def abstract(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` is in eval mode, without hooks, and its tensors are on the meta device."""
+    modules = list(model.modules())
+    twins: dict[int, torch.Tensor] = {}
+
+    def meta(t: Any) -> Any:
+        if not isinstance(t, torch.Tensor) or t.is_meta:
+            return t
+        if id(t) not in twins:
+            twin = torch.empty_like(t, device="meta")
+            twins[id(t)] = nn.Parameter(twin, requires_grad=False) if isinstance(t, nn.Parameter) else twin
+        return twins[id(t)]
+
+    with untouched(modules):
+        for m in modules:
+            d = m.__dict__
+            for key, value in list(d.items()):
+                if isinstance(value, torch.Tensor):
+                    d[key] = meta(value)
+                elif type(value) is list:
+                    d[key] = [meta(v) for v in value]
+                elif type(value) is dict:
+                    d[key] = {k: meta(v) for k, v in value.items()}
+            for key in ("_parameters", "_buffers"):
+                d[key] = {name: meta(t) for name, t in d[key].items()}
+            d["_modules"] = dict(d["_modules"])
+            for key in (*_HOOKS, *_HOOK_FLAGS):
+                if d[key]:
+                    d[key] = OrderedDict()
+            d["training"] = False
+        yield
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def run(model: nn.Module, inputs: torch.Tensor, ops: MetaOps | None = None) -> int:
+    """Run `model` once, without computing, and return its multiply-adds. Use it inside `abstract`.
+
+    Raises:
+        TraceError: The model's own forward raised on this input.
+    """
+    ops = ops or MetaOps(factories=True)
+    try:
+        with untouched(list(model.modules())), torch.no_grad(), ops:
+            model(inputs)
+            return ops.macs
+    except Exception as error:
+        raise TraceError(
+            f"{type(model).__name__} failed on an input of shape {tuple(inputs.shape)}: "
+            f"{type(error).__name__}: {error}. If the model needs another size, pass input_size=(C, H, W)."
+        ) from error
+
+
+def record(model: nn.Module, inputs: torch.Tensor) -> tuple[Call, int]:
+    """Run `model` once and return the call of its root, and its multiply-adds. Use it inside `abstract`.
+
+    Raises:
+        TraceError: The model's own forward raised on this input.
+    """
+    paths = {m: name for name, m in model.named_modules()}
+    stack: list[Call] = []
+    root: list[Call] = []
+    count = 0
+    ops = MetaOps(factories=True)
+    written: list[int] = []
+    own: list[list[torch.UntypedStorage]] = []
+    taken = 0
+
+    def take_writes() -> None:
+        nonlocal taken
+        if own:
+            own[-1] += ops.written[taken:]
+        taken = len(ops.written)
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal count
+        parent = stack[-1] if stack else None
+        args, kwargs = tree_map(_same, (args, kwargs))  # a list may grow during the call
+        call = Call(paths[module], module, args, kwargs, parent, count, operators=-ops.operators)
+        count += 1
+        (parent.children if parent else root).append(call)
+        take_writes()
+        stack.append(call)
+        own.append([])
+        written.append(len(ops.written))
+
+    def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        nonlocal count
+        call = stack.pop()
+        call.output, call.end = output, count
+        call.operators += ops.operators
+        since = ops.written[written.pop():]
+        if since:
+            given = {storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+            call.writes = frozenset(s._cdata for s in since) & given
+        take_writes()
+        call.own_writes = tuple(own.pop())
+        call.changes_list = not alike((args, kwargs), (call.args, call.kwargs))
+        count += 1
+
+    handles = []
+    try:
+        for module in paths:
+            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(leave, with_kwargs=True))
+        macs = run(model, inputs, ops)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return root[0], macs
+
+
+def alike(a: Any, b: Any) -> bool:
+    """Whether two arguments have the same structure and shapes."""
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape == b.shape
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(alike(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(alike, a, b))
+    return True
