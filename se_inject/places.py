@@ -58,7 +58,7 @@ def _place(c: Candidate, placement: str, traces: Traces) -> Place:
               >> view.index[u] & 1]
     if placement == "inner" and c.kind != "conv":
         found = _inner(traces, view, c.output, c.branch)
-        if found is None or (found[1] is c.output and c.kind == "aggregation"):
+        if found is None or (found[1] is c.output and c.output is c.merge):  # its convolutions are parallel
             return Place(c, view, c.output, reason=NO_CONV)
         inside, node, conv = found
         return Place(c, inside, node, inner=conv, depthwise=conv)

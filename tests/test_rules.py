@@ -368,6 +368,7 @@ def test_inner_is_where_the_branchs_convolution_is():
     assert [type(m).__name__ for m in model.unit.branch] == ["Sequential", "SqueezeExcite", "Conv2d", "Scale"]
     plan = se_inject.plan(Net(Concat()), input_size=(3, 8, 8), placement="inner")
     assert not plan.sites and "one convolution over space that the whole branch goes through" in plan.skipped[0].reason
+    assert len(se_inject.plan("densenet121", placement="inner").sites) == 58  # a new feature ends with its convolution
 
 
 def test_pre_gates_each_input_once():
