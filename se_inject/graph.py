@@ -184,9 +184,10 @@ class View:
         return {s: i for i, n in enumerate(self.nodes) for s in n.meta.get("writes", ())}
 
     def is_read_elsewhere(self, node: fx.Node) -> bool:
-        """Whether the memory of `node`'s value is read later through an earlier node, which a gate would not reach."""
+        """Whether the memory of `node`'s value is written, and read later through an earlier node, which a gate would
+        not reach."""
         mine = storage(node.meta["val"])
-        return any(
+        return mine in self.shared("last writes", self._last_writes) and any(
             is_tensor(n) and storage(n.meta["val"]) == mine and any(self.index[u] > self.index[node] for u in n.users)
             for n in self.members(self.ancestors[self.index[node]]) if n is not node)
 

@@ -371,6 +371,12 @@ def test_inner_is_where_the_branchs_convolution_is():
     assert len(se_inject.plan("densenet121", placement="inner").sites) == 58  # a new feature ends with its convolution
 
 
+def test_a_part_of_the_input_is_gated_as_a_shortcut():
+    """DPN's shortcuts are views of one map, into which nothing is written."""
+    plan = se_inject.plan("dpn68", placement="identity")
+    assert len(plan.sites) == 22 and not any("in place" in s.reason for s in plan.skipped)
+
+
 def test_pre_gates_each_input_once():
     model = se_inject.inject(Net(TwoBranches()), input_size=(3, 8, 8), placement="pre")
     seen = []
