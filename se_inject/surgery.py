@@ -229,7 +229,7 @@ def _jobs(found: list[PlacedSite], traces: Traces) -> list[Job]:
     made: dict[Hashable, type[nn.Module] | dict[str, fx.Graph] | TraceError | None] = {}
     for module, group in owners.items():
         edits = _edits(module, group)
-        key = (traces.signatures.of(module), edits.edits, frozen(edits.constants))
+        key = (traces.signatures.of(module), edits.edits, frozen(edits.constants), edits.decisions)
         if key not in made:
             try:
                 made[key] = _code(group[0].view, edits)
