@@ -226,8 +226,10 @@ def make_block(
         ConfigError: A name that timm does not know, or ``init="identity"`` with a gate that cannot be 1.
     """
     if spec.block == "se":
-        return make_se(
-            spec.channels, spec.rd_channels, spec.layout, spec.style, config, act, outer_gain, device, dtype)
+        se = make_se(spec.channels, spec.rd_channels, spec.layout, spec.style, config, act, outer_gain, device, dtype)
+        if config.init == "identity":
+            se.__dict__[_ZEROED] = [name for name, m in se.named_children() if m is se.last_layer()]
+        return se
     kind = get_block(spec.block)
     given = {theirs: getattr(config, ours) for ours, theirs in _OPTIONS.items() if _is_given(config, ours)}
     taken = inspect.signature(kind.cls).parameters
@@ -238,9 +240,21 @@ def make_block(
         raise ConfigError(
             f"block={spec.block!r} cannot be made for {spec.channels} channels with {given}: {error!r}") from error
     block = block.to(device=device, dtype=dtype)
+    whole = block if spec.layout == "NCHW" else ChannelsLast(block, spec.layout)
     if config.init == "identity":
         _make_identity(kind, block, outer_gain)
-    return block if spec.layout == "NCHW" else ChannelsLast(block, spec.layout)
+        whole.__dict__[_ZEROED] = [path if whole is block else f"block.{path}" for path in kind.zero]
+    return whole
+
+
+_ZEROED = "_se_zeroed"  # on a block that started as an identity: the layers that make it one while they are 0
+
+
+def is_identity(block: nn.Module) -> bool:
+    """Whether a block still is the identity that it started as: the layers before its gates are zero."""
+    layers = [block.get_submodule(path) for path in block.__dict__.get(_ZEROED, ())]
+    weights = [p for layer in layers for p in layer.parameters()]
+    return bool(weights) and not any(p.is_meta or bool(p.any()) for p in weights)
 
 
 def _is_given(config: SEConfig, option: str) -> bool:

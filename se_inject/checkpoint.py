@@ -1,4 +1,4 @@
-"""Files of weights: what is in them, and how they are written without losing the old one."""
+"""Files of weights: what is in them."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import argparse
 import dataclasses
 import json
 import os
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .errors import WeightsError
-from .recipe import KEY, Recipe
+from .recipe import KEY, Recipe, checked_args
+
+INDEX = ".safetensors.index.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +45,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     file = Path(path)
     if file.is_dir():
         return _read_folder(file)
+    if file.name.endswith(INDEX):
+        return _read_shards(file)
+    if not file.is_file() and index_of(file).is_file():
+        return _read_shards(index_of(file))
     if not file.is_file():
         raise WeightsError(f"there is no file {str(path)!r}: give a .safetensors, a .pth, or a folder with config.json")
     return _read_safetensors(file) if _is_safetensors(file) else _read_pickle(file)
@@ -64,10 +69,42 @@ def _read_safetensors(file: Path) -> Checkpoint:
             tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{file} is no readable safetensors file ({error}): copy or download it again") from error
+    return _described(tensors, metadata, file)
+
+
+def _described(tensors: dict[str, torch.Tensor], metadata: dict[str, str], file: Path) -> Checkpoint:
     recipe = Recipe.from_json(metadata[KEY], file) if KEY in metadata else None
     if recipe is not None:
         return Checkpoint(_clean(tensors), recipe.architecture, recipe.model_args, recipe, metadata)
     return Checkpoint(_clean(tensors), metadata.get("architecture"), metadata=metadata)
+
+
+def _read_shards(index: Path) -> Checkpoint:
+    """Read the files that a Hugging Face index names, which lie beside it."""
+    try:
+        said = json.loads(index.read_text())
+        files = {str(key): Path(name) for key, name in said["weight_map"].items()}
+        metadata = {str(k): v for k, v in (said.get("metadata") or {}).items() if isinstance(v, str)}
+        if any(name.name != str(name) for name in files.values()):
+            raise ValueError("it names a file in another folder")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(
+            f"{index} is no index of shards ({error!r}): expected JSON with 'weight_map', tensors to file names") from error
+    tensors: dict[str, torch.Tensor] = {}
+    for name in dict.fromkeys(files.values()):
+        if not (index.parent / name).is_file():
+            raise WeightsError(f"{index}: its shard {str(name)!r} is not there: copy all files of the model")
+        tensors.update(_read_safetensors(index.parent / name).tensors)
+    missing = [key for key in files if key not in tensors]
+    if missing:
+        raise WeightsError(f"{index}: {len(missing)} tensors are in none of its shards ({', '.join(missing[:3])}): "
+                           "the shards are not those of this index; copy all files of the model")
+    return _described({key: tensors[key] for key in files}, metadata, index)
+
+
+def index_of(file: Path) -> Path:
+    """Where the index of a model in shards is, that was saved as `file`."""
+    return file.with_name(file.name.removesuffix(".safetensors") + INDEX)
 
 
 def _read_pickle(file: Path) -> Checkpoint:
@@ -92,7 +129,8 @@ def _read_pickle(file: Path) -> Checkpoint:
             "expected tensors by name, or a timm training checkpoint")
     arch = loaded.get("arch")
     args = getattr(loaded.get("args"), "model_kwargs", None)
-    return Checkpoint(_clean(tensors), arch if isinstance(arch, str) else None, dict(args or {}))
+    args = checked_args(args, file) if isinstance(args, Mapping) else {}
+    return Checkpoint(_clean(tensors), arch if isinstance(arch, str) else None, args)
 
 
 def _read_folder(folder: Path) -> Checkpoint:
@@ -106,9 +144,10 @@ def _read_folder(folder: Path) -> Checkpoint:
             raise TypeError("architecture is no string")
     except (ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"{config} is no config of timm's ({error!r}): expected JSON with 'architecture'") from error
+    model_args = checked_args(model_args, config)
     if isinstance(said.get("num_classes"), int):
         model_args.setdefault("num_classes", said["num_classes"])
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    for name in ("model.safetensors", f"model{INDEX}", "pytorch_model.bin"):
         if (folder / name).is_file():
             found = read_checkpoint(folder / name)
             if found.recipe is not None:
@@ -121,29 +160,3 @@ def _clean(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     from timm.models import clean_state_dict
 
     return dict(clean_state_dict(dict(tensors)))
-
-
-def write_atomically(path: str | os.PathLike[str], write: Callable[[str], None]) -> None:
-    """Call `write` with a temporary name beside `path`, then rename it to `path`.
-
-    Raises:
-        WeightsError: The folder does not exist or cannot be written.
-    """
-    target = Path(path)
-    try:
-        fd, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-        os.close(fd)
-    except OSError as error:
-        raise WeightsError(
-            f"cannot write {str(path)!r} ({error.strerror}): choose a folder that exists and is writable") from error
-    try:
-        write(temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's are for the owner alone
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

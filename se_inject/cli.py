@@ -1,4 +1,4 @@
-"""The command: `se-inject list | plan | inject | info | eject | zoo | demo`.
+"""The command: `se-inject list | plan | inject | merge | info | eject | zoo | demo`.
 
 Results go to stdout and talk to stderr, so that output pipes. Exit codes: 0 done, 1 it could not be
 done, 2 it was asked wrongly. torch is imported by the commands that need it, not by ``--help``.
@@ -99,7 +99,7 @@ def list_command(pattern: str, pretrained: bool, as_json: bool) -> None:
     """List the timm names that match PATTERN, as they are written for timm.create_model."""
     import timm
 
-    from .registry import PREFIX, base_name
+    from .naming import PREFIX, base_name
     from .surgery import unknown_model_message
 
     find = timm.list_pretrained if pretrained else timm.list_models
@@ -146,7 +146,6 @@ def inject_command(
     """Put blocks into a named model or a saved one, and write weights and recipe to OUT."""
     options = _options(given)
     from .checkpoint import read_checkpoint
-    from .loading import block_paths
     from .surgery import inject, skeleton
     from .weights import load, save
 
@@ -169,7 +168,23 @@ def inject_command(
             raise SEInjectError(f"timm could not create {target!r}: {error}") from error
         inject(net, **options)
     save(net, output, only="se" if only_se else None)
-    _say(f"{len(block_paths(net))} blocks injected")
+    click.echo(output)
+
+
+@main.command("merge")
+@click.argument("file", metavar="FILE")
+@click.option("--base", metavar="FILE", help="The base's weights, where FILE has none.")
+@click.option("--head", metavar="FILE", help="A file whose classifier is taken instead.")
+@click.option("--pretrained", is_flag=True, help="Take timm's pretrained weights for the base.")
+@click.option("-o", "--output", required=True, metavar="OUT", help="The safetensors file to write.")
+def merge_command(file: str, base: str | None, head: str | None, pretrained: bool, output: str) -> None:
+    """Write blocks, base and head that come from several files to one: FILE is one of `inject`, or of save()."""
+    from .checkpoint import read_checkpoint
+    from .weights import load, save
+
+    if read_checkpoint(file).recipe is None:
+        raise SEInjectError(f"{file!r} does not say what its blocks are: `se-inject inject {file} -o OUT` first")
+    save(load(file, base=base, head=head, pretrained=pretrained), output)
     click.echo(output)
 
 
@@ -216,11 +231,10 @@ def info_command(file: str, as_json: bool) -> None:
 def eject_command(file: str, output: str, model: str | None, **given: Any) -> None:
     """Write the base weights of an injected model, as plain timm loads them, to OUT."""
     options = _options(given)
-    from safetensors.torch import save_file
-
-    from .checkpoint import read_checkpoint, write_atomically
+    from .checkpoint import read_checkpoint
     from .surgery import eject
-    from .weights import load, unshared
+    from .weights import load
+    from .writing import write_safetensors
 
     found = read_checkpoint(file)
     if any(c.existing == "replace" for c in (found.recipe.configs if found.recipe else ())):
@@ -230,8 +244,7 @@ def eject_command(file: str, output: str, model: str | None, **given: Any) -> No
         tensors = {k: t for k, t in found.tensors.items() if not k.startswith(prefixes)}
     else:
         tensors = eject(load(file, model, **options)).state_dict()
-    header = {"format": "pt", **({"architecture": found.architecture} if found.architecture else {})}
-    write_atomically(output, lambda temporary: save_file(unshared(tensors), temporary, metadata=header))
+    write_safetensors(output, tensors, {"architecture": found.architecture} if found.architecture else {})
     _say(f"{len(tensors)} base tensors written, {len(found.tensors) - len(tensors)} SE tensors left out")
     click.echo(output)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from .blocks import is_identity
 from .errors import WeightsError
 
 _logger = logging.getLogger("se_inject")
@@ -27,16 +29,98 @@ def keep_absent_base(
     model: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
     missing: list[str], unexpected: list[str], errors: list[str],
 ) -> None:  # fmt: skip
-    """Before an injected model loads: where only keys of blocks are there, the base keeps its values."""
-    of_base, of_blocks = _split(model)
-    found = [key[len(prefix):] for key in state_dict if key.startswith(prefix)]
-    se = sum(key in of_blocks for key in found)
-    base = sum(key in of_base for key in found)
-    if se and se == len(found):
-        state_dict.update({prefix + k: t for k, t in of_base.items()})
-        _logger.info("%d SE tensors loaded, %d base tensors kept", se, len(of_base))
-    else:
-        _logger.info("%d base tensors loaded, %d SE tensors loaded, %d SE tensors kept", base, se, len(of_blocks) - se)
+    """Before an injected model loads: where only keys of blocks, or of blocks and head, are there, the base keeps
+    its values. Says what is loaded."""
+    parts = Parts.of(model)
+    found = {key[len(prefix):]: t for key, t in state_dict.items() if key.startswith(prefix)}
+    kept = {k: t for k, t in {**parts.base, **parts.head}.items() if k not in found} if parts.is_adapter(found) else {}
+    state_dict.update({prefix + k: t for k, t in kept.items()})
+    fits = {k for k, t in parts.everything().items() if k in found and found[k].shape == t.shape}
+    of_se = len(fits & parts.se.keys())
+    absent = parts.se.keys() - found.keys()
+    resting = sum(len(keys) for path, keys in parts.blocks.items()
+                  if absent.issuperset(keys) and is_identity(model.get_submodule(path)))
+    counts = ((len(fits) - of_se, "base", "loaded"), (len(kept), "base", "kept"), (of_se, "SE", "loaded"),
+              (resting, "SE", "at identity"), (len(absent) - resting, "SE", "kept"))
+    _logger.info(", ".join(f"{n} {of} tensors {what}" for n, of, what in counts if n))
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """An injected model's tensors, by name: the very parameters and buffers, of the blocks, the head and the rest.
+
+    `blocks` has the names of each block's tensors, by its path.
+    """
+
+    base: dict[str, torch.Tensor]
+    head: dict[str, torch.Tensor]
+    se: dict[str, torch.Tensor]
+    blocks: dict[str, list[str]]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Parts:
+        def keys_of(path: str) -> list[str]:
+            return [f"{path}.{key}" for key in model.get_submodule(path).state_dict()]
+
+        parts = cls({}, {}, {}, {path: keys_of(path) for path in block_paths(model)})
+        of_se = {key for keys in parts.blocks.values() for key in keys}
+        of_head = {key for path in head_paths(model) for key in keys_of(path)}
+        for key, tensor in _tensors(model).items():
+            part = parts.se if key in of_se else parts.head if key in of_head else parts.base
+            part[key] = tensor
+        return parts
+
+    def everything(self) -> dict[str, torch.Tensor]:
+        return {**self.base, **self.head, **self.se}
+
+    def is_adapter(self, keys: Iterable[str]) -> bool:
+        """Whether `keys` are those of blocks alone, or of blocks and the head, to be loaded over a base."""
+        se = head = other = 0
+        for key in keys:
+            if key in self.se:
+                se += 1
+            elif key in self.head:
+                head += 1
+            else:
+                other += 1
+        return se > 0 and other == 0 and head in (0, len(self.head))
+
+
+def around_blocks(filter_fn: Callable[..., Any] | None) -> Callable[..., Any]:
+    """A family's filter of checkpoints, which knows nothing of blocks, for the tensors of the base alone.
+
+    Raises:
+        WeightsError: A part of a block's tensors is missing; timm would not say so where the head is another.
+    """
+
+    def filtered(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+        parts = Parts.of(model)
+        broken = parts_of_blocks(parts, state_dict)
+        if broken:
+            raise WeightsError(
+                f"{len(broken)} tensors of blocks are missing ({', '.join(broken[:3])}), while others of the same blocks "
+                "are there: save the model again")
+        if filter_fn is None or parts.is_adapter(state_dict):
+            return state_dict
+        of_blocks = {k: t for k, t in state_dict.items() if k in parts.se}
+        of_base = {k: t for k, t in state_dict.items() if k not in parts.se}
+        try:
+            of_base = filter_fn(of_base, model)
+        except TypeError:  # as timm does, for filters of one argument
+            of_base = filter_fn(of_base)
+        return {**of_base, **of_blocks}
+
+    return filtered
+
+
+def parts_of_blocks(parts: Parts, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """The tensors of blocks that are missing while others of the same block are there."""
+    missing: list[str] = []
+    for keys in parts.blocks.values():
+        there = [k in tensors for k in keys]
+        if any(there) and not all(there):
+            missing += [k for k, found in zip(keys, there) if not found]
+    return missing
 
 
 def load_strictly(model: nn.Module, tensors: Mapping[str, torch.Tensor], source: object) -> None:
@@ -45,8 +129,8 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, torch.Tensor], source:
     Raises:
         WeightsError: Keys are missing or unknown, shapes differ, or values are NaN.
     """
-    of_base, of_blocks = _split(model)
-    own = {**of_base, **of_blocks}
+    parts = Parts.of(model)
+    own = parts.everything()
     wrong = [
         f"{k}: {tuple(t.shape)} in the file, {tuple(own[k].shape)} in the model"
         for k, t in tensors.items() if k in own and own[k].shape != t.shape]
@@ -54,19 +138,16 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, torch.Tensor], source:
         raise WeightsError(
             f"{source}: {len(wrong)} of {len(tensors)} tensors have another shape ({'; '.join(wrong[:3])}): "
             "check the architecture, num_classes, in_chans and the options of the injection")
-    se_only = bool(tensors) and all(k in of_blocks for k in tensors)
-    missing = [] if se_only else [
-        k for k in of_base if k not in tensors and not k.endswith("num_batches_tracked")]  # torch can do without
-    for path in block_paths(model):
-        keys = [f"{path}.{k}" for k in model.get_submodule(path).state_dict()]
-        if any(k in tensors for k in keys):
-            missing += [k for k in keys if k not in tensors]
+    missing = [] if parts.is_adapter(tensors) else [
+        k for k in (*parts.base, *parts.head)
+        if k not in tensors and not k.endswith("num_batches_tracked")]  # torch can do without
+    missing += parts_of_blocks(parts, tensors)
     unknown = [k for k in tensors if k not in own]
     if missing or unknown:
-        parts = [f"{len(keys)} {word} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-                 for word, keys in (("missing", missing), ("unknown", unknown)) if keys]
+        said = [f"{len(keys)} {word} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+                for word, keys in (("missing", missing), ("unknown", unknown)) if keys]
         raise WeightsError(
-            f"{source} does not fit {type(model).__name__}: {' and '.join(parts)} of its {len(own)} tensors; "
+            f"{source} does not fit {type(model).__name__}: {' and '.join(said)} of its {len(own)} tensors; "
             "check the architecture, num_classes and the options of the injection")
     bad = [k for k, t in tensors.items() if t.is_floating_point() and t.isnan().any()]
     if bad:
@@ -88,13 +169,15 @@ def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     return {k: everything.get(k, t) for k, t in module.state_dict().items()}
 
 
-def _split(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    prefixes = tuple(f"{p}." for p in block_paths(model))
-    of_base: dict[str, torch.Tensor] = {}
-    of_blocks: dict[str, torch.Tensor] = {}
-    for key, tensor in _tensors(model).items():
-        (of_blocks if prefixes and key.startswith(prefixes) else of_base)[key] = tensor
-    return of_base, of_blocks
+def head_paths(model: nn.Module) -> list[str]:
+    """Dotted names of a timm model's classifiers; none where it has no weights there."""
+    get: Any = getattr(model, "get_classifier", None)
+    try:
+        found = get() if get is not None else None
+    except AttributeError:  # a feature wrapper, which has lost it
+        return []
+    heads = found if isinstance(found, (tuple, list)) else [found]
+    return [path for path, m in model.named_modules() if any(m is head for head in heads) and path]
 
 
 def register_hooks(model: nn.Module) -> None:

@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 from .config import SEConfig
 from .errors import ConfigError, WeightsError
-from .registry import base_name
+from .naming import architecture_of, base_name, model_args
 from .surgery import Injection
 
 KEY = "se_inject"
 VERSION = 1
+PARTS = ("se", "head")
 _FIELDS = {
-    "version": int, "architecture": (str, type(None)), "model_args": dict, "configs": list, "sites": list,
-    "content": str,
+    "version": int, "architecture": (str, type(None)), "model_args": dict, "configs": list, "input_sizes": list,
+    "sites": list, "content": str,
 }  # fmt: skip
 
 
@@ -32,13 +34,15 @@ class Recipe:
         architecture: The timm name of the base, or None for a model that is not timm's.
         model_args: The arguments of `timm.create_model` that differ from its defaults.
         configs: The options of the injections, in order.
+        input_sizes: The (C, H, W) that each was asked to run the model on, or None.
         sites: Paths of the blocks.
-        content: ``full``, or ``se`` for the blocks alone.
+        content: ``full``, or the parts of the model that are there: ``se``, ``head``, ``se+head``.
     """
 
     architecture: str | None
     model_args: dict[str, Any]
     configs: tuple[SEConfig, ...]
+    input_sizes: tuple[tuple[int, ...] | None, ...]
     sites: tuple[str, ...]
     content: str
 
@@ -49,13 +53,8 @@ class Recipe:
         Raises:
             WeightsError: An argument that timm was given is no JSON value.
         """
-        cfg: Any = getattr(model, "pretrained_cfg", None)
-        architecture = cfg.get("architecture") if hasattr(cfg, "get") else None
-        args = {k: v for k, v in getattr(model, "_model_args", {}).items() if not k.startswith("se_")}
-        for name in ("num_classes", "in_chans"):  # a head may have been reset after creation
-            value = getattr(model, name, None)
-            if isinstance(value, int) and (name in args or value != _default(cfg, name)):
-                args[name] = value
+        architecture = architecture_of(model)
+        args = model_args(model)
         for key, value in args.items():
             try:
                 json.dumps(value)
@@ -63,22 +62,16 @@ class Recipe:
                 raise WeightsError(
                     f"the model was created with {key}={value!r}, which cannot be written to a file; "
                     "create it with a plain value, or save the object with torch.save(model, path)") from None
-        configs: list[SEConfig] = []
-        paths: list[str] = []
-        for injection in injections:
-            chosen = tuple(s.path for s in injection.sites)
-            config = injection.config
-            if config.filter_fn is not None:  # the sites that it chose, by name
-                config = dataclasses.replace(config, filter_fn=None, include=chosen, exclude=None)
-            configs.append(config)
-            paths += chosen
-        return cls(base_name(str(architecture)) if architecture else None, args, tuple(configs), tuple(paths), content)
+        return cls(
+            base_name(architecture) if architecture else None, args, tuple(i.written() for i in injections),
+            tuple(i.input_size for i in injections), tuple(s.path for i in injections for s in i.sites), content)
 
     def to_json(self) -> str:
         """The recipe as the string that stands in a file's header."""
         return json.dumps({
             "version": VERSION, "architecture": self.architecture, "model_args": self.model_args,
-            "configs": [c.to_dict() for c in self.configs], "sites": list(self.sites), "content": self.content,
+            "configs": [c.to_dict() for c in self.configs], "input_sizes": list(self.input_sizes),
+            "sites": list(self.sites), "content": self.content,
         }, sort_keys=True)  # fmt: skip
 
     @classmethod
@@ -101,19 +94,37 @@ class Recipe:
             if key not in said or not isinstance(said[key], kind):  # type: ignore[arg-type]
                 raise WeightsError(f"{source}: its recipe has no valid {key!r} ({said.get(key)!r}); save the model again")
         unknown = sorted(said.keys() - _FIELDS.keys())
-        if unknown or said["content"] not in ("full", "se"):
+        parts = said["content"].split("+")
+        if unknown or not (parts == ["full"] or set(parts) <= set(PARTS)):
             raise WeightsError(
                 f"{source}: its recipe says {unknown or said['content']}, which this se_inject does not know")
         try:
             configs = tuple(SEConfig.of(dict(c)) for c in said["configs"])
+            sizes = tuple(None if size is None else tuple(map(int, size)) for size in said["input_sizes"])
         except (ConfigError, TypeError, ValueError) as error:
             raise WeightsError(f"{source}: its recipe is not valid: {error}") from error
-        return cls(said["architecture"], said["model_args"], configs, tuple(map(str, said["sites"])), said["content"])
+        if not configs or len(configs) != len(sizes):
+            raise WeightsError(
+                f"{source}: its recipe has {len(configs)} injections with {len(sizes)} input sizes; save the model again")
+        return cls(
+            said["architecture"], checked_args(said["model_args"], source), configs, sizes,
+            tuple(map(str, said["sites"])), said["content"])
 
 
-def _default(cfg: Any, name: str) -> int | None:
-    """What timm makes of a model when it is not told."""
-    if name == "in_chans":
-        size = cfg.get("input_size") if hasattr(cfg, "get") else None
-        return int(size[0]) if size else 3
-    return cfg.get("num_classes") if hasattr(cfg, "get") else None
+_NOT_OF_A_MODEL = {  # arguments of timm.create_model that name files, or say how to load or to place
+    "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "checkpoint_path", "cache_dir",
+    "device", "dtype", "scriptable", "exportable", "no_jit", "features_only", "feature_cls", "out_indices"}  # fmt: skip
+
+
+def checked_args(args: Mapping[str, Any], source: object) -> dict[str, Any]:
+    """The arguments for `timm.create_model` that the file `source` names.
+
+    Raises:
+        WeightsError: One of them is none of a model's own, such as a path to other weights.
+    """
+    wrong = sorted(_NOT_OF_A_MODEL & args.keys())
+    if wrong:
+        raise WeightsError(
+            f"{source}: it asks for {wrong[0]}={args[wrong[0]]!r}, which says how to load a model and not what it is; "
+            "take that out of the file, and give it where you load the model")
+    return dict(args)

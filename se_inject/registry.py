@@ -10,24 +10,31 @@ import contextvars
 import dataclasses
 import difflib
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from .config import SEConfig
 from .errors import ConfigError, SEInjectError, TraceError
+from .naming import ALIAS, PREFIX, SEVERAL, base_name, door_options, model_args, rename
 
-PREFIX = "se_inject/"
-ALIAS = "se_inject_"
 _MODULE = "se_inject"
 _pending: contextvars.ContextVar[_Pending | None] = contextvars.ContextVar("se_inject_pending", default=None)
 
 
 @dataclasses.dataclass(eq=False)
 class _Pending:
-    """An injection that waits for timm to have built the model."""
+    """Injections that wait for timm to have built the model."""
 
-    config: SEConfig
+    configs: tuple[SEConfig, ...]
     done: bool = False
+
+    def inject(self, model: Any) -> None:
+        from .surgery import inject
+
+        for config in self.configs:
+            inject(model, config)
+        self.done = True
 
 
 class TwinEntrypoints(dict[str, Callable[..., Any]]):
@@ -109,14 +116,6 @@ def _copy_tags(registry: Any, name: str) -> None:
             registry._model_has_pretrained.add(PREFIX + tagged)
 
 
-def base_name(name: str) -> str:
-    """A timm name without the prefix of its twin."""
-    for prefix in (PREFIX, ALIAS):
-        if name.startswith(prefix):
-            return name[len(prefix):]
-    return name
-
-
 def _twin_entrypoint(name: str) -> Callable[..., Any]:
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> Any:
         return create(name, pretrained, **kwargs)
@@ -125,20 +124,28 @@ def _twin_entrypoint(name: str) -> Callable[..., Any]:
     return entrypoint
 
 
-def split_options(kwargs: dict[str, Any]) -> tuple[SEConfig, dict[str, Any]]:
-    """Separate ``se_<option>`` arguments from timm's. The argument is not changed.
+def split_options(kwargs: dict[str, Any]) -> tuple[tuple[SEConfig, ...], dict[str, Any]]:
+    """Separate ``se_<option>`` arguments from timm's: the options of one injection, or, in ``se_injections``,
+    dicts of the options of several. The argument is not changed.
 
     Raises:
         ConfigError: A value is wrong, or a name is nearly that of an option.
     """
     known = {f"se_{f.name}": f.name for f in dataclasses.fields(SEConfig)}
     options = {known[k]: v for k, v in kwargs.items() if k in known}
-    rest = {k: v for k, v in kwargs.items() if k not in known}
+    several = kwargs.get(SEVERAL)
+    rest = {k: v for k, v in kwargs.items() if k not in known and k != SEVERAL}
     for key in rest:
-        close = difflib.get_close_matches(key, known, n=1, cutoff=0.85) if key.startswith("se_") else []
+        close = difflib.get_close_matches(key, [*known, SEVERAL], n=1, cutoff=0.85) if key.startswith("se_") else []
         if close:
             raise ConfigError(f"unknown option {key!r} (did you mean {close[0]!r}?); the options are {', '.join(known)}")
-    return SEConfig.of(**options), rest
+    if several is None:
+        return (SEConfig.of(**options),), rest
+    if options or not isinstance(several, (list, tuple)) or not several:
+        raise ConfigError(
+            f"{SEVERAL}={several!r} with {', '.join(options) or 'no other option'}: give a list with a dict of options "
+            "for each injection, such as [{'stages': 3}, {'stages': 4, 'ratio': 0.25}], and no other se_ option")
+    return tuple(SEConfig.of(config) for config in several), rest
 
 
 def create(name: str, pretrained: bool = False, **kwargs: Any) -> Any:
@@ -150,10 +157,8 @@ def create(name: str, pretrained: bool = False, **kwargs: Any) -> Any:
     import timm.models._registry as registry
     from timm.models._features import FeatureGetterNet
 
-    from .surgery import inject
-
-    config, rest = split_options(kwargs)
-    pending = _Pending(config)
+    configs, rest = split_options(kwargs)
+    pending = _Pending(configs)
     token = _pending.set(pending)
     try:
         model = registry._model_entrypoints[name](pretrained=pretrained, **rest)
@@ -161,16 +166,12 @@ def create(name: str, pretrained: bool = False, **kwargs: Any) -> Any:
         _pending.reset(token)
     if not pending.done:
         try:
-            inject(model, config)
+            pending.inject(model)
         except TraceError:  # timm's getter of features may ask for values, where the model that it holds does not
             if not isinstance(model, FeatureGetterNet):
                 raise
-            inject(model.model, config)
-    cfg = getattr(model, "pretrained_cfg", None)
-    if isinstance(cfg, dict):
-        # timm writes this name into the folders that it saves, and must come back to us
-        model.pretrained_cfg = {**cfg, "architecture": PREFIX + name}
-        model.default_cfg = model.pretrained_cfg
+            pending.inject(model.model)
+    rename(model, injected=True)  # a wrapper for features, too
     if not hasattr(model, "_model_args"):  # newer timm adds the same; older timm keeps none
         loading = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "device", "dtype")
         model._model_args = {k: v for k, v in kwargs.items() if k not in loading}
@@ -178,15 +179,47 @@ def create(name: str, pretrained: bool = False, **kwargs: Any) -> Any:
 
 
 def _inject_before(load_pretrained: Callable[..., Any]) -> Callable[..., Any]:
+    """timm's loading of pretrained weights, after the injection; the blocks' tensors pass by the family's filter."""
+    signature = inspect.signature(load_pretrained)
+
     @functools.wraps(load_pretrained)
-    def wrapper(model: Any, *args: Any, **kwargs: Any) -> Any:
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        from .loading import around_blocks
+        from .surgery import injections_of
+
+        call = signature.bind(*args, **kwargs)
+        model = call.arguments["model"]
         pending = _pending.get()
         if pending is not None and not pending.done:
-            from .surgery import inject
+            pending.inject(model)
+        if injections_of(model):
+            call.arguments["filter_fn"] = around_blocks(call.arguments.get("filter_fn"))
+        return load_pretrained(*call.args, **call.kwargs)
 
-            inject(model, pending.config)
-            pending.done = True
-        return load_pretrained(model, *args, **kwargs)
+    return wrapper
+
+
+def _describe_twins(save_config: Callable[..., Any]) -> Callable[..., Any]:
+    """timm's ``config.json``, with the options of the injections that a model has had, by whichever door."""
+    signature = inspect.signature(save_config)
+
+    @functools.wraps(save_config)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        from .surgery import injections_of
+
+        call = signature.bind(*args, **kwargs)
+        model = call.arguments["model"]
+        injections = injections_of(model)
+        if not injections:
+            return save_config(*args, **kwargs)
+        ours = {**model_args(model), **door_options([i.written() for i in injections])}
+        call.arguments["model_args"] = {**ours, **(call.arguments.get("model_args") or {})}
+        given = getattr(model, "_model_args", {})
+        try:
+            model.__dict__["_model_args"] = {k: v for k, v in given.items() if not k.startswith("se_")}
+            return save_config(*call.args, **call.kwargs)
+        finally:
+            model.__dict__["_model_args"] = given
 
     return wrapper
 
@@ -208,15 +241,18 @@ def register(timm: Any = None) -> None:
         SEInjectError: timm has a model by a twin's name, or no longer has the hooks that this needs.
             timm is then as it was.
     """
-    from timm.models import _builder, _factory, _registry
+    from timm.models import _builder, _factory, _hub, _registry
 
     if isinstance(_registry._model_entrypoints, TwinEntrypoints):
         return
-    if not hasattr(_factory, "parse_model_name") or not hasattr(_builder, "load_pretrained"):
+    hooks = ((_factory, "parse_model_name"), (_builder, "load_pretrained"), (_hub, "save_config_for_hf"))
+    gone = [name for module, name in hooks if not hasattr(module, name)]
+    if gone:
         raise SEInjectError(
-            "this timm has no parse_model_name or load_pretrained for se_inject to hook, and would build plain models "
+            f"this timm has no {gone[0]} for se_inject to hook, and would build or save plain models "
             "for 'se_inject/...' names: use timm 1.0.15 to 1.0.31, or se_inject.inject(model)")
     entrypoints: Any = TwinEntrypoints(_registry, _registry._model_entrypoints)
     _registry._model_entrypoints = entrypoints
     _factory.parse_model_name = _parse_prefix(_factory.parse_model_name)  # type: ignore[assignment]
     _builder.load_pretrained = _inject_before(_builder.load_pretrained)
+    _hub.save_config_for_hf = _describe_twins(_hub.save_config_for_hf)

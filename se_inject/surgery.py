@@ -20,6 +20,7 @@ from .errors import ConfigError, NoSitesError, SEInjectError, TraceError
 from .graph import Traces, View
 from .loading import register_hooks, remove_hooks
 from .meta import MetaOps
+from .naming import architecture_of, base_name, rename
 from .patterns import LINEAR, UNLEARNED
 from .planning import Plan, Site
 from .record import Call, abstract, record, run
@@ -39,6 +40,14 @@ class Injection:
 
     config: SEConfig
     sites: tuple[Site, ...]
+    input_size: tuple[int, ...] | None = None  # where it was asked for
+
+    def written(self) -> SEConfig:
+        """The options as they go to a file: the sites that a `filter_fn` chose are there by name."""
+        if self.config.filter_fn is None:
+            return self.config
+        return dataclasses.replace(
+            self.config, filter_fn=None, include=tuple(s.path for s in self.sites), exclude=None)
 
 
 @dataclasses.dataclass(eq=False)
@@ -57,6 +66,7 @@ class Prepared:
 
     plan: Plan
     jobs: tuple[Job, ...]
+    input_size: tuple[int, ...] | None = None  # where it was asked for
 
 
 def plan(
@@ -144,7 +154,10 @@ def apply(model: nn.Module, prepared: Prepared) -> nn.Module:
     replaced = [key for s in prepared.plan.sites for key in s.replaces]
     if replaced:
         _logger.info("%d base tensors replaced: %s", len(replaced), ", ".join(replaced))
-    model.__dict__["_se_injections"] = (*injections_of(model), Injection(config, prepared.plan.sites))
+    model.__dict__["_se_injections"] = (*injections_of(model), Injection(config, prepared.plan.sites, prepared.input_size))
+    rename(model, injected=True)
+    _logger.info("%d blocks injected, %d new tensors; an optimizer made before does not know them",
+                 sum(map(len, blocks)), sum(len(b.state_dict()) for named in blocks for b in named.values()))
     return model
 
 
@@ -176,7 +189,8 @@ def eject(model: nn.Module) -> nn.Module:
     for owner in owners:
         undo_edits(owner)
     for m in model.modules():
-        m.__dict__.pop("_se_injections", None)
+        if m.__dict__.pop("_se_injections", None) is not None:
+            rename(m, injected=False)
     return model
 
 
@@ -185,17 +199,18 @@ def prepare(
 ) -> Prepared:
     """Find the sites and make everything that can fail, without changing the model."""
     _refuse(model, config)
-    size = None if input_size is None else _checked(input_size)
+    asked = None if input_size is None else _checked(input_size)
     for owner in edited_owners(model):
         regenerate(owner)
     with abstract(model):
-        sizes = [size] if size is not None else input_sizes(model)
+        sizes = [asked] if asked is not None else input_sizes(model)
         root, macs, size = _record(model, sizes, _dtype(model))
         traces = Traces(root)
         found, unknown = find_sites(model, traces, config, size)
         jobs = _jobs(found, traces)
     params = sum(p.numel() for p in model.parameters())
-    return Prepared(Plan(name, config, size, params, macs // BATCH, (*(s.site for s in found), *unknown)), tuple(jobs))
+    made = Plan(name, config, size, params, macs // BATCH, (*(s.site for s in found), *unknown))
+    return Prepared(made, tuple(jobs), asked)
 
 
 def _checked(size: object) -> tuple[int, ...]:
@@ -378,9 +393,7 @@ def _dtype(model: nn.Module) -> torch.dtype:
 
 
 def _model_name(model: object) -> str:
-    cfg: Any = getattr(model, "pretrained_cfg", None)
-    architecture = cfg.get("architecture") if hasattr(cfg, "get") else None
-    return str(architecture or type(model).__name__)
+    return architecture_of(model) or type(model).__name__
 
 
 def skeleton(name: str) -> nn.Module:
@@ -392,8 +405,8 @@ def skeleton(name: str) -> nn.Module:
     import timm
     from timm.models import get_arch_name
 
-    bare = name.removeprefix("se_inject/")
-    if not timm.is_model(bare):
+    bare = base_name(name)
+    if ":" not in bare and not timm.is_model(bare):  # "hf-hub:" and "local-dir:" are looked up by timm
         raise ConfigError(unknown_model_message(name, get_arch_name(bare)))
     return without_values(lambda: timm.create_model(bare))
 

@@ -2,88 +2,103 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from .checkpoint import Checkpoint, read_checkpoint, write_atomically
+from .checkpoint import Checkpoint, read_checkpoint
 from .config import SEConfig
 from .errors import ConfigError, WeightsError
-from .loading import block_paths, load_strictly
-from .recipe import KEY, Recipe
-from .registry import base_name, split_options
-from .surgery import eject, inject, injections_of, unknown_model_message, without_values
+from .loading import Parts, load_strictly
+from .naming import base_name
+from .recipe import KEY, PARTS, Recipe
+from .registry import split_options
+from .surgery import eject, inject, injections_of, skeleton, unknown_model_message, without_values
+from .writing import write_safetensors
 
 
 def save(
-    model: nn.Module, path: str | os.PathLike[str], *, only: str | None = None,
-    metadata: Mapping[str, str] | None = None,
+    model: nn.Module, path: str | os.PathLike[str], *, only: str | Sequence[str] | None = None,
+    metadata: Mapping[str, str] | None = None, max_shard_size: int | str = "5GB",
 ) -> None:  # fmt: skip
-    """Write an injected model's weights and recipe to one safetensors file. The model is not changed.
+    """Write an injected model's weights and recipe to a safetensors file. The model is not changed.
 
-    The file is written beside `path` and renamed, so that an interrupted save loses nothing.
+    The file is written beside `path` and renamed, so that an interrupted save loses nothing. A model above
+    `max_shard_size` goes to several files with Hugging Face's index, ``<path without suffix>.safetensors.index.json``,
+    which `load` finds by `path`, too.
 
     Args:
-        model: An injected model.
+        model: An injected model, also within DDP or torch.compile.
         path: Where to write; conventionally ``*.safetensors``.
-        only: ``"se"`` writes the blocks alone, to be loaded over any base weights.
+        only: ``"se"`` writes the blocks alone, ``"head"`` the classifier, ``("se", "head")`` both; they are loaded
+            over any base weights.
         metadata: More strings for the file's header; not changed.
+        max_shard_size: In bytes, or as ``"5GB"``.
 
     Raises:
-        WeightsError: The model has no blocks, or something in its recipe cannot be written.
+        WeightsError: The model has no blocks or no head, something in its recipe cannot be written, or `path` cannot.
+        ConfigError: `only` or `max_shard_size` is none of these.
     """
-    from safetensors.torch import save_file
-
+    model = unwrapped(model)
     injections = injections_of(model)
     if not injections:
         raise WeightsError(
             f"save({type(model).__name__}): this model has no blocks; inject() it first, "
             "or write it with safetensors.torch.save_file(model.state_dict(), path)")
-    if only not in (None, "se"):
-        raise WeightsError(f"only={only!r}: expected 'se' (the blocks alone) or None (everything)")
+    wanted = [] if only is None else [only] if isinstance(only, str) else list(only)
+    if only is not None and (not wanted or not set(wanted) <= set(PARTS)):
+        raise ConfigError(f"only={only!r}: expected 'se' (the blocks), 'head' (the classifier), both, or None (everything)")
     tensors = dict(model.state_dict())
-    if only == "se":
-        prefixes = tuple(f"{p}." for p in block_paths(model))
-        tensors = {k: t for k, t in tensors.items() if k.startswith(prefixes)}
-    recipe = Recipe.of(model, injections, "full" if only is None else "se")
-    header = {**(metadata or {}), "format": "pt", KEY: recipe.to_json()}
-    write_atomically(path, lambda temporary: save_file(unshared(tensors), temporary, metadata=header))
+    if wanted:
+        parts = Parts.of(model)
+        kept = {key for name in wanted for key in getattr(parts, name)}
+        tensors = {key: t for key, t in tensors.items() if key in kept}
+    if not tensors:
+        raise WeightsError(f"save({type(model).__name__}, only={only!r}): this model has no classifier; write only='se'")
+    recipe = Recipe.of(model, injections, "+".join(name for name in PARTS if name in wanted) or "full")
+    write_safetensors(path, tensors, {**(metadata or {}), KEY: recipe.to_json()}, max_shard_size)
 
 
-def unshared(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same tensors, contiguous and sharing no memory, as safetensors wants them."""
-    seen: set[int] = set()
-    out = {}
-    for key, tensor in tensors.items():
-        tensor = tensor.detach().contiguous()
-        pointer = tensor.untyped_storage().data_ptr()
-        out[key] = tensor.clone() if pointer in seen else tensor
-        seen.add(pointer)
-    return out
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model within DDP, torch.compile or timm's EMA."""
+    from timm.utils import unwrap_model
+
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"expected a torch.nn.Module, found {type(model).__name__}")
+    if injections_of(model):
+        return model
+    inner: nn.Module = unwrap_model(model)
+    return inner
 
 
 def load(
     path: str | os.PathLike[str], model: nn.Module | str | None = None, *,
-    base: str | os.PathLike[str] | None = None, pretrained: bool = False, **options: Any,
+    base: str | os.PathLike[str] | None = None, head: str | os.PathLike[str] | None = None, pretrained: bool = False,
+    device: torch.device | str | None = None, dtype: torch.dtype | None = None, **options: Any,
 ) -> nn.Module:  # fmt: skip
-    """Build an injected model from a file of weights.
+    """Build an injected model from files of weights.
 
     Args:
-        path: A file of `save`, full or SE-only, or any checkpoint of the base's weights.
+        path: A file of `save`, full or of blocks or head alone, or any checkpoint of the base's weights.
         model: Where the file does not say it: a timm name, or a model, which is injected (unless it
             is already) and loaded in place.
-        base: A second file, with the base's weights, for an SE-only file.
-        pretrained: Take timm's pretrained weights for the base, for an SE-only file.
+        base: A second file, with the base's weights, for a `path` that lacks them.
+        head: A further file, whose classifier is taken instead of that of the others; a full one will do.
+        pretrained: Take timm's pretrained weights for the base, for a `path` that lacks them.
+        device: Where to put a model that is built here; None is torch's default.
+        dtype: Its type; None is torch's default, whatever that of the file.
         **options: Fields of `SEConfig`, for a file without a recipe.
 
     Returns:
         The model, in eval mode; a given model in the mode that it had.
 
     Raises:
-        WeightsError: A file cannot be read or does not fit, or an SE-only file has no base.
+        WeightsError: A file cannot be read or does not fit, or the base's weights are nowhere. A given model is
+            then as it was.
         ConfigError: An option is wrong, or the file has its own recipe.
     """
     found = read_checkpoint(path)
@@ -93,25 +108,67 @@ def load(
             f"{str(path)!r} has its own recipe, so {', '.join(sorted(options))} cannot be set; "
             "load it without options, or load its base weights into a model and inject that")
     given = isinstance(model, nn.Module)
-    if not given and recipe is not None and recipe.content == "se" and base is None and not pretrained:
-        raise WeightsError(
-            f"{str(path)!r} holds the blocks alone: add base=FILE, pretrained=True, or model=a model with weights")
-    net = model if isinstance(model, nn.Module) else base_of(found, model, path, pretrained=pretrained)
-    options = {**split_options(found.model_args)[0].to_dict(), **options}
-    configs = recipe.configs if recipe is not None else (SEConfig.of(**options),)
-    if base is not None:
-        load_strictly(net, read_checkpoint(base).tensors, base)
+    if recipe is not None and recipe.content != "full" and not given and base is None and not pretrained:
+        raise WeightsError(f"{str(path)!r} holds the {_CONTENT[recipe.content]} alone: "
+                           "add base=FILE, pretrained=True, or model=a model with weights")
+    under = {} if base is None else read_checkpoint(base).tensors
+    top = {} if head is None else read_checkpoint(head).tensors
+    if isinstance(model, nn.Module):
+        net = model
+    else:
+        everything = {**under, **found.tensors, **top}
+        sizes = infer_model_args(base_architecture(found, model, path), everything) if under or top else {}
+        args = {**found.model_args, **sizes}  # classes and channels are those of the weights that are taken
+        net = base_of(dataclasses.replace(found, tensors=everything, model_args=args), model, path, pretrained=pretrained)
+        net.to(device=device, dtype=dtype)
     mine = not injections_of(net)
-    if mine:
-        for config in configs:
-            inject(net, config)
     try:
-        load_strictly(net, found.tensors, path)
-    except WeightsError:
-        if given and mine:
+        if mine:
+            _inject_as_said(net, found, options)
+        elif recipe is not None:
+            _check_blocks(net, recipe, path)
+        classifier = Parts.of(net).head
+        if top and not classifier.keys() & top.keys():
+            raise WeightsError(
+                f"{str(head)!r} has no tensors of a classifier: expected {', '.join(classifier) or 'none, nor has the model'}")
+        load_strictly(net, {**under, **found.tensors, **{k: t for k, t in top.items() if k in classifier}}, path)
+    except BaseException:
+        if given and mine and injections_of(net):
             eject(net)
         raise
     return net if given else net.eval()
+
+
+_CONTENT = {"se": "blocks", "head": "head", "se+head": "blocks and the head"}
+
+
+def _inject_as_said(net: nn.Module, found: Checkpoint, options: dict[str, Any]) -> None:
+    """Inject as the recipe says; without one, as the file's ``se_`` arguments of timm's door and `options` do."""
+    if found.recipe is None:
+        said, _ = split_options(found.model_args)
+        for config in said if len(said) > 1 else (SEConfig.of(said[0], **options),):
+            inject(net, config)
+        return
+    for config, size in zip(found.recipe.configs, found.recipe.input_sizes):
+        inject(net, config, input_size=size)
+
+
+def _check_blocks(net: nn.Module, recipe: Recipe, path: object) -> None:
+    """Refuse blocks that compute another function of the same weights.
+
+    Raises:
+        WeightsError: The model's injections differ in an option that the weights' shapes do not show.
+    """
+    names = ("block", "placement", "init", "act_layer", "gate_layer")
+
+    def said(configs: Iterable[SEConfig]) -> set[tuple[Any, ...]]:
+        return {tuple(getattr(c, name) for name in names) for c in configs}
+
+    theirs, ours = said(recipe.configs), said(i.config for i in injections_of(net))
+    if theirs != ours:
+        raise WeightsError(
+            f"{str(path)!r}: its blocks were made with {', '.join(names)} = {theirs}, and those of the model with {ours}: "
+            "inject the model with the file's options, or load the file into a model without blocks")
 
 
 def base_of(
@@ -127,7 +184,31 @@ def base_of(
         meta: Make it without memory for weights; see `without_values`.
 
     Raises:
-        WeightsError: Neither says the architecture, or timm does not have it.
+        WeightsError: Neither says the architecture, or timm does not have it, or not with the arguments that the
+            file says.
+    """
+    import timm
+
+    bare = base_architecture(found, name, path)
+    said = split_options(found.model_args)[1]
+    args = {**infer_model_args(bare, found.tensors), **said}
+    try:
+        if meta:
+            return without_values(lambda: timm.create_model(bare, **args))
+        return timm.create_model(bare, pretrained=pretrained, **args)
+    except (TypeError, ValueError, AssertionError, KeyError, AttributeError) as error:
+        if pretrained or not said:
+            raise
+        raise WeightsError(
+            f"{str(path)!r}: timm cannot create {bare!r} with the arguments that the file says, {said}: {error!r}; "
+            "save the model again, with the timm that made it") from error
+
+
+def base_architecture(found: Checkpoint, name: str | None, path: object) -> str:
+    """The timm name of the base that a checkpoint's weights are for; `name` goes before what the file says.
+
+    Raises:
+        WeightsError: Neither says it, or timm does not have it.
     """
     import timm
 
@@ -139,10 +220,7 @@ def base_of(
     bare = base_name(said)
     if not timm.is_model(bare):
         raise WeightsError(f"{str(path)!r}: {unknown_model_message(said, bare)}")
-    args = {**infer_model_args(bare, found.tensors), **split_options(found.model_args)[1]}
-    if meta:
-        return without_values(lambda: timm.create_model(bare, **args))
-    return timm.create_model(bare, pretrained=pretrained, **args)
+    return bare
 
 
 def infer_model_args(name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -153,10 +231,16 @@ def infer_model_args(name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str
     args: dict[str, Any] = {}
     if cfg is None:
         return args
+    plain: dict[str, torch.Tensor] = {}
     for key, layer, dim, usual in (
         ("num_classes", cfg.classifier, 0, cfg.num_classes), ("in_chans", cfg.first_conv, 1, cfg.input_size[0])):
         first = layer[0] if isinstance(layer, (list, tuple)) and layer else layer
         weight = tensors.get(f"{first}.weight")
-        if weight is not None and weight.dim() > dim and weight.shape[dim] != usual:
-            args[key] = int(weight.shape[dim])
+        if weight is None or weight.dim() <= dim:
+            continue
+        size = weight.shape[dim]
+        if size != usual:  # the layer may have several columns for each channel
+            plain = plain or skeleton(name).state_dict()
+            size = size * usual // plain[f"{first}.weight"].shape[dim]
+        args[key] = int(size)
     return args

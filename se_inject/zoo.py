@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .checkpoint import write_atomically
 from .config import SEConfig
 from .errors import SEInjectError
 from .meta import MetaOps
+from .naming import PREFIX
 from .planning import KINDS, Plan
 from .record import abstract, run
-from .registry import PREFIX
 from .surgery import apply, eject, input_sizes, no_sites_message, prepare, runs_on, without_values
+from .writing import write_atomically
 
 TORCHVISION = "torchvision/"
 _TYPES = {"str": str, "int": int, "float": float}

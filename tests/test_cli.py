@@ -37,7 +37,7 @@ def test_lite0_file_in_file_out(tmp_path):
     save_file(base.state_dict(), source)
     out, err = call("inject", source, "--model", "tf_efficientnet_lite0", "-o", injected, "--ratio", 0.5)
     assert out.strip() == str(injected)
-    assert "296 base tensors loaded, 0 SE tensors loaded, 64 SE tensors kept" in err and "16 blocks injected" in err
+    assert "296 base tensors loaded, 64 SE tensors at identity" in err and "16 blocks injected" in err
     model = timm.create_model("se_inject/tf_efficientnet_lite0", se_ratio=0.5, checkpoint_path=str(injected)).eval()
     with torch.no_grad():
         assert torch.equal(model(x), y)

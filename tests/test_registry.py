@@ -12,7 +12,8 @@ from timm.models import _factory, _registry
 import se_inject
 from se_inject.config import SEConfig
 from se_inject.loading import block_paths
-from se_inject.registry import ALIAS, PREFIX, TwinEntrypoints, register
+from se_inject.naming import ALIAS, PREFIX
+from se_inject.registry import TwinEntrypoints, register
 
 
 def run(code: str) -> str:

@@ -103,9 +103,9 @@ def test_load_state_dict_says_what_it_did(files, caplog):
         model.load_state_dict(base)  # the blocks keep what they learned
         assert torch.equal(out(model), y)
     assert caplog.messages == [
-        f"{len(base)} base tensors loaded, 0 SE tensors loaded, {len(se)} SE tensors kept",
-        f"{len(se)} SE tensors loaded, {len(base)} base tensors kept",
-        f"{len(base)} base tensors loaded, 0 SE tensors loaded, {len(se)} SE tensors kept"]
+        f"{len(base)} base tensors loaded, {len(se)} SE tensors at identity",
+        f"{len(base)} base tensors kept, {len(se)} SE tensors loaded",
+        f"{len(base)} base tensors loaded, {len(se)} SE tensors kept"]
     timm.models.load_checkpoint(model, str(folder / "full.safetensors"))
     assert torch.equal(out(model), y)
     wrapped = torch.nn.Sequential(model)

@@ -1,0 +1,113 @@
+"""Write weights without losing the old ones: beside the target, then renamed; large models in shards."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+
+import torch
+
+from .checkpoint import index_of
+from .errors import ConfigError, WeightsError
+
+
+def write_safetensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str],
+    max_shard_size: int | str = "5GB",
+) -> None:  # fmt: skip
+    """Write tensors to `path`; above `max_shard_size` to shards beside it, with Hugging Face's index.
+
+    Whenever it is interrupted, what was saved under that name before is whole and is what loads, or the new is.
+    Shards have names of their own, so that an index never finds those of another save; the index is renamed
+    last, and files that it does not name go after that.
+
+    Raises:
+        WeightsError: The folder does not exist or cannot be written, or a tensor has no values.
+        ConfigError: The shard size is none.
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    empty = [k for k, t in tensors.items() if t.is_meta]
+    if empty:
+        raise WeightsError(f"{len(empty)} tensors are on the meta device and have no values ({', '.join(empty[:3])}): "
+                           "load weights into the model first")
+    header = {**metadata, "format": "pt"}
+    target, index = Path(path), index_of(Path(path))
+    plain = unshared(tensors)
+    try:
+        split = split_torch_state_dict_into_shards(plain, max_shard_size=max_shard_size)
+    except ValueError as error:
+        raise ConfigError(f"max_shard_size={max_shard_size!r}: expected bytes, or a size such as '5GB'") from error
+    if not split.is_sharded:
+        write_atomically(target, functools.partial(save_file, plain, metadata=header))
+        index.unlink(missing_ok=True)
+        _remove_shards(target, keep=())
+        return
+    save, count = os.urandom(8).hex(), len(split.filename_to_tensors)
+    names = {name: f"{_stem(target)}-{save}-{i:05}-of-{count:05}.safetensors"
+             for i, name in enumerate(split.filename_to_tensors, 1)}
+    for name, keys in split.filename_to_tensors.items():
+        shard = {key: plain[key] for key in keys}
+        write_atomically(target.with_name(names[name]), functools.partial(save_file, shard, metadata=header))
+    text = json.dumps({
+        "metadata": {**split.metadata, **header},
+        "weight_map": {key: names[name] for key, name in split.tensor_to_filename.items()}}, indent=2)
+    write_atomically(index, lambda file: Path(file).write_text(text))
+    target.unlink(missing_ok=True)  # the single file of an earlier save would go before the index
+    _remove_shards(target, keep=names.values())
+
+
+def _stem(target: Path) -> str:
+    return target.name.removesuffix(".safetensors")
+
+
+def _remove_shards(target: Path, keep: Collection[str]) -> None:
+    """Remove the shards of earlier saves under this name, finished or not."""
+    ours = re.compile(re.escape(_stem(target)) + r"-[0-9a-f]{16}-\d{5}-of-\d{5}\.safetensors")
+    for file in target.parent.iterdir():
+        if ours.fullmatch(file.name) and file.name not in keep:
+            file.unlink(missing_ok=True)
+
+
+def unshared(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same tensors, contiguous and sharing no memory, as safetensors wants them."""
+    seen: set[int] = set()
+    out = {}
+    for key, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        pointer = tensor.untyped_storage().data_ptr()
+        out[key] = tensor.clone() if pointer in seen else tensor
+        seen.add(pointer)
+    return out
+
+
+def write_atomically(path: str | os.PathLike[str], write: Callable[[str], object]) -> None:
+    """Call `write` with a temporary name beside `path`, then rename it to `path`.
+
+    Raises:
+        WeightsError: The folder does not exist or cannot be written.
+    """
+    target = Path(path)
+    try:
+        fd, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        os.close(fd)
+    except OSError as error:
+        raise WeightsError(
+            f"cannot write {str(path)!r} ({error.strerror}): choose a folder that exists and is writable") from error
+    try:
+        write(temporary)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's are for the owner alone
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
