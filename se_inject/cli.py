@@ -6,6 +6,7 @@ done, 2 it was asked wrongly. torch is imported by the commands that need it, no
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import logging
@@ -55,6 +56,25 @@ def _config_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(_CONFIG_OPTIONS):
         command = option(command)
     return command
+
+
+class _Argument(click.ParamType):
+    """NAME=VALUE, the value as Python writes it, or else a word; as timm's scripts take them."""
+
+    name = "NAME=VALUE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Any]:
+        name, equals, text = str(value).partition("=")
+        if not equals or not name.isidentifier():
+            self.fail(f"{value!r}: expected NAME=VALUE, such as img_size=64", param, ctx)
+        try:
+            return name, ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            return name, text
+
+
+_model_args = click.option(
+    "--model-kwargs", multiple=True, type=_Argument(), help="An argument for timm's model, such as img_size=64; repeatable.")
 
 
 def _options(given: dict[str, Any]) -> dict[str, Any]:
@@ -112,20 +132,27 @@ def list_command(pattern: str, pretrained: bool, as_json: bool) -> None:
 @main.command("plan")
 @click.argument("target", metavar="NAME|FILE")
 @click.option("--model", metavar="NAME", help="The architecture of a FILE that does not say it.")
+@_model_args
 @click.option("--img-size", type=int, help="Height and width of the image; default the model's own.")
 @click.option("--diagram", is_flag=True, help="Draw where the blocks go, each kind of unit once.")
 @click.option("--json", "as_json", is_flag=True, help="The plan as JSON.")
 @_config_options
 def plan_command(
-    target: str, model: str | None, img_size: int | None, diagram: bool, as_json: bool, **given: Any
-) -> None:
+    target: str, model: str | None, model_kwargs: tuple[tuple[str, Any], ...], img_size: int | None, diagram: bool,
+    as_json: bool, **given: Any,
+) -> None:  # fmt: skip
     """Show the sites that inject would fill, and those it would skip and why. Writes nothing."""
     options = _options(given)
     from .checkpoint import read_checkpoint
     from .surgery import input_sizes, plan, skeleton
     from .weights import base_of
 
-    net = base_of(read_checkpoint(target), model, target, meta=True) if _is_file(target) else skeleton(target)
+    args = dict(model_kwargs)
+    if _is_file(target):
+        found = read_checkpoint(target)
+        net = base_of(dataclasses.replace(found, model_args={**found.model_args, **args}), model, target, meta=True)
+    else:
+        net = skeleton(target, **args)
     size = (input_sizes(net)[0][0], img_size, img_size) if img_size else None
     made = plan(net, input_size=size, **options)
     click.echo(json.dumps(made.to_dict()) if as_json else made.diagram() if diagram else str(made))
@@ -137,12 +164,14 @@ def plan_command(
 @click.argument("target", metavar="NAME|FILE")
 @click.option("-o", "--output", required=True, metavar="OUT", help="The safetensors file to write.")
 @click.option("--model", metavar="NAME", help="The architecture of a FILE that does not say it.")
+@_model_args
 @click.option("--pretrained", is_flag=True, help="With a NAME, take timm's pretrained weights.")
 @click.option("--only-se", is_flag=True, help="Write the blocks alone, to be loaded over any base weights.")
 @_config_options
 def inject_command(
-    target: str, output: str, model: str | None, pretrained: bool, only_se: bool, **given: Any
-) -> None:
+    target: str, output: str, model: str | None, model_kwargs: tuple[tuple[str, Any], ...], pretrained: bool,
+    only_se: bool, **given: Any,
+) -> None:  # fmt: skip
     """Put blocks into a named model or a saved one, and write weights and recipe to OUT."""
     options = _options(given)
     from .checkpoint import read_checkpoint
@@ -155,15 +184,15 @@ def inject_command(
             raise SEInjectError(
                 f"{target!r} already holds an injected model ({len(found.recipe.sites)} blocks): "
                 f"`se-inject eject {target} -o BASE` first")
-        net = load(target, model, **options)
+        net = load(target, model, model_args=dict(model_kwargs), **options)
     else:
         import timm
 
-        skeleton(target)  # a wrong name gets its error here
+        skeleton(target, **dict(model_kwargs))  # a wrong name gets its error here
         if not pretrained:
             _say("random weights: add --pretrained for timm's own")
         try:
-            net = timm.create_model(target.removeprefix("se_inject/"), pretrained=pretrained)
+            net = timm.create_model(target.removeprefix("se_inject/"), pretrained=pretrained, **dict(model_kwargs))
         except Exception as error:
             raise SEInjectError(f"timm could not create {target!r}: {error}") from error
         inject(net, **options)

@@ -396,11 +396,11 @@ def _model_name(model: object) -> str:
     return architecture_of(model) or type(model).__name__
 
 
-def skeleton(name: str) -> nn.Module:
-    """The named timm model, as `without_values`.
+def skeleton(name: str, **args: Any) -> nn.Module:
+    """The named timm model, as `without_values`; `args` are for timm.
 
     Raises:
-        ConfigError: timm has no such model.
+        ConfigError: timm has no such model, or does not know an argument.
     """
     import timm
     from timm.models import get_arch_name
@@ -408,7 +408,12 @@ def skeleton(name: str) -> nn.Module:
     bare = base_name(name)
     if ":" not in bare and not timm.is_model(bare):  # "hf-hub:" and "local-dir:" are looked up by timm
         raise ConfigError(unknown_model_message(name, get_arch_name(bare)))
-    return without_values(lambda: timm.create_model(bare))
+    try:
+        return without_values(lambda: timm.create_model(bare, **args))
+    except TypeError as error:
+        if not args:
+            raise
+        raise ConfigError(f"timm cannot create {bare!r} with {args}: {error}") from error
 
 
 def without_values(make: Callable[[], nn.Module]) -> nn.Module:

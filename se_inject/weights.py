@@ -78,7 +78,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def load(
     path: str | os.PathLike[str], model: nn.Module | str | None = None, *,
     base: str | os.PathLike[str] | None = None, head: str | os.PathLike[str] | None = None, pretrained: bool = False,
-    device: torch.device | str | None = None, dtype: torch.dtype | None = None, **options: Any,
+    model_args: Mapping[str, Any] | None = None, device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None, **options: Any,
 ) -> nn.Module:  # fmt: skip
     """Build an injected model from files of weights.
 
@@ -89,6 +90,7 @@ def load(
         base: A second file, with the base's weights, for a `path` that lacks them.
         head: A further file, whose classifier is taken instead of that of the others; a full one will do.
         pretrained: Take timm's pretrained weights for the base, for a `path` that lacks them.
+        model_args: Arguments of `timm.create_model` that the file does not say, such as ``img_size``; not changed.
         device: Where to put a model that is built here; None is torch's default.
         dtype: Its type; None is torch's default, whatever that of the file.
         **options: Fields of `SEConfig`, for a file without a recipe.
@@ -102,6 +104,7 @@ def load(
         ConfigError: An option is wrong, or the file has its own recipe.
     """
     found = read_checkpoint(path)
+    found = dataclasses.replace(found, model_args={**found.model_args, **(model_args or {})})
     recipe = found.recipe
     if recipe is not None and options:
         raise ConfigError(

@@ -2,10 +2,13 @@
 
 import json
 import logging
+import subprocess
+import sys
 
 import pytest
 import timm
 import torch
+import torchvision
 from safetensors.torch import load_file, save_file
 
 import se_inject
@@ -57,23 +60,8 @@ def test_load(files):
     assert given.training and torch.equal(out(given), y)
 
 
-@pytest.mark.parametrize("file", ["full.safetensors", "base.safetensors", "train.pth.tar", "ema.pth"])
-def test_checkpoint_path(files, file):
-    folder, name, y, yb = files
-    model = timm.create_model(f"se_inject/{name}", checkpoint_path=str(folder / file))
-    assert torch.equal(out(model), yb if file.startswith("base") else y)
-
-
-def test_overlay_and_pretrained(files):
-    folder, name, y, yb = files
-    for file, expected in (("full", y), ("base", yb)):
-        overlay = {"file": str(folder / f"{file}.safetensors")}
-        model = timm.create_model(f"se_inject/{name}", pretrained=True, pretrained_cfg_overlay=overlay)
-        assert torch.equal(out(model), expected)
-    model = timm.create_model(
-        f"se_inject/{name}", pretrained=True, pretrained_cfg_overlay={"file": str(folder / "se.safetensors")})
-    model.load_state_dict(load_file(folder / "base.safetensors"))
-    assert torch.equal(out(model), y)
+def test_base_by_one_door_and_blocks_by_another(files):
+    folder, name, y, _ = files
     model = timm.create_model(
         f"se_inject/{name}", pretrained=True, pretrained_cfg_overlay={"file": str(folder / "base.safetensors")},
         checkpoint_path=str(folder / "se.safetensors"))
@@ -125,25 +113,176 @@ def test_a_part_of_a_block_is_an_error(files):
         model.load_state_dict(state)
 
 
-def test_options_survive(tmp_path):
-    model = timm.create_model("se_inject/vit_tiny_patch16_224", se_rd_channels=5, se_stages=(2, 3), num_classes=7, img_size=64)
-    model.reset_classifier(9)
+def rebuilt():
+    """Models that a file must rebuild, each of something that was not the default."""
+    vit = timm.create_model("se_inject/vit_tiny_patch16_224", se_rd_channels=5, se_stages=(2, 3), num_classes=7, img_size=32)
+    vit.reset_classifier(9)
+    vit.set_input_size(img_size=64)
+    yield vit
+    yield timm.create_model(
+        "se_inject/swinv2_cr_tiny_ns_224", img_size=64, window_size=2, se_placement="post", se_min_channels=300)
+    yield se_inject.inject(timm.create_model("resnet18", in_chans=1, act_layer="silu"), filter_fn=lambda s: s.stage == 3)
+    yield se_inject.inject(se_inject.inject(timm.create_model("resnet18"), stages=1, ratio=0.5), stages=3, block="eca")
+    options = {"se_gate_layer": "hard_sigmoid", "se_init": "timm", "se_include": "blocks.2*"}
+    yield timm.create_model("se_inject/tf_efficientnet_lite0", **options)
+    headless = timm.create_model("se_inject/mobilenetv2_050", num_classes=10, se_block="ese", se_bias=True)
+    headless.reset_classifier(0, "max")
+    yield headless
+
+
+def test_a_new_process_rebuilds(tmp_path):
+    torch.manual_seed(1)
+    for i, model in enumerate(rebuilt()):
+        model.eval()
+        for p in model.parameters():
+            p.data.add_(torch.randn_like(p) * 0.02)
+        x = torch.randn(2, timm.models.get_model_args(model)["in_chans"], 64, 64)
+        with torch.no_grad():
+            y = model(x)
+        se_inject.save(model, tmp_path / f"{i}.safetensors")
+        timm.models.save_for_hf(model, tmp_path / f"{i}", safe_serialization=True)
+        save_file({"x": x, "y": y}, tmp_path / f"{i}.io")
+    code = """
+import pathlib, sys, timm, torch, se_inject
+from safetensors.torch import load_file
+torch.set_num_threads(1)
+for path in sorted(pathlib.Path(sys.argv[1]).glob("*.io")):
+    io = load_file(path)
+    models = (se_inject.load(path.with_suffix(".safetensors")), se_inject.load(path.with_suffix("")),
+              timm.create_model(f"local-dir:{path.with_suffix('')}", pretrained=True).eval())
+    with torch.no_grad():
+        print(*[torch.equal(model(io["x"]), io["y"]) for model in models])
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.stdout.split() == ["True"] * 18, done.stderr
+
+
+def test_a_model_that_is_not_timms(tmp_path):
+    def net():
+        return torchvision.models.resnet18(num_classes=4).eval()
+
+    model = randomise(se_inject.inject(net(), input_size=(3, 48, 48), ratio=0.5)).eval()
     se_inject.save(model, tmp_path / "a.safetensors")
-    again = se_inject.load(tmp_path / "a.safetensors")
-    assert torch.equal(out(again), out(model)) and out(again).shape == (2, 9)
-    chosen = se_inject.inject(timm.create_model("resnet18"), filter_fn=lambda s: s.stage == 3)
-    se_inject.save(chosen, tmp_path / "b.safetensors")
-    assert torch.equal(out(se_inject.load(tmp_path / "b.safetensors")), out(chosen))
-    twice = se_inject.inject(se_inject.inject(timm.create_model("resnet18"), stages=1, ratio=0.5), stages=3)
-    se_inject.save(twice, tmp_path / "c.safetensors")
-    assert torch.equal(out(se_inject.load(tmp_path / "c.safetensors")), out(twice))
+    assert torch.equal(out(se_inject.load(tmp_path / "a.safetensors", net())), out(model))
+    with pytest.raises(WeightsError, match="does not say its architecture"):
+        se_inject.load(tmp_path / "a.safetensors")
 
 
-def test_timms_folder_rebuilds(tmp_path):
-    model = randomise(timm.create_model("se_inject/resnet18", se_ratio=0.5, num_classes=3)).eval()
-    timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
-    assert torch.equal(out(timm.create_model(f"local-dir:{tmp_path}", pretrained=True)), out(model))
-    assert torch.equal(out(se_inject.load(tmp_path)), out(model))
+def test_the_folder_of_either_door_names_the_twin(tmp_path):
+    model = se_inject.inject(timm.create_model("resnet18"), stages=(1, 2))
+    args = dict(model._model_args)
+    timm.models.save_for_hf(model, tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert config["architecture"] == "se_inject/resnet18" and config["model_args"]["se_stages"] == [1, 2]
+    assert model._model_args == args
+    se_inject.eject(model)
+    timm.models.save_for_hf(model, tmp_path / "b")
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert config["architecture"] == "resnet18" and not any(k.startswith("se_") for k in config["model_args"])
+
+
+def test_several_injections_by_timms_door():
+    model = timm.create_model("se_inject/resnet18", se_injections=[{"stages": 1, "ratio": 0.5}, {"stages": [4]}])
+    assert model.layer1[0].se.fc1.out_channels == 32 and model.layer4[0].se.fc1.out_channels == 32
+    with pytest.raises(se_inject.SEInjectError, match="no other se_ option"):
+        timm.create_model("se_inject/resnet18", se_injections=[{}], se_ratio=0.5)
+
+
+def test_base_blocks_and_head_from_three_files(tmp_path):
+    first = randomise(timm.create_model("se_inject/resnet18", num_classes=5)).eval()
+    second = randomise(timm.create_model("se_inject/resnet18"), seed=7).eval()
+    for name, part in {"se": "se", "head": "head", "both": ("head", "se"), "full": None}.items():
+        se_inject.save(first, tmp_path / f"{name}.safetensors", only=part)
+    save_file({k: t for k, t in second.state_dict().items() if ".se." not in k}, tmp_path / "base.safetensors")
+    sizes = {p.stem: p.stat().st_size for p in tmp_path.iterdir()}
+    assert sizes["se"] < 500_000 and sizes["head"] < 20_000
+    third = timm.create_model("se_inject/resnet18", num_classes=5)
+    state = {**second.state_dict(), **{k: t for k, t in first.state_dict().items() if ".se." in k or k.startswith("fc.")}}
+    third.load_state_dict(state)
+    y, base = out(third), tmp_path / "base.safetensors"
+    for head in ("head", "full"):
+        made = se_inject.load(tmp_path / "se.safetensors", base=base, head=tmp_path / f"{head}.safetensors")
+        assert torch.equal(out(made), y)
+    assert torch.equal(out(se_inject.load(tmp_path / "both.safetensors", base=base)), y)
+    assert out(se_inject.load(tmp_path / "se.safetensors", base=base)).shape == (2, 1000)  # the head is the base's
+    with pytest.raises(WeightsError, match="blocks and the head alone"):
+        se_inject.load(tmp_path / "both.safetensors")
+    with pytest.raises(WeightsError, match="no tensors of a classifier"):
+        se_inject.load(tmp_path / "full.safetensors", head=tmp_path / "se.safetensors")
+    with pytest.raises(se_inject.SEInjectError, match="only='heads'"):
+        se_inject.save(first, tmp_path / "x.safetensors", only="heads")
+    first.reset_classifier(0)
+    with pytest.raises(WeightsError, match="no classifier"):
+        se_inject.save(first, tmp_path / "x.safetensors", only="head")
+
+
+def test_shards(tmp_path):
+    model = randomise(timm.create_model("se_inject/resnet18")).eval()
+    path, y = tmp_path / "m.safetensors", out(model)
+    se_inject.save(model, path)
+    se_inject.save(model, path, max_shard_size="20MB")
+    shards = sorted(tmp_path.glob("m-*.safetensors"))
+    assert len(shards) >= 3 and not path.exists() and all(p.stat().st_size < 21_000_000 for p in shards)
+    index = json.loads((tmp_path / "m.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {p.name for p in shards} and index["metadata"]["total_size"] > 40_000_000
+    assert torch.equal(out(se_inject.load(path)), y)
+    assert torch.equal(out(se_inject.load(tmp_path / "m.safetensors.index.json")), y)
+    se_inject.save(model, path, max_shard_size="30MB")  # the shards of the first save go
+    assert not any(p.exists() for p in shards) and torch.equal(out(se_inject.load(path)), y)
+    next(tmp_path.glob("m-*.safetensors")).rename(tmp_path / "away")
+    with pytest.raises(WeightsError, match="is not there"):
+        se_inject.load(path)
+    se_inject.save(model, path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["away", "m.safetensors"]
+    with pytest.raises(se_inject.SEInjectError, match="max_shard_size='much'"):
+        se_inject.save(model, path, max_shard_size="much")
+
+
+def test_native_weights_need_the_plain_gate(tmp_path):
+    native = randomise(timm.create_model("seresnet18")).eval()
+    path, y = tmp_path / "seresnet18.safetensors", out(native)
+    save_file(native.state_dict(), path)
+    assert torch.equal(out(timm.create_model("se_inject/resnet18", se_init="timm", checkpoint_path=str(path))), y)
+    overlay = {"file": str(path)}
+    model = timm.create_model("se_inject/resnet18", se_init="timm", pretrained=True, pretrained_cfg_overlay=overlay)
+    assert torch.equal(out(model), y)
+    assert torch.equal(out(se_inject.load(path, "resnet18", init="timm")), y)
+    se_inject.save(model, tmp_path / "ours.safetensors")
+    with pytest.raises(WeightsError, match="blocks were made with"):  # twice the gate, by the same tensors
+        se_inject.load(tmp_path / "ours.safetensors", timm.create_model("se_inject/resnet18"))
+
+
+def test_a_killed_save_loses_nothing(tmp_path):
+    """A process that saves two models in turn is killed at any moment; what is there is always one of them."""
+    code = """
+import os, pathlib, random, signal, sys, time, timm, torch, se_inject
+from se_inject.checkpoint import read_checkpoint
+torch.set_num_threads(1)
+path, shard = pathlib.Path(sys.argv[1]), sys.argv[2]
+model = timm.create_model("se_inject/resnet18")
+states = [{k: torch.full_like(t, i) for k, t in model.state_dict().items()} for i in (1, 2)]
+model.load_state_dict(states[0])
+se_inject.save(model, path, max_shard_size=shard)
+random.seed(0)
+seen, killed = set(), 0
+for _ in range(12):
+    child = os.fork()
+    if child == 0:
+        for i in range(1000):
+            model.load_state_dict(states[1 - i % 2])
+            se_inject.save(model, path, max_shard_size=("5GB", shard)[i // 2 % 2])
+        os._exit(0)
+    time.sleep(random.uniform(0.05, 0.4))
+    os.kill(child, signal.SIGKILL)
+    killed += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    found = read_checkpoint(path)
+    values = {float(v) for t in found.tensors.values() for v in (t.min(), t.max())}
+    assert len(values) == 1 and found.tensors.keys() == states[0].keys() and found.recipe.sites, values
+    seen |= values
+print(killed, len(seen))
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "m.safetensors"), "20MB"], capture_output=True, text=True)
+    assert done.stdout.split() == ["12", "2"], done.stderr
 
 
 def test_save_writes_nothing_into_the_callers_metadata(tmp_path):
@@ -199,6 +338,14 @@ def bad(tmp_path, kind):
         recipe["version"] = 99
     if kind == "architecture":
         recipe["architecture"] = "os.system"
+    if kind == "path":
+        recipe["model_args"]["checkpoint_path"] = "/etc/passwd"
+    if kind == "argument":
+        recipe["model_args"]["block"] = "os.system"
+    if kind == "sites":
+        recipe["configs"] = [{"stages": [1]}]
+    if kind == "part":
+        state.pop("layer1.0.se.fc1.weight")
     if kind == "option":
         recipe["configs"] = [{"block": "__import__('os')"}]
     if kind == "json":
@@ -212,14 +359,15 @@ def bad(tmp_path, kind):
 @pytest.mark.parametrize("kind, message", [
     ("truncated", "no readable safetensors"), ("pickle", "no pickled code is run"), ("shape", "another shape"),
     ("missing", "1 missing"), ("unknown", "1 unknown"), ("nan", "NaN"), ("version", "version 99"),
-    ("architecture", "timm has no model 'os.system'"), ("option", "block="), ("json", "no JSON")])  # fmt: skip
+    ("architecture", "timm has no model 'os.system'"), ("option", "block="), ("json", "no JSON"), ("part", "1 missing"),
+    ("path", "checkpoint_path='/etc/passwd'"), ("argument", "cannot create 'resnet18'"), ("sites", "unknown")])  # fmt: skip
 def test_bad_files_give_one_error_and_change_nothing(tmp_path, kind, message):
     path = bad(tmp_path, kind)
     with pytest.raises(se_inject.SEInjectError, match=message):
         se_inject.load(path, **({"model": "resnet18"} if kind == "pickle" else {}))
     given = timm.create_model("resnet18")
     before = {k: t.clone() for k, t in given.state_dict().items()}
-    if kind not in ("architecture",):
+    if kind not in ("architecture", "argument"):  # of which a given model has no need
         with pytest.raises(se_inject.SEInjectError, match=message):
             se_inject.load(path, given)
         after = given.state_dict()
