@@ -1,4 +1,4 @@
-"""The command: `se-inject list | plan | inject | merge | info | eject | zoo | demo`.
+"""The command: `se-inject list | plan | inject | merge | info | eject | run | zoo | demo`.
 
 Results go to stdout and talk to stderr, so that output pipes. Exit codes: 0 done, 1 it could not be
 done, 2 it was asked wrongly. torch is imported by the commands that need it, not by ``--help``.
@@ -87,9 +87,14 @@ def _options(given: dict[str, Any]) -> dict[str, Any]:
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="se-inject")
 @click.option("-q", "--quiet", is_flag=True, help="No talk on stderr.")
-def main(quiet: bool) -> None:
+@click.pass_context
+def main(ctx: click.Context, quiet: bool) -> None:
     """Put squeeze-and-excitation into any timm model, and keep its pretrained weights."""
     logger = logging.getLogger("se_inject")
+    if ctx.invoked_subcommand == "run":  # a script's own logging takes the lines where it wants them
+        if quiet:
+            logger.setLevel(logging.WARNING)
+        return
     logger.handlers[:] = [_Talk()]
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
     logger.propagate = False
@@ -276,6 +281,22 @@ def eject_command(file: str, output: str, model: str | None, **given: Any) -> No
     write_safetensors(output, tensors, {"architecture": found.architecture} if found.architecture else {})
     _say(f"{len(tensors)} base tensors written, {len(found.tensors) - len(tensors)} SE tensors left out")
     click.echo(output)
+
+
+@main.command("run", context_settings={"allow_interspersed_args": False})
+@click.option("-m", "as_module", is_flag=True, help="SCRIPT is a module, as for python -m.")
+@click.argument("script", metavar="SCRIPT")
+@click.argument("args", metavar="[ARGS]...", nargs=-1, type=click.UNPROCESSED)
+def run_command(script: str, args: tuple[str, ...], as_module: bool) -> None:
+    """Run a Python script that knows nothing of se_inject, with "se_inject/..." among timm's models.
+
+    ARGS are the script's own, and so are its logging, its errors and its exit code.
+    """
+    from . import script as scripts
+
+    if not as_module and not os.path.isfile(script):
+        raise click.UsageError(f"there is no script {script!r} in {os.getcwd()}: give its file, or -m and a module's name")
+    scripts.run(script, args, module=as_module)
 
 
 @main.command("zoo")
