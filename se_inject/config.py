@@ -69,7 +69,8 @@ class SEConfig:
     def __post_init__(self) -> None:
         if self.ratio is not None and not (_is_number(self.ratio) and 0 < self.ratio <= 1):
             hint = f"; for a reduction of {self.ratio:g} write ratio=1/{self.ratio:g}" if (
-                _is_number(self.ratio) and self.ratio > 1) else ""
+                _is_number(self.ratio) and self.ratio > 1) else (
+                "; write a number, such as 0.125" if isinstance(self.ratio, str) else "")
             raise ConfigError(f"ratio={self.ratio!r}: it is squeeze width over channels, in (0, 1]{hint}")
         if self.ratio is not None and self.rd_channels is not None:
             raise ConfigError(
@@ -97,6 +98,11 @@ class SEConfig:
         object.__setattr__(self, "stages", _as_tuple("stages", self.stages, int))
         object.__setattr__(self, "include", _as_tuple("include", self.include, str))
         object.__setattr__(self, "exclude", _as_tuple("exclude", self.exclude, str))
+        for name in ("include", "exclude"):
+            for pattern in getattr(self, name) or ():
+                if "," in pattern:  # as on a command line; it would match nothing, without a word
+                    raise ConfigError(
+                        f"{name}={pattern!r}: each glob stands alone; write {name}={pattern.replace(' ', '').split(',')}")
 
     @classmethod
     def of(cls, config: SEConfig | dict[str, Any] | None = None, **options: Any) -> SEConfig:

@@ -1,5 +1,6 @@
 """timm's door: names, listing, arguments, and what happens to bad ones."""
 
+import argparse
 import subprocess
 import sys
 import types
@@ -13,7 +14,7 @@ import se_inject
 from se_inject.config import SEConfig
 from se_inject.loading import block_paths
 from se_inject.naming import ALIAS, PREFIX
-from se_inject.registry import TwinEntrypoints, register
+from se_inject.registry import TwinEntrypoints, register, split_options
 
 
 def run(code: str) -> str:
@@ -92,6 +93,31 @@ def test_wrong_options_are_named():
         timm.create_model("se_inject/resnet18", se_ratio=16)
     with pytest.raises(RuntimeError, match="Unknown model"):
         timm.create_model("se_inject/resnet1800")
+
+
+@pytest.mark.parametrize("value, options", [
+    ("se_ratio=0.125", {"ratio": 0.125}),
+    ("se_stages=3,4", {"stages": (3, 4)}),
+    ("se_stages=[3,4]", {"stages": (3, 4)}),
+    ("se_stages=3", {"stages": (3,)}),
+    ("se_include=layer3*", {"include": ("layer3*",)}),
+    ("se_include=['layer3*','*.1.*']", {"include": ("layer3*", "*.1.*")}),
+    ("se_bias=False", {"bias": False}),
+    ("se_block=eca", {"block": "eca"}),
+    ("se_ratio=1/8", "write a number, such as 0.125"),
+    ("se_bias=no", "expected True or False"),
+    ("se_stages=last", "expected int or a sequence of int"),
+    ("se_include=layer3*,layer4*", r"write include=\['layer3\*', 'layer4\*'\]"),
+])  # fmt: skip
+def test_options_as_timms_scripts_read_them(value, options):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model-kwargs", nargs="*", action=timm.utils.ParseKwargs)
+    given = parser.parse_args(["--model-kwargs", value]).model_kwargs
+    if isinstance(options, str):
+        with pytest.raises(se_inject.SEInjectError, match=options):
+            split_options(given)
+    else:
+        assert split_options(given) == (se_inject.SEConfig(**options), {})
 
 
 def test_twin_is_the_model_that_inject_makes():
