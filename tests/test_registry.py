@@ -117,7 +117,7 @@ def test_options_as_timms_scripts_read_them(value, options):
         with pytest.raises(se_inject.SEInjectError, match=options):
             split_options(given)
     else:
-        assert split_options(given) == (se_inject.SEConfig(**options), {})
+        assert split_options(given) == ((se_inject.SEConfig(**options),), {})
 
 
 def test_twin_is_the_model_that_inject_makes():
