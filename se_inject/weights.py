@@ -244,6 +244,8 @@ def infer_model_args(name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str
         size = weight.shape[dim]
         if size != usual:  # the layer may have several columns for each channel
             plain = plain or skeleton(name).state_dict()
-            size = size * usual // plain[f"{first}.weight"].shape[dim]
+            own = plain.get(f"{first}.weight")
+            if own is not None:
+                size = size * usual // own.shape[dim]
         args[key] = int(size)
     return args
