@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from .errors import TraceError
 from .paths import counterparts
+from .trace import CHECKPOINTED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +70,8 @@ def _insert(graph: fx.Graph, nodes: list[fx.Node], edit: Edit) -> None:
         after = [n for n in graph.nodes if n.op == "placeholder"][-1]
     with graph.inserting_after(after):
         call = graph.call_module(edit.slot, (node,))
+    if CHECKPOINTED in node.meta:
+        call.meta[CHECKPOINTED] = node.meta[CHECKPOINTED]
     if edit.users is None:
         node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
     else:

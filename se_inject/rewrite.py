@@ -17,6 +17,7 @@ from torch import fx, nn
 from .edits import OwnerEdits, base_class, moved, put_in
 from .errors import SEInjectError, TraceError
 from .paths import Path, known_path, same_graph, same_paths, trace_paths
+from .recompute import checkpoints, keep_checkpoints, outline
 from .record import abstract
 from .trace import Unpacked, copy_graph
 
@@ -51,8 +52,11 @@ def trace_modes(
                 raise TraceError(f"{type(module).__name__}.forward depends on an argument that is no plain value")
         for m, _ in modes:
             m.__dict__["training"] = True
-        if not same_paths(paths, trace_paths(module, {**fixed, **unpacked}), {}):
+        trained = trace_paths(module, {**fixed, **unpacked})
+        if not same_paths(paths, trained, {}):
             raise TraceError(f"{type(module).__name__}.forward differs between train and eval mode")
+        for path, other in zip(paths, trained):
+            keep_checkpoints(path.graph, other.graph)
     finally:
         for m, training in modes:
             m.__dict__["training"] = training
@@ -137,7 +141,7 @@ def _generate(
         f"        raise {_ERROR}('{base.__name__}.forward was rewritten for one value of {name}: '\n"
         f"            'eject(), then inject() the model in the way it is called')\n"
         for name, value in fixed.items())
-    if len(paths) == 1:
+    if len(paths) == 1 and not checkpoints(paths[0].graph):
         assert paths[0].graph is not None
         code = put_in(paths[0].graph, edits.edits).python_code("self")
         return _class_of(base, _with_guards(code.src, guards), {**code.globals, **names}, main, edits.decisions)
@@ -159,7 +163,13 @@ def _generate(
             graph = here[0].graph
             works = any(n.op == "call_module" for n in graph.nodes)  # else an early return, where there is nothing to gate
             define(put_in(graph, moved(edits.edits, main, graph, module)) if works else graph, name)
-            return f"{indent}return self.{name}({call})\n"
+            if not checkpoints(graph):
+                return f"{indent}return self.{name}({call})\n"
+            names["torch"] = torch
+            for part, inner in outline(graph, name).items():
+                define(inner, part)
+            return (f"{indent}if torch.jit.is_scripting():\n{indent}    return self.{name}({call})\n{indent}else:\n"
+                    f"{indent}    return self.{name}_checkpointed({call})\n")
         name = f"_se_test_{len(functions)}"
         define(_condition(here[0].conditions[len(prefix)], base), name)
         return (f"{indent}if self.{name}({call}):\n{branch((*prefix, True), indent + '    ')}"
@@ -267,7 +277,8 @@ def _set_attribute(self: nn.Module, name: str, value: Any) -> None:
 
 
 _OF_MODULES = {  # what torch sets on modules
-    "__class__", "training", "_is_replica", "_former_parameters", "_is_full_backward_hook", "_compiled_call_impl"}
+    "__class__", "training", "_is_replica", "_former_parameters", "_is_full_backward_hook", "_compiled_call_impl",
+    "__overloads__"}
 
 
 def _traces_alike(old: Any, new: Any) -> bool:

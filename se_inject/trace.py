@@ -10,6 +10,7 @@ from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import fx, nn
 
 from .errors import TraceError
@@ -45,6 +46,15 @@ class Unpacked:
 def _modes() -> tuple[object, ...]:
     return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *(
         (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")))
+
+
+CHECKPOINTED = "checkpointed"  # in a node's meta: in which call of `torch.utils.checkpoint` the author's code computes it
+
+
+def _packing() -> Callable[..., object] | None:
+    """What autograd does now with each tensor that it saves; None is the usual."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return None if hooks is None else hooks[0]
 
 
 @contextlib.contextmanager
@@ -87,11 +97,20 @@ class _OwnTracer(fx.Tracer):
         self.decide = decide
         self.decided: dict[Hashable, bool] = {}
         self.modes = _modes()
+        self.packing = [_packing()]
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _modes() != self.modes:
             raise TraceError("it changes the grad or autocast mode, which a trace does not hold")
-        return super().create_node(*args, **kwargs)
+        node = super().create_node(*args, **kwargs)
+        packing = _packing()
+        if packing is not self.packing[0]:
+            if getattr(packing, "__module__", "") != torch.utils.checkpoint.__name__:
+                raise TraceError("it changes what autograd saves, which a trace does not hold")
+            if packing is not self.packing[-1]:
+                self.packing.append(packing)
+            node.meta[CHECKPOINTED] = len(self.packing)
+        return node
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         if self.decide is None:
