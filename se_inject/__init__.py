@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from .surgery import eject as eject
     from .surgery import inject as inject
     from .surgery import plan as plan
+    from .training import freeze_base as freeze_base
+    from .training import se_parameters as se_parameters
+    from .training import unfreeze_base as unfreeze_base
     from .weights import load as load
     from .weights import save as save
 
@@ -26,7 +29,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "SEConfig": "config", "SEInjectError": "errors", "NoSitesError": "errors", "plan": "surgery", "inject": "surgery",
     "eject": "surgery", "Plan": "planning", "Site": "planning", "save": "weights", "load": "weights",
-    "register_block": "blocks",
+    "register_block": "blocks", "se_parameters": "training", "freeze_base": "training", "unfreeze_base": "training",
 }  # fmt: skip
 __all__ = ["__version__", *_HOMES]
 

@@ -18,6 +18,7 @@ from .config import SEConfig
 from .edits import Edit, OwnerEdits, apply_edits, edited_owners, parameters_near, undo_edits
 from .errors import ConfigError, NoSitesError, SEInjectError, TraceError
 from .graph import Traces, View
+from .layers import attach_matcher, detach_matcher
 from .loading import register_hooks, remove_hooks
 from .meta import MetaOps
 from .naming import architecture_of, base_name, rename
@@ -29,6 +30,7 @@ from .signature import frozen
 from .sites import PlacedSite, find_sites
 from .slots import takes_activation
 from .trace import is_plain_sequential
+from .training import unfreeze_base
 
 _logger = logging.getLogger("se_inject")
 BATCH = 2  # images in the recorded run; more than one, so that no size of 1 stands for two things
@@ -105,7 +107,8 @@ def inject(
 
     Base weights keep their names and values, `training` flags stay, and with ``init="identity"`` the
     outputs are bit-exact until the blocks are trained. New parameters take device and dtype of the
-    weights around them. An optimizer that was made before does not know the new parameters.
+    weights around them. An optimizer that was made before does not know the new parameters and says nothing about it:
+    ``optimizer.add_param_group({"params": se_parameters(model, optimizer)})``.
 
     Args:
         model: A model; changed in place.
@@ -145,19 +148,28 @@ def apply(model: nn.Module, prepared: Prepared) -> nn.Module:
             done.append(job.module)
             apply_edits(job.module, job.edits, job.code, named)
         register_hooks(model)
+        attach_matcher(model)
     except BaseException:
         remove_hooks(model)
+        detach_matcher(model)
         for module in done:
             if "_se_edits" in module.__dict__:
                 undo_edits(module)
+        if injections_of(model):  # earlier ones stay
+            register_hooks(model)
+            attach_matcher(model)
         raise
     replaced = [key for s in prepared.plan.sites for key in s.replaces]
     if replaced:
         _logger.info("%d base tensors replaced: %s", len(replaced), ", ".join(replaced))
     model.__dict__["_se_injections"] = (*injections_of(model), Injection(config, prepared.plan.sites, prepared.input_size))
     rename(model, injected=True)
-    _logger.info("%d blocks injected, %d new tensors; an optimizer made before does not know them",
-                 sum(map(len, blocks)), sum(len(b.state_dict()) for named in blocks for b in named.values()))
+    added = [p for named in blocks for block in named.values() for p in block.parameters()]
+    _logger.info("%d blocks injected, with %d parameters", sum(map(len, blocks)), len(added))
+    if any(p.grad is not None for p in model.parameters()):
+        _logger.warning(
+            "the model has gradients: an optimizer made before the injection does not have the %d new parameters: "
+            'optimizer.add_param_group({"params": se_inject.se_parameters(model, optimizer)})', len(added))
     return model
 
 
@@ -186,6 +198,8 @@ def eject(model: nn.Module) -> nn.Module:
     if not owners:
         raise SEInjectError(f"eject({_model_name(model)}): there are no injected blocks in this model; nothing was changed")
     remove_hooks(model)
+    detach_matcher(model)
+    unfreeze_base(model)
     for owner in owners:
         undo_edits(owner)
     for m in model.modules():
