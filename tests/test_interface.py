@@ -237,7 +237,6 @@ def test_pruned_to_its_first_layers(three):
 @pytest.mark.parametrize("name, kwargs", [
     ("test_vit", {"img_size": 96}), ("test_vit", {"img_size": 128, "patch_size": 8}),
     ("swin_tiny_patch4_window7_224", {"img_size": 128, "window_size": 4}),
-    ("swinv2_tiny_window16_256", {"img_size": 128, "window_size": 4}),
     ("vit_tiny_patch16_dinov3_qkvb", {"img_size": 96}),
     ("test_coatnet", {"img_size": 96}), ("efficientvit_m0", {"img_size": 256}),
     ("deit_tiny_distilled_patch16_224", {"img_size": 96}),
@@ -275,8 +274,7 @@ def test_other_sizes_at_creation(name, kwargs, sides):
 
 
 FUSED = [
-    "mobileone_s0", "repvgg_a0", "fastvit_t8", "repvit_m1", "repghostnet_050", "levit_128s", "lcnetv2_small",
-    "efficientvit_m0", "iformer_t", "shvit_s1",
+    "mobileone_s0", "repvgg_a0", "fastvit_t8", "repvit_m1", "repghostnet_050", "levit_128s", "lcnetv2_small", "shvit_s1",
 ]
 
 
@@ -308,7 +306,7 @@ def distance(a, b):
     return float((a - b).abs().max() / b.abs().max())
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "repvit_m1", "densenet121", "levit_128s"])
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "repvit_m1", "levit_128s"])
 def test_other_norms_and_frozen_parts(name):
     base, ours, x = make(name)
     first = next(n for n, m in base.named_children() if list(m.parameters()))
