@@ -1,9 +1,9 @@
 """What is done to the owner of a site, as data: put into a graph, put into the module, and taken out again.
 
 Four ways, the lightest that serves: an empty slot is filled and the author's own forward calls it;
-a plain `nn.Sequential` gets the block as one more child; an `fx.GraphModule` gets a new graph; any other
-owner gets a subclass of its own class whose forward is generated from its traced graph. The weights and
-their names stay where they are.
+a plain `nn.Sequential` gets the block as one more child, without a position of its own; an `fx.GraphModule`
+gets a new graph; any other owner gets a subclass of its own class whose forward is generated from its traced
+graph. The weights and their names stay where they are.
 """
 
 from __future__ import annotations

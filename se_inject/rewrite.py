@@ -19,6 +19,7 @@ from .errors import SEInjectError, TraceError
 from .paths import Path, known_path, same_graph, same_paths, trace_paths
 from .recompute import checkpoints, keep_checkpoints, outline
 from .record import abstract
+from .sequential import MEMBERS
 from .trace import Unpacked, copy_graph
 
 _ERROR = "_se_error"
@@ -292,6 +293,12 @@ def _traces_alike(old: Any, new: Any) -> bool:
 
 
 @functools.cache
+def sequential_class(base: Any) -> type[nn.Module]:
+    """The subclass of a plain `nn.Sequential`'s class whose positions do not count the blocks."""
+    return _derived(base, MEMBERS)
+
+
+@functools.cache
 def _stale(cls: Any) -> type[nn.Module]:
     """The class of an owner whose attributes were set since its forward was generated as `cls`."""
     return _derived(cls._se_base, {"forward": _forward_anew, "_se_stale": True, "_se_graph": cls._se_graph})
@@ -314,7 +321,9 @@ def _new(base: type[nn.Module]) -> nn.Module:
 
 def _set_state(module: nn.Module, state: dict[str, Any]) -> None:
     module.__setstate__(dict(state))
-    module.__class__ = generate_class(module, module.__dict__["_se_edits"])
+    edits: OwnerEdits = module.__dict__["_se_edits"]
+    own: Any = type(module)
+    module.__class__ = sequential_class(own) if edits.way == "insert" else generate_class(module, edits)
 
 
 def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:

@@ -25,7 +25,7 @@ from .naming import architecture_of, base_name, rename
 from .patterns import LINEAR, UNLEARNED
 from .planning import Plan, Site
 from .record import Call, abstract, record, run
-from .rewrite import generate_class, generate_graphs, regenerate
+from .rewrite import generate_class, generate_graphs, regenerate, sequential_class
 from .signature import frozen
 from .sites import PlacedSite, find_sites
 from .slots import takes_activation
@@ -276,7 +276,10 @@ def _jobs(found: list[PlacedSite], traces: Traces) -> list[Job]:
 def _code(view: View, edits: OwnerEdits) -> type[nn.Module] | dict[str, fx.Graph] | None:
     if isinstance(view.module, fx.GraphModule):
         return generate_graphs(view.module, edits)
-    if edits.way != "rewrite":
+    if edits.way == "insert":
+        own: Any = type(view.module)
+        return sequential_class(own)
+    if edits.way == "fill":
         return None
     return generate_class(view.module, edits, None if view.forward.decisions else view.forward.graph)
 

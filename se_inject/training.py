@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import nn
 
 from .errors import ConfigError, SEInjectError
-from .loading import block_paths
+from .loading import block_paths, head_paths
 
 _FROZEN = "_se_frozen"
 
@@ -156,8 +155,7 @@ def _head_names(model: nn.Module, head: object) -> tuple[str, ...]:
             raise ConfigError(
                 f"freeze_base({type(model).__name__}): this model has no get_classifier() that says its head: give the "
                 "module itself, as in head=model.fc, or head=False to train the blocks alone")
-        own: Any = model.get_classifier
-        head = own()
+        return tuple(head_paths(model))
     modules = [m for m in (head if isinstance(head, (tuple, list)) else (head,)) if m is not None]
     names = {m: name for name, m in model.named_modules()}
     if any(not isinstance(m, nn.Module) or not names.get(m) for m in modules):

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 import random
 
 import pytest
@@ -477,3 +478,35 @@ def test_what_is_no_model_and_what_has_no_weights_yet():
         se_inject.eject("resnet18")
     with pytest.raises(se_inject.SEInjectError, match="lazy layers"):
         se_inject.inject(nn.Sequential(nn.LazyConv2d(16, 3), nn.ReLU()))
+
+
+def test_the_positions_of_a_sequential_are_its_authors():
+    """Code that iterates or indexes a Sequential counts the layers that it put there, and runs the blocks with them."""
+    model = randomise(timm.create_model("vgg11", mlp_ratio=0.02)).eval()
+    x = torch.randn(1, 3, 64, 64)
+    names = [type(m).__name__ for m in model.features]
+    with torch.no_grad():
+        last, features = model.forward_intermediates(x, indices=[1, 3])
+        se_inject.inject(model)
+        again, ours = model.forward_intermediates(x, indices=[1, 3])
+        assert torch.equal(last, again) and all(map(torch.equal, features, ours))
+        for block in block_paths(model):
+            torch.nn.init.normal_(model.get_submodule(block).fc2.bias)
+        gated = model.forward_intermediates(x, indices=[1, 3], intermediates_only=True)
+        assert not any(map(torch.equal, gated, ours))
+        copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+        assert all(torch.equal(m(x), model(x)) for m in copies)
+        twin, _ = copies
+        twin.prune_intermediate_layers([1])
+        assert len(twin.features) < len(names) and block_paths(twin) == block_paths(model)[:2]
+        assert torch.equal(twin.forward_intermediates(x, indices=[1], intermediates_only=True)[0], gated[0])
+        y = x
+        for i in range(len(model.features)):
+            y = model.features[i](y)
+        assert torch.equal(y, model.features(x)) and not torch.equal(y, last)
+    assert len(model.features) == len(names) and model.features[-1] is list(model.features)[-1]
+    assert model.features[0].out_channels == 64 and model.features[1].inplace
+    with pytest.raises(se_inject.SEInjectError, match="eject"):
+        del model.features[0]
+    se_inject.eject(model)
+    assert [type(m).__name__ for m in model.features] == names and type(model.features) is torch.nn.Sequential

@@ -76,9 +76,6 @@ def of_base(mine, model):
     return {k: v for k, v in mine.items() if not k.startswith(prefixes) and k + "." not in prefixes}
 
 
-# timm counts the layers of these by their place in a Sequential, which a block there moves
-BY_PLACE = {"VGG": {"intermediates", "two", "last", "tokens"}}
-
 WAYS = {
     "forward": lambda m, x: m(x),
     "features": lambda m, x: m.forward_features(x),
@@ -112,7 +109,7 @@ def test_every_way_in(three):
     for way, y in theirs.items():
         if isinstance(y, type):
             assert mine[way] is acting[way] is y
-        elif way not in BY_PLACE.get(type(base).__name__, ()):
+        else:
             assert equal(mine[way], y), way
             assert not equal(acting[way], y), way
     assert equal(acting["head"], acting["forward"])
@@ -122,8 +119,10 @@ def test_every_way_in(three):
 
 def test_what_a_model_says_of_itself(three, tmp_path):
     base, ours, x = three
-    for attribute in ("num_features", "head_hidden_size", "num_classes", "feature_info", "default_cfg", "pretrained_cfg"):
+    for attribute in ("num_features", "head_hidden_size", "num_classes", "feature_info"):
         assert getattr(ours, attribute, None) == getattr(base, attribute, None), attribute
+    assert ours.default_cfg is ours.pretrained_cfg
+    assert ours.pretrained_cfg == {**base.pretrained_cfg, "architecture": f"se_inject/{base.pretrained_cfg['architecture']}"}
     assert resolve_model_data_config(ours) == resolve_model_data_config(base)
     assert [m.state_dict().keys() for m in classifiers(ours)] == [m.state_dict().keys() for m in classifiers(base)]
     assert no_decay(ours) == no_decay(base)
@@ -220,8 +219,6 @@ def scales(model, groups):
 
 def test_pruned_to_its_first_layers(three):
     base, ours, x = three
-    if type(base).__name__ in BY_PLACE:
-        pytest.skip("a block in a Sequential moves the layers that timm counts by their place")
     try:
         kept = base.prune_intermediate_layers(1, prune_norm=True)
     except (AttributeError, AssertionError) as error:
