@@ -42,10 +42,10 @@ class Marker(nn.Module):
         return x
 
 
-def own_forward(call: Call, marker: str | None = None) -> tuple[Forward, dict[fx.Node, Call]]:
+def own_forward(call: Call, marker: str | None = None, reading: bool = False) -> tuple[Forward, dict[fx.Node, Call]]:
     """Trace the called module alone, give every node its value in this call, and every call of a child its record.
 
-    With `marker`, the slot of that name is filled while tracing.
+    With `marker`, the slot of that name is filled while tracing; `reading` is `trace_forward`'s.
 
     Raises:
         TraceError: fx cannot follow the forward, or the trace does not make the calls that were recorded.
@@ -62,7 +62,7 @@ def own_forward(call: Call, marker: str | None = None) -> tuple[Forward, dict[fx
         if marker is not None:  # past a __setattr__, ours or the author's
             call.module.__dict__["_modules"] = {**call.module._modules, marker: Marker()}
             call.module.__dict__.pop(marker, None)
-        graph = trace_forward(call.module, constants, decide)
+        graph = trace_forward(call.module, constants, decide, reading)
     env: dict[fx.Node, Any] = {}
     calls: dict[fx.Node, Call] = {}
     children = iter(call.children)

@@ -87,6 +87,7 @@ class Traces:
             self.calls.setdefault(call.module, []).append(call)
         self.signatures = Signatures()
         self._views: dict[nn.Module, View | None] = {}
+        self._inside: dict[Call, View] = {}
         self._forwards: dict[Hashable, Forward] = {}
         self.failures: dict[nn.Module, str] = {}
         self._linear: dict[nn.Module, bool] = {}
@@ -104,20 +105,29 @@ class Traces:
             self._views[module] = view
         return self._views[module]
 
-    def _view(self, call: Call) -> View:
+    def inside(self, call: Call) -> View:
+        """The traced forward of any call, to be read and not rewritten: also of torch's own layers, and of forwards that
+        set attributes.
+
+        Raises:
+            TraceError: fx cannot follow it.
+        """
+        view = self.view(call.module)
+        if view is not None and view.call is call:
+            return view
+        if call not in self._inside:
+            self._inside[call] = self._view(call, reading=view is None)
+        return self._inside[call]
+
+    def _view(self, call: Call, reading: bool = False) -> View:
         """A view of the called module, on the trace of a module like it where there was one."""
-        key = (self.signatures.of(call.module), frozen(call.args), frozen(call.kwargs))
+        key = (self.signatures.of(call.module), frozen(call.args), frozen(call.kwargs), reading)
         forward = self._forwards.get(key)
         if forward is not None:
             return View(forward, call, bind(forward, call), self)
-        view = View(*self._traced(call), self)
-        self._forwards[key] = view.forward
-        return view
-
-    @staticmethod
-    def _traced(call: Call) -> tuple[Forward, Call, dict[fx.Node, Call]]:
-        forward, calls = own_forward(call)
-        return forward, call, calls
+        forward, calls = own_forward(call, reading=reading)
+        self._forwards[key] = forward
+        return View(forward, call, calls, self)
 
     def _composes(self, module: nn.Module) -> bool:
         if module not in self.calls or not type(module).__module__.partition(".")[0]:

@@ -248,6 +248,15 @@ def _record(model: nn.Module, sizes: list[tuple[int, ...]], dtype: torch.dtype) 
     raise first
 
 
+def record_model(model: nn.Module, size: tuple[int, ...] | None = None) -> Call:
+    """The recorded run of a model on an input of this (C, H, W), or of its own size. Use it inside `abstract`.
+
+    Raises:
+        TraceError: The model does not take it.
+    """
+    return _record(model, input_sizes(model) if size is None else [size], _dtype(model))[0]
+
+
 def _jobs(found: list[PlacedSite], traces: Traces) -> list[Job]:
     """Group the sites by owner and generate the owners' code; a site whose owner refuses gets a reason."""
     owners: dict[nn.Module, list[PlacedSite]] = defaultdict(list)

@@ -89,10 +89,11 @@ class _OwnTracer(fx.Tracer):
     Where the forward branches on a value, `decide` says which way it goes.
     """
 
-    def __init__(self, constants: dict[str, Any], decide: Callable[[fx.Node], bool] | None) -> None:
+    def __init__(self, constants: dict[str, Any], decide: Callable[[fx.Node], bool] | None, reading: bool) -> None:
         from timm.models._features_fx import get_notrace_functions
 
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))
+        self.proxy_buffer_attributes = reading
         self.constants = constants
         self.decide = decide
         self.decided: dict[Hashable, bool] = {}
@@ -167,11 +168,12 @@ def _chain(module: nn.Module) -> fx.Graph:
 
 
 def trace_forward(
-    module: nn.Module, constants: dict[str, Any], decide: Callable[[fx.Node], bool] | None = None
+    module: nn.Module, constants: dict[str, Any], decide: Callable[[fx.Node], bool] | None = None, reading: bool = False
 ) -> fx.Graph:
     """Trace `module`'s own forward with its children as leaves. `module` is not changed.
 
-    `decide` is asked, with the node of the condition, wherever the forward branches on a value.
+    `decide` is asked, with the node of the condition, wherever the forward branches on a value. With `reading`
+    no code will be made of the trace: the forward may set attributes, and what it computes of buffers is traced, too.
 
     Raises:
         TraceError: The forward does something that fx cannot follow.
@@ -186,10 +188,10 @@ def trace_forward(
     with untouched([module]), _other_modes():
         before = _state(module)
         try:
-            graph = _OwnTracer(constants, decide).trace(module)
+            graph = _OwnTracer(constants, decide, reading).trace(module)
         except Exception as error:  # fx raises what the traced code raises
             raise TraceError(f"{type(module).__name__}.forward cannot be traced: {error}") from error
-        if _state(module) != before:
+        if not reading and _state(module) != before:
             raise TraceError(
                 f"{type(module).__name__}.forward sets attributes or buffers of its module, or draws random numbers, "
                 "which a trace does not hold")

@@ -1,0 +1,207 @@
+"""The weights of an injected model as timm's own twin of it loads them."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .absorb import Absorber, Unabsorbed
+from .block_gates import absorb_gain, gains
+from .checkpoint import write_atomically
+from .edits import edited_owners
+from .errors import SEInjectError
+from .graph import Traces
+from .loading import block_paths
+from .record import abstract, untouched
+from .recipe import Recipe
+from .registry import PREFIX
+from .rewrite import regenerate
+from .surgery import injections_of, record_model, runs_on, without_values
+from .surgery import input_sizes
+from .weights import unshared
+
+FURTHER = 12  # candidates outside the base's own file
+
+
+class NativeWeights(OrderedDict[str, torch.Tensor]):
+    """A state dict that a native timm model loads strictly.
+
+    Attributes:
+        architecture: The native model's timm name.
+        model_args: The arguments of `timm.create_model` beside it.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], architecture: str, model_args: Mapping[str, Any]) -> None:
+        super().__init__(tensors)
+        self.architecture = architecture
+        self.model_args = dict(model_args)
+
+    def __reduce__(self) -> Any:
+        return type(self), (dict(self), self.architecture, self.model_args)
+
+
+@torch.no_grad()
+def to_native(model: nn.Module, path: str | os.PathLike[str] | None = None) -> NativeWeights:
+    """The weights of `model` for the native timm model that computes the same. The model is not changed.
+
+    Factors of the gates (`init="identity"` has 2) are taken into the weights around, which is exact for powers of two
+    as long as nothing overflows or becomes subnormal. The native model is looked for among timm's, and built, loaded and
+    compared on random images in eval and train mode: what is returned is proved to give equal outputs.
+
+    Args:
+        model: An injected timm model.
+        path: Also write a safetensors file there, for ``timm.create_model(architecture, checkpoint_path=path)``.
+
+    Returns:
+        The state dict, with the native model's `architecture` and `model_args`.
+
+    Raises:
+        SEInjectError: timm has no such model, or a gate's factor does not go into the weights; the message says what was
+            tried.
+
+    Example:
+        >>> w = se_inject.to_native(model)  # doctest: +SKIP
+        >>> timm.create_model(w.architecture, **w.model_args).load_state_dict(w, strict=True)  # doctest: +SKIP
+    """
+    name = type(model).__name__ if isinstance(model, nn.Module) else repr(model)
+    if not isinstance(model, nn.Module) or not injections_of(model):
+        raise SEInjectError(f"to_native({name}): there are no injected blocks in this model; inject() it first")
+    recipe = Recipe.of(model, injections_of(model), "full")
+    if recipe.architecture is None:
+        raise SEInjectError(
+            f"to_native({name}): this model was not made by timm.create_model, so timm has no twin of it; "
+            "use save(), or fold() or eject()")
+    weights = _without_gains(model, recipe.architecture)
+    found = _twin(model, recipe.architecture, recipe.model_args, weights)
+    if path is not None:
+        from safetensors.torch import save_file
+
+        header = {
+            "format": "pt", "architecture": found.architecture, "model_args": json.dumps(found.model_args, sort_keys=True)}
+        write_atomically(path, lambda temporary: save_file(unshared(found), temporary, metadata=header))
+    return found
+
+
+def _without_gains(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
+    """The model's state dict, where the gates' factors are in the weights; new tensors where they differ.
+
+    Raises:
+        SEInjectError: A factor does not go into the weights.
+    """
+    weights = {k: t.detach() for k, t in model.state_dict().items()}
+    todo = [(path, m, gain) for path in block_paths(model) for m, gain in gains(model.get_submodule(path))]
+    if not todo:
+        return weights
+    for owner in edited_owners(model):
+        regenerate(owner)
+    with abstract(model):
+        absorber = Absorber(model, Traces(record_model(model)), compensate=True)
+        scalings = []
+        for path, module, gain in todo:
+            try:
+                scalings += [(s, gain) for s in absorb_gain(absorber, module, gain)]
+            except Unabsorbed as error:
+                raise SEInjectError(
+                    f"to_native({name}): the factor {gain:g} of the gate of {path!r} does not go into the weights "
+                    f"around it ({error}); inject with init='timm', which has none, or use save()") from None
+    for s, gain in scalings:
+        weights[s.key] = s.scale(weights[s.key], torch.tensor([gain], device=weights[s.key].device))
+    return weights
+
+
+def _twin(model: nn.Module, base: str, args: dict[str, Any], weights: dict[str, torch.Tensor]) -> NativeWeights:
+    """The first of timm's models that has these tensors and gives equal outputs.
+
+    Raises:
+        SEInjectError: There is none.
+    """
+    import timm
+
+    shapes = {k: t.shape for k, t in weights.items()}
+    near, further = _candidates(base)
+    needed = {k: v for k, v in args.items() if k in ("num_classes", "in_chans", "img_size", "global_pool")}
+    fitting: list[str] = []
+    for name in (*near, *further):
+        for given in ([needed, args] if needed != args else [args]):
+            with contextlib.suppress(Exception):  # an argument that the candidate does not take, or a size that it cannot have
+                skeleton = without_values(lambda: timm.create_model(name, **given))  # noqa: B023
+                if {k: t.shape for k, t in skeleton.state_dict().items()} != shapes:
+                    continue
+                native = timm.create_model(name, **given)
+                native.load_state_dict(weights, strict=True)
+                if _equal(model, native):
+                    return NativeWeights(weights, name, given)
+                fitting.append(name)
+    fits = f" {', '.join(dict.fromkeys(fitting))} have its tensors, but other outputs." if fitting else ""
+    raise SEInjectError(
+        f"to_native({base}): timm has no model with these {len(shapes)} tensors and the same outputs.{fits} Tried were the "
+        f"{len(near)} models in the same file as {base} and {len(further)} others of like names, such as {near[0] if near else base}: "
+        "blocks at other places, of another width or kind than timm's have no twin; use save(), fold() or eject()")
+
+
+def _candidates(base: str) -> tuple[list[str], list[str]]:
+    """timm's models in the base's own file, and those of others whose names are like the base's, the likest first."""
+    import timm
+    from timm.models import _registry
+
+    home = _registry._model_to_module.get(base)
+    names = [n for n in timm.list_models() if not n.startswith(PREFIX) and n != base]
+    likeness = difflib.SequenceMatcher(b=base)
+
+    def like(name: str) -> float:
+        likeness.set_seq1(name)
+        return -likeness.ratio()
+
+    names.sort(key=like)
+    near = [n for n in names if _registry._model_to_module.get(n) == home]
+    return near, [n for n in names if _registry._model_to_module.get(n) != home][:FURTHER]
+
+
+def _equal(model: nn.Module, native: nn.Module) -> bool:
+    """Whether two models give equal outputs on random images in eval and train mode. `model` is afterwards as it was."""
+    size = next((s for s in _sizes(model) if runs_on(model, s) and runs_on(native, s)), None)
+    p = next(p for p in model.parameters() if p.is_floating_point())
+    if size is None:
+        return False
+    native.to(device=p.device, dtype=p.dtype)
+    devices = [p.device] if p.device.type == "cuda" else []
+    with _as_it_was(model), torch.random.fork_rng(devices=devices):
+        images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0)).to(p.device, p.dtype)
+        for training in (False, True):
+            outputs = []
+            for m in (model, native):
+                torch.manual_seed(1)
+                m.train(training)
+                outputs.append(m(images))
+            a, b = outputs
+            if type(a) is not type(b) or not isinstance(a, torch.Tensor) or not torch.equal(a, b):
+                return False
+    return True
+
+
+def _sizes(model: nn.Module) -> Iterator[tuple[int, ...]]:
+    own = input_sizes(model)[0]
+    for side in (64, 96, 128):
+        if side < own[1]:
+            yield own[0], side, side
+    yield own
+
+
+@contextlib.contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Afterwards the model's modes, attributes and the values of its buffers are as before."""
+    buffers = [(t, t.clone()) for t in model.buffers()]
+    with untouched(list(model.modules())):
+        try:
+            yield
+        finally:
+            for t, values in buffers:
+                t.copy_(values)
