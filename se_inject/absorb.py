@@ -20,7 +20,7 @@ from torch import fx, nn
 
 from .errors import TraceError
 from .graph import ADDS, MULS, Traces, View, is_tensor, shape
-from .labels import ONE, MovesOnly, NoMove, along, merged, number, pulled
+from .labels import ONE, MovesOnly, NoMove, along, compact, merged, number, pulled
 from .patterns import argument
 from .record import Call
 
@@ -148,10 +148,11 @@ class Absorber:
         own = shape(operand)
         if own == tuple(labels.shape):
             return labels
-        found = pulled(own, [(number(own).expand(labels.shape), labels)])
+        same = [1] * (labels.dim() - len(own)) + list(own)
+        found = along(labels, [d for d, n in enumerate(same) if n == labels.shape[d]])
         if found is None:
-            raise Unabsorbed(f"{operand} is the same for several channels")
-        return found
+            raise Unabsorbed(f"{_spelled(operand)} is the same for several channels")
+        return found.reshape(own)
 
     @staticmethod
     def _vector(labels: torch.Tensor, axis: int, node: fx.Node) -> torch.Tensor:
@@ -190,7 +191,7 @@ class Absorber:
         """
         if not is_tensor(node):
             raise Unabsorbed("it comes out of its module together with others")
-        if bool((labels < 0).all()):
+        if bool((compact(labels) < 0).all()):
             return []
         if node.op == "get_attr":
             return self._parameter(view, node, labels, power)
@@ -215,13 +216,7 @@ class Absorber:
         for other in node.users:
             if other is user or not (other.op == "output" or view.carries_data(other)):
                 continue
-            try:
-                numbers = self._moved(other, {node: number(shape(node))})
-                assert isinstance(numbers, torch.Tensor) and numbers.numel() < node.meta["val"].numel()
-                own = pulled(shape(node), [(numbers, torch.full(numbers.shape, ONE, dtype=torch.float64))])
-                both = None if own is None else merged(labels, own)
-            except (NoMove, AssertionError):
-                both = None
+            both = self._beside(other, node, labels)
             if both is not None:
                 labels = both
             elif self.compensate:
@@ -229,6 +224,18 @@ class Absorber:
             else:
                 raise Unabsorbed(f"its input is also read by {_spelled(other, view)}")
         return labels, more
+
+    def _beside(self, other: fx.Node, node: fx.Node, labels: torch.Tensor) -> torch.Tensor | None:
+        """The labels of a value with the factor 1 for the part of it that `other` reads, where that is another part."""
+        part = other.meta["val"]
+        if other.op not in ("call_function", "call_method") or not is_tensor(other) or part.numel() >= labels.numel():
+            return None
+        try:
+            numbers = self._moved(other, {node: number(shape(node))})
+        except NoMove:
+            return None
+        own = pulled(shape(node), [(numbers, torch.full(numbers.shape, ONE, dtype=torch.float64))])
+        return None if own is None else merged(labels, own)
 
     def _up_through(self, view: View, node: fx.Node, labels: torch.Tensor, power: int) -> list[Scaling]:
         target, first = node.target, argument(node, 0, "input")
@@ -265,6 +272,7 @@ class Absorber:
             terms = [argument(node, 0, "input")]
             factors = [a for a in node.args[1:3] if is_tensor(a)]
             out += self._up_product(view, node, factors, labels, power)
+        terms = [t for t in terms if is_tensor(t) or t != 0]  # a sum that begins with 0
         if node.kwargs or not all(map(is_tensor, terms)):
             raise Unabsorbed(f"a constant is added at {_spelled(node)}")
         for t in terms:
@@ -329,7 +337,7 @@ class Absorber:
             raise Unabsorbed(f"{_spelled(node, view)} adds a bias")
         if node.target is F.linear:
             return self._flat(labels, -1, out, node)
-        if shape(weight)[:2] != (groups, 1) and bool((labels != labels.amax()).any()):
+        if shape(weight)[:2] != (groups, 1) and bool((compact(labels) != compact(labels).amax()).any()):
             raise Unabsorbed(f"{_spelled(node, view)} mixes the channels")
         return self._flat(labels, range(2, len(out)), out, node)
 
@@ -381,7 +389,7 @@ class Absorber:
         """The same for one reader of `node`."""
         if not isinstance(labels, torch.Tensor):  # the parts of a split
             return self._down_moved(view, user, node, labels, power)
-        if bool((labels < 0).all()):
+        if bool((compact(labels) < 0).all()):
             return []
         if user.op == "output":
             if user.args[0] is not node:
@@ -409,6 +417,8 @@ class Absorber:
             return self.down(view, user, labels, power)
         if target in _POSITIVE and is_first:
             self._sign(user)
+            return self.down(view, user, labels, power)
+        if target in ADDS and not user.kwargs and 0 in [a for a in user.args if not isinstance(a, fx.Node)]:
             return self.down(view, user, labels, power)
         if target in ADDS:
             raise Unabsorbed(f"it is added to something else at {_spelled(user, view)}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
+
 import torch
 from torch import fx, nn
 
@@ -13,7 +15,6 @@ from .errors import TraceError
 from .gate import SqueezeExcite
 from .graph import LAYOUTS, MULS, View, is_tensor, shape
 from .labels import spread
-from .paths import trace_paths
 from .record import Call, untouched
 from .trace import copy_graph, trace_forward
 
@@ -62,11 +63,11 @@ def gate_of(absorber: Absorber, call: Call) -> Gate:
         return gate_of(absorber, view.call_of(node))
     if node.target not in MULS or len(node.args) < 2:
         raise other
-    for x, g in (node.args[:2], node.args[1::-1]):
+    operands: tuple[Any, ...] = tuple(node.args[:2])
+    for x, g in (operands, operands[::-1]):
         if _is_input(x) and is_tensor(g) and not _is_input(g):
-            assert isinstance(x, fx.Node) and isinstance(g, fx.Node)
             while g.op == "call_method" and g.target in ("expand", "expand_as") and is_tensor(g.args[0]):
-                g = g.args[0]  # type: ignore[assignment]
+                g = g.args[0]
             dim = view.channel_dim(x)
             xs, gs = shape(x), shape(g)
             if len(gs) != len(xs) or gs[dim] != xs[dim] or gs[0] != xs[0]:
@@ -129,11 +130,6 @@ def absorb_gate(absorber: Absorber, at: Around) -> list[Scaling]:
         return absorber.down(at.view, at.node, labels)
     except Unabsorbed as error:
         raise Unabsorbed(f"before it: {before}; behind it: {error}") from None
-
-
-def check_other_ways(absorber: Absorber) -> None:
-    """That the weights that take a factor in stand by the block on every way through forwards that branch on sizes."""
-    raise NotImplementedError
 
 
 def outer_gain(view: View, edits: OwnerEdits, slot: str) -> float:

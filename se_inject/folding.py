@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from .absorb import Absorber, Scaling, Unabsorbed
+from .block_gates import Gate, absorb_gate, around, gate_of, outer_gain
 from .edits import OwnerEdits, apply_edits, base_class, edited_owners, undo_edits
 from .errors import ConfigError, SEInjectError
-from .block_gates import Gate, absorb_gate, around, gate_of, outer_gain
 from .graph import Traces
 from .loading import remove_hooks
 from .planning import Site
@@ -276,7 +276,7 @@ def _check_gates(found: list[_Found], max_variation: float | None) -> None:
 def _apply(model: nn.Module, found: list[_Found]) -> Any:
     """Scale the weights and take the folded blocks out; returns what undoes it. On an error the model is as it was."""
     going = {f.site.path for f in found if f.reason is None}
-    parameters = {key: p for key, p in model.named_parameters()}
+    parameters = dict(model.named_parameters())
     old = {s.key: parameters[s.key].detach().clone() for f in found if f.reason is None for s in f.scalings}
     states = [(m, type(m), {**m.__dict__, "_modules": dict(m._modules)}) for m in edited_owners(model)]
 

@@ -74,9 +74,20 @@ def pulled(shape: Sequence[int], read: Iterable[tuple[torch.Tensor, torch.Tensor
 def along(labels: torch.Tensor, axes: Iterable[int]) -> torch.Tensor | None:
     """The labels with all other axes reduced to one, where they are alike along those; else None."""
     keep = {a % labels.dim() for a in axes}
-    other = [d for d in range(labels.dim()) if d not in keep]
-    most = labels.amax(other, keepdim=True) if other else labels
-    return most if bool(((labels == most) | (labels == FREE)).all()) else None
+    small = compact(labels, keep)
+    other = [d for d in range(labels.dim()) if d not in keep and small.shape[d] > 1]
+    if not other:
+        return small
+    most = small.amax(other, keepdim=True)
+    return most if bool(((small == most) | (small == FREE)).all()) else None
+
+
+def compact(labels: torch.Tensor, keep: Iterable[int] = ()) -> torch.Tensor:
+    """The labels with one element along the axes on which all are the same memory, but for those to keep."""
+    for d in range(labels.dim()):
+        if labels.stride(d) == 0 and d not in keep:
+            labels = labels.narrow(d, 0, min(1, labels.shape[d]))
+    return labels
 
 
 def spread(channels: int, axis: int, shape: Sequence[int]) -> torch.Tensor:

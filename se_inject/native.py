@@ -20,12 +20,11 @@ from .edits import edited_owners
 from .errors import SEInjectError
 from .graph import Traces
 from .loading import block_paths
-from .record import abstract, untouched
 from .recipe import Recipe
+from .record import abstract, untouched
 from .registry import PREFIX
 from .rewrite import regenerate
-from .surgery import injections_of, record_model, runs_on, without_values
-from .surgery import input_sizes
+from .surgery import injections_of, input_sizes, record_model, runs_on, without_values
 from .weights import unshared
 
 FURTHER = 12  # candidates outside the base's own file
@@ -91,12 +90,12 @@ def to_native(model: nn.Module, path: str | os.PathLike[str] | None = None) -> N
 
 
 def _without_gains(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
-    """The model's state dict, where the gates' factors are in the weights; new tensors where they differ.
+    """The model's state dict, where the gates' factors are in the weights.
 
     Raises:
         SEInjectError: A factor does not go into the weights.
     """
-    weights = {k: t.detach() for k, t in model.state_dict().items()}
+    weights = {k: t.detach().clone() for k, t in model.state_dict().items()}
     todo = [(path, m, gain) for path in block_paths(model) for m, gain in gains(model.get_submodule(path))]
     if not todo:
         return weights
@@ -123,28 +122,35 @@ def _twin(model: nn.Module, base: str, args: dict[str, Any], weights: dict[str, 
     Raises:
         SEInjectError: There is none.
     """
+    near, further = _candidates(base)
+    needed = {k: v for k, v in args.items() if k in ("num_classes", "in_chans", "img_size")}
+    fitting: dict[str, None] = {}
+    for given in [needed, args] if needed != args else [args]:  # the base may need arguments that its twin has by itself
+        for name in (*near, *further):
+            native = _built(name, given, weights)
+            if native is not None and _equal(model, native):
+                return NativeWeights(weights, name, given)
+            fitting |= {} if native is None else {name: None}
+    fits = f" {', '.join(fitting)} have its tensors, but other outputs." if fitting else ""
+    raise SEInjectError(
+        f"to_native({base}): timm has no model with these {len(weights)} tensors and the same outputs.{fits} Tried were the "
+        f"{len(near)} other models in the same file and {len(further)} of like names: blocks in other places, of another "
+        "width or kind than timm's have no twin; use save(), fold() or eject()")
+
+
+def _built(name: str, args: dict[str, Any], weights: dict[str, torch.Tensor]) -> nn.Module | None:
+    """The named model with `weights`, or None where it does not take the arguments or has other tensors."""
     import timm
 
-    shapes = {k: t.shape for k, t in weights.items()}
-    near, further = _candidates(base)
-    needed = {k: v for k, v in args.items() if k in ("num_classes", "in_chans", "img_size", "global_pool")}
-    fitting: list[str] = []
-    for name in (*near, *further):
-        for given in ([needed, args] if needed != args else [args]):
-            with contextlib.suppress(Exception):  # an argument that the candidate does not take, or a size that it cannot have
-                skeleton = without_values(lambda: timm.create_model(name, **given))  # noqa: B023
-                if {k: t.shape for k, t in skeleton.state_dict().items()} != shapes:
-                    continue
-                native = timm.create_model(name, **given)
-                native.load_state_dict(weights, strict=True)
-                if _equal(model, native):
-                    return NativeWeights(weights, name, given)
-                fitting.append(name)
-    fits = f" {', '.join(dict.fromkeys(fitting))} have its tensors, but other outputs." if fitting else ""
-    raise SEInjectError(
-        f"to_native({base}): timm has no model with these {len(shapes)} tensors and the same outputs.{fits} Tried were the "
-        f"{len(near)} models in the same file as {base} and {len(further)} others of like names, such as {near[0] if near else base}: "
-        "blocks at other places, of another width or kind than timm's have no twin; use save(), fold() or eject()")
+    try:
+        skeleton = without_values(lambda: timm.create_model(name, **args))
+    except Exception:  # whatever its constructor makes of arguments that are another model's
+        return None
+    if {k: t.shape for k, t in skeleton.state_dict().items()} != {k: t.shape for k, t in weights.items()}:
+        return None
+    native: nn.Module = timm.create_model(name, **args)
+    native.load_state_dict(weights, strict=True)
+    return native
 
 
 def _candidates(base: str) -> tuple[list[str], list[str]]:
