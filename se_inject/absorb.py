@@ -312,7 +312,7 @@ class Absorber:
         return out
 
     def _up_conv(self, view: View, node: fx.Node, labels: torch.Tensor, power: int) -> list[Scaling]:
-        x, weight, bias, groups = self._conv(node)
+        x, weight, bias, _ = self._conv(node)
         if not is_tensor(weight):
             raise Unabsorbed(f"{_spelled(node, view)} has no weight")
         assert isinstance(weight, fx.Node) and isinstance(x, fx.Node)
@@ -331,7 +331,7 @@ class Absorber:
 
     def _apart(self, view: View, node: fx.Node, labels: torch.Tensor, out: tuple[int, ...]) -> torch.Tensor:
         """The labels on the other side of a layer without bias that keeps the channels apart."""
-        x, weight, bias, groups = self._conv(node)
+        _, weight, bias, groups = self._conv(node)
         assert isinstance(weight, fx.Node)
         if bias is not None:
             raise Unabsorbed(f"{_spelled(node, view)} adds a bias")
@@ -449,7 +449,7 @@ class Absorber:
         return self._first(other, lambda: self.down(view, user, result, power))
 
     def _into_conv(self, view: View, user: fx.Node, labels: torch.Tensor, power: int) -> list[Scaling]:
-        x, weight, bias, groups = self._conv(user)
+        _, weight, _, groups = self._conv(user)
         if not is_tensor(weight):
             raise Unabsorbed(f"{_spelled(user, view)} has no weight")
         assert isinstance(weight, fx.Node)

@@ -1,4 +1,4 @@
-"""The command: `se-inject list | plan | inject | merge | info | eject | run | zoo | demo`.
+"""The command: `se-inject list | plan | inject | merge | info | eject | to-native | run | zoo | demo`.
 
 Results go to stdout and talk to stderr, so that output pipes. Exit codes: 0 done, 1 it could not be
 done, 2 it was asked wrongly. torch is imported by the commands that need it, not by ``--help``.
@@ -281,6 +281,25 @@ def eject_command(file: str, output: str, model: str | None, **given: Any) -> No
     write_safetensors(output, tensors, {"architecture": found.architecture} if found.architecture else {})
     _say(f"{len(tensors)} base tensors written, {len(found.tensors) - len(tensors)} SE tensors left out")
     click.echo(output)
+
+
+@main.command("to-native")
+@click.argument("file", metavar="FILE")
+@click.option("-o", "--output", required=True, metavar="OUT", help="The safetensors file to write.")
+@click.option("--model", metavar="NAME", help="The architecture of a FILE without a recipe.")
+@_config_options
+def to_native_command(file: str, output: str, model: str | None, **given: Any) -> None:
+    """Write the weights of an injected model for timm's own model with the same attention, to OUT.
+
+    Its name and arguments go to stdout, as JSON: plain timm loads OUT by checkpoint_path=.
+    """
+    options = _options(given)
+    from .native import to_native
+    from .weights import load
+
+    weights = to_native(load(file, model, **options), output)
+    _say(f"{len(weights)} tensors of {weights.architecture} written to {output}")
+    click.echo(json.dumps({"architecture": weights.architecture, "model_args": weights.model_args, "file": output}))
 
 
 @main.command("run", context_settings={"allow_interspersed_args": False})

@@ -15,7 +15,7 @@ from torch import nn
 from .absorb import Absorber, Scaling, Unabsorbed
 from .block_gates import Gate, absorb_gate, around, gate_of, outer_gain
 from .edits import OwnerEdits, apply_edits, base_class, edited_owners, undo_edits
-from .errors import ConfigError, SEInjectError
+from .errors import ConfigError, SEInjectError, TraceError
 from .graph import Traces
 from .loading import remove_hooks
 from .planning import Site
@@ -215,7 +215,12 @@ def _find(model: nn.Module, size: tuple[int, ...]) -> list[_Found]:
         regenerate(owner)
     found = [_Found(site, model.get_submodule(site.path)) for i in injections_of(model) for site in i.sites]
     with abstract(model):
-        traces = Traces(record_model(model, size))
+        try:
+            traces = Traces(record_model(model, size))
+        except TraceError as error:
+            raise SEInjectError(
+                f"fold({type(model).__name__}): the model does not take the loader's images, of (C, H, W) = {size}: {error}"
+            ) from error
         for f in found:
             absorber = Absorber(model, traces)
             try:

@@ -79,7 +79,8 @@ def to_native(model: nn.Module, path: str | os.PathLike[str] | None = None) -> N
             f"to_native({name}): this model was not made by timm.create_model, so timm has no twin of it; "
             "use save(), or fold() or eject()")
     weights = _without_gains(model, recipe.architecture)
-    found = _twin(model, recipe.architecture, recipe.model_args, weights)
+    with torch.random.fork_rng(devices=sorted({p.device.index for p in model.parameters() if p.is_cuda})):
+        found = _twin(model, recipe.architecture, recipe.model_args, weights)
     if path is not None:
         from safetensors.torch import save_file
 
@@ -178,8 +179,7 @@ def _equal(model: nn.Module, native: nn.Module) -> bool:
     if size is None:
         return False
     native.to(device=p.device, dtype=p.dtype)
-    devices = [p.device] if p.device.type == "cuda" else []
-    with _as_it_was(model), torch.random.fork_rng(devices=devices):
+    with _as_it_was(model):
         images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0)).to(p.device, p.dtype)
         for training in (False, True):
             outputs = []
