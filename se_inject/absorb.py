@@ -21,6 +21,7 @@ from torch import fx, nn
 from .errors import TraceError
 from .graph import ADDS, MULS, Traces, View, is_tensor, shape
 from .labels import ONE, MovesOnly, NoMove, along, compact, merged, number, pulled
+from .paths import counterparts, trace_paths
 from .patterns import argument
 from .record import Call
 
@@ -33,6 +34,7 @@ _POOLS = {
 _ROUND_MAX = {F.max_pool2d, F.adaptive_max_pool2d, torch.max_pool2d, "amax", torch.amax}
 _MEANS = {"mean", torch.mean, "sum", torch.sum, "amax", torch.amax}
 _CONVS = {F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d}
+_SIZES = {getattr, "size", "dim"}
 _DIVISIONS = {operator.truediv, torch.div, torch.true_divide, "div"}
 
 
@@ -93,6 +95,21 @@ class Absorber:
         if id(parent) not in self._nodes:
             self._nodes[id(parent)] = {id(parent.call_of(n)): n for n in parent.nodes if n.op == "call_module"}
         return parent, self._nodes[id(parent)][id(call)]
+
+    def _check_ways(self, view: View, node: fx.Node, user: fx.Node) -> None:
+        """That a value is read by the same on each way through a forward that branches on sizes.
+
+        Raises:
+            Unabsorbed: It is not, or that cannot be known.
+        """
+        if not view.forward.decisions:
+            return
+        for pairs in view.shared("other ways", lambda: _other_ways(view)):
+            there = pairs.get(node)
+            readers = {pairs.get(u) for u in node.users if u.op == "output" or view.carries_data(u)}
+            if there is None or pairs.get(user) is None or None in readers or readers != {
+                    u for u in there.users if u.target not in _SIZES}:
+                raise Unabsorbed(f"{type(view.module).__name__}.forward branches on sizes, and does something else there")
 
     def _bound(self, module: nn.Module, node: fx.Node) -> Mapping[str, Any]:
         return inspect.signature(type(module).forward).bind(module, *node.args, **node.kwargs).arguments
@@ -195,6 +212,7 @@ class Absorber:
             return []
         if node.op == "get_attr":
             return self._parameter(view, node, labels, power)
+        self._check_ways(view, node, user)
         labels, more = self._with_other_readers(view, node, labels, user, power)
         if node.op == "placeholder":
             parent, at = self.caller(view)
@@ -391,6 +409,7 @@ class Absorber:
             return self._down_moved(view, user, node, labels, power)
         if bool((compact(labels) < 0).all()):
             return []
+        self._check_ways(view, node, user)
         if user.op == "output":
             if user.args[0] is not node:
                 raise Unabsorbed("it leaves its module together with others")
@@ -472,6 +491,18 @@ class Absorber:
         except NoMove:
             raise Unabsorbed(f"it does not pass {_spelled(user, view)}") from None
         return self.down(view, user, moved, power)
+
+
+def _other_ways(view: View) -> list[dict[fx.Node, fx.Node]]:
+    """For each other way through a forward on which layers are called, the nodes that are those of the traced one."""
+    try:
+        paths = trace_paths(view.module, view.forward.constants, reading=True)
+    except TraceError:
+        return [{}]
+    return [
+        counterparts(view.forward.graph, p.graph) for p in paths
+        if p.graph is not None and p.outcomes != view.forward.decisions and any(
+            n.op in ("call_module", "get_attr") for n in p.graph.nodes)]
 
 
 def _times(user: fx.Node, node: fx.Node) -> int:

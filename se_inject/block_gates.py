@@ -48,8 +48,8 @@ class Gate:
         return fx.GraphModule(self.module, graph)
 
 
-def gate_of(absorber: Absorber, call: Call) -> Gate:
-    """The gate of the block that was called.
+def gate_of(absorber: Absorber, call: Call, layout: str) -> Gate:
+    """The gate of the block that was called on a tensor of this layout.
 
     Raises:
         Unabsorbed: Its output is not its input times one gate for each channel.
@@ -60,16 +60,17 @@ def gate_of(absorber: Absorber, call: Call) -> Gate:
     if node is None:
         raise other
     if node.op == "call_module" and len(node.args) == 1 and _is_input(node.args[0]):
-        return gate_of(absorber, view.call_of(node))
+        inner = view.call_of(node)
+        return gate_of(absorber, inner, layout if node.args[0].op == "placeholder" else "NCHW")  # type: ignore[union-attr]
     if node.target not in MULS or len(node.args) < 2:
         raise other
     operands: tuple[Any, ...] = tuple(node.args[:2])
     for x, g in (operands, operands[::-1]):
-        if _is_input(x) and is_tensor(g) and not _is_input(g):
+        if isinstance(x, fx.Node) and x.op == "placeholder" and is_tensor(g) and not _is_input(g):
             while g.op == "call_method" and g.target in ("expand", "expand_as") and is_tensor(g.args[0]):
                 g = g.args[0]
-            dim = view.channel_dim(x)
             xs, gs = shape(x), shape(g)
+            dim = 1 if layout == "NCHW" else len(xs) - 1
             if len(gs) != len(xs) or gs[dim] != xs[dim] or gs[0] != xs[0]:
                 raise other
             if any(gs[d] != 1 for d in range(1, len(gs)) if d != dim):

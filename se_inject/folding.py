@@ -227,7 +227,7 @@ def _find(model: nn.Module, size: tuple[int, ...]) -> list[_Found]:
                 calls = traces.calls.get(f.block, [])
                 if not calls:
                     raise Unabsorbed("it is not called on these images")
-                f.gate = gate_of(absorber, calls[0])
+                f.gate = gate_of(absorber, calls[0], f.site.layout)
                 if f.site.replaces:
                     raise Unabsorbed("it replaced the base's own attention, which would come back")
                 at = around(absorber, f.block, f.site.layout)

@@ -27,8 +27,8 @@ class Path:
     error: str = ""
 
 
-def trace_paths(module: nn.Module, constants: dict[str, Any]) -> list[Path]:
-    """All ways through `module`'s forward, each traced. `module` is not changed.
+def trace_paths(module: nn.Module, constants: dict[str, Any], reading: bool = False) -> list[Path]:
+    """All ways through `module`'s forward, each traced; `reading` is `trace_forward`'s. `module` is not changed.
 
     Raises:
         TraceError: There is one way, which fx cannot follow, or there are too many.
@@ -47,7 +47,7 @@ def trace_paths(module: nn.Module, constants: dict[str, Any]) -> list[Path]:
 
         graph, error = None, ""
         try:
-            graph = trace_forward(module, constants, decide)
+            graph = trace_forward(module, constants, decide, reading)
         except TraceError as e:
             if not conditions:
                 raise
