@@ -202,10 +202,18 @@ def eject(model: nn.Module) -> nn.Module:
     unfreeze_base(model)
     for owner in owners:
         undo_edits(owner)
+    forget_injections(model)
+    return model
+
+
+def forget_injections(model: nn.Module) -> None:
+    """Let a model whose blocks are gone say what it is: a base, also to timm, which writes it into what it saves."""
     for m in model.modules():
         if m.__dict__.pop("_se_injections", None) is not None:
             rename(m, injected=False)
-    return model
+        args = m.__dict__.get("_model_args")
+        if isinstance(args, dict):
+            m.__dict__["_model_args"] = {k: v for k, v in args.items() if not k.startswith("se_")}
 
 
 def prepare(
