@@ -20,8 +20,9 @@ from .graph import Traces
 from .loading import remove_hooks
 from .planning import Site
 from .record import abstract
+from .registry import base_name
 from .rewrite import generate_class, generate_graphs, regenerate
-from .surgery import Injection, injections_of, record_model
+from .surgery import Injection, forget_injections, injections_of, record_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,7 +333,7 @@ def _forget(model: nn.Module, found: list[_Found]) -> None:
     """Let the model's recipe name the blocks that are left."""
     if all(f.reason is not None for f in found):
         return
-    kept = {f.site.path for f in found if f.reason is not None}
+    kept = [f.site.path for f in found if f.reason is not None]
     injections = []
     for i in injections_of(model):
         sites = tuple(s for s in i.sites if s.path in kept)
@@ -342,9 +343,14 @@ def _forget(model: nn.Module, found: list[_Found]) -> None:
             injections.append(Injection(config, sites))
     if injections:
         model.__dict__["_se_injections"] = tuple(injections)
+        args = model.__dict__.get("_model_args")
+        name = str((getattr(model, "pretrained_cfg", None) or {}).get("architecture"))
+        if isinstance(args, dict) and len(injections) == 1 and base_name(name) != name:  # timm writes them into what it saves
+            model.__dict__["_model_args"] = {
+                **{k: v for k, v in args.items() if k not in ("se_exclude", "se_filter_fn")}, "se_include": [*kept]}
         return
     remove_hooks(model)
-    model.__dict__.pop("_se_injections")
+    forget_injections(model)
 
 
 def _compare(

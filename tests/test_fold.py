@@ -155,6 +155,22 @@ def test_what_is_folded_does_not_come_back_by_another_injection(tmp_path):
         assert torch.equal(other(images()), model(images()))
 
 
+def test_timm_saves_what_the_model_is_now(tmp_path):
+    """A folder that timm writes is read by timm: in part folded, folded and ejected models."""
+    model = lived_in(randomise(timm.create_model("se_inject/resnet18", num_classes=3, se_stages=(3, 4)))).eval()
+    ejected, folded = se_inject.eject(copy.deepcopy(model)), copy.deepcopy(model)
+    variation = [s.variation for s in se_inject.fold(folded, [images()]).sites]
+    se_inject.fold(model, [images()], max_variation=sorted(variation)[1])
+    assert len(block_paths(model)) == 2
+    for i, (m, name) in enumerate([(ejected, "resnet18"), (folded, "resnet18"), (model, "se_inject/resnet18")]):
+        assert m.pretrained_cfg["architecture"] == name
+        timm.models.save_for_hf(m, tmp_path / str(i), safe_serialization=True)
+        other = timm.create_model(f"local-dir:{tmp_path / str(i)}", pretrained=True).eval()
+        assert list(other.state_dict()) == list(m.state_dict())
+        with torch.no_grad():
+            assert torch.equal(other(images()), m(images()))
+
+
 class Counting(list):
     """A loader that gives other images the second time."""
 
