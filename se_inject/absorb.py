@@ -7,9 +7,7 @@ own layers too, is followed by its own trace. The factors of a value's elements 
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-import operator
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,61 +17,46 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .errors import TraceError
+from .factors import (
+    CONVS,
+    DIVISIONS,
+    MEANS,
+    POOLS,
+    POSITIVE,
+    SAME,
+    SIZES,
+    Scaling,
+    Unabsorbed,
+    across,
+    apart,
+    before,
+    beside,
+    conv_arguments,
+    moved,
+    operand,
+    readers,
+    spelled,
+    times,
+    vector,
+)
 from .graph import ADDS, MULS, Traces, View, is_tensor, shape
-from .labels import ONE, MovesOnly, NoMove, along, compact, merged, number, pulled
+from .labels import ONE, NoMove, compact
 from .paths import counterparts, trace_paths
 from .patterns import argument
 from .record import Call
 
-_SAME = {F.dropout, F.dropout2d, "contiguous", "clone", "to", "type_as", torch.clone}  # also dropout: in train mode, too
-_POSITIVE = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_", F.leaky_relu, F.leaky_relu_, F.prelu, torch.prelu,
-             torch.abs, "abs"}
-_POOLS = {
-    F.avg_pool2d, F.adaptive_avg_pool2d, F.max_pool2d, F.adaptive_max_pool2d, F.lp_pool2d, F.interpolate,
-    torch.max_pool2d, torch.nn.functional.upsample}
-_ROUND_MAX = {F.max_pool2d, F.adaptive_max_pool2d, torch.max_pool2d, "amax", torch.amax}
-_MEANS = {"mean", torch.mean, "sum", torch.sum, "amax", torch.amax}
-_CONVS = {F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d}
-_SIZES = {getattr, "size", "dim"}
-_DIVISIONS = {operator.truediv, torch.div, torch.true_divide, "div"}
-
-
-class Unabsorbed(Exception):
-    """Why a factor cannot be absorbed."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Scaling:
-    """One parameter to multiply by factors: `labels` has its shape and says which; a label below 0 is the factor 1.
-
-    `power` is 1, or -1 where the parameter is divided.
-    """
-
-    key: str
-    labels: torch.Tensor
-    power: int
-
-    def scale(self, values: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-        """`values`, multiplied; a new tensor of the same dtype."""
-        chosen = factors.double() if self.power == 1 else 1 / factors.double()
-        at = self.labels.to(chosen.device)
-        by = torch.where(at >= 0, chosen[at.clamp(min=0).long()], torch.ones((), dtype=chosen.dtype, device=chosen.device))
-        return (values.double() * by.to(values.device)).to(values.dtype)
-
 
 class Absorber:
-    """Looks for the weights that take in a factor. Make and use it where the model is `abstract`.
+    """Looks for the weights that take in factors of at least 0. Make and use it where the model is `abstract`.
 
     Args:
         model: The model that was recorded.
         traces: Its traces.
-        negative: Whether factors may be below 0; they do not pass a ReLU.
         compensate: Whether other readers of a scaled value may take in the inverse factor.
     """
 
-    def __init__(self, model: nn.Module, traces: Traces, *, negative: bool = False, compensate: bool = False) -> None:
+    def __init__(self, model: nn.Module, traces: Traces, *, compensate: bool = False) -> None:
         self.traces = traces
-        self.negative = negative
         self.compensate = compensate
         self._names = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
         self._nodes: dict[int, dict[int, fx.Node]] = {}
@@ -106,9 +89,9 @@ class Absorber:
             return
         for pairs in view.shared("other ways", lambda: _other_ways(view)):
             there = pairs.get(node)
-            readers = {pairs.get(u) for u in node.users if u.op == "output" or view.carries_data(u)}
-            if there is None or pairs.get(user) is None or None in readers or readers != {
-                    u for u in there.users if u.target not in _SIZES}:
+            ours = {pairs.get(u) for u in readers(view, node)}
+            if there is None or pairs.get(user) is None or None in ours or ours != {
+                    u for u in there.users if u.target not in SIZES}:
                 raise Unabsorbed(f"{type(view.module).__name__}.forward branches on sizes, and does something else there")
 
     def _bound(self, module: nn.Module, node: fx.Node) -> Mapping[str, Any]:
@@ -128,75 +111,6 @@ class Absorber:
         if sum(n.op == "get_attr" and n.target == node.target for n in view.nodes) > 1 or tuple(p.shape) != labels.shape:
             raise Unabsorbed(f"{key} is used more than once")
         return [Scaling(key, labels, power)]
-
-    def _moved(self, node: fx.Node, given: dict[fx.Node, Any]) -> Any:
-        """What an operator makes of labels, where it only moves elements; of other tensors, the factor is 1.
-
-        Raises:
-            NoMove: It does more.
-        """
-        if node.op not in ("call_function", "call_method"):
-            raise NoMove(str(node))
-
-        def value(n: fx.Node) -> Any:
-            if n in given:
-                return given[n]
-            v = n.meta["val"]
-            return torch.full(v.shape, ONE, dtype=torch.float64) if isinstance(v, torch.Tensor) else v
-
-        args, kwargs = fx.map_arg((node.args, node.kwargs), value)
-        try:
-            with MovesOnly():
-                if node.op == "call_function":
-                    out = node.target(*args, **kwargs)  # type: ignore[operator]
-                else:
-                    out = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        except NoMove:
-            raise
-        except Exception as error:
-            raise NoMove(str(error)) from error
-        expected = node.meta["val"]
-        if isinstance(expected, torch.Tensor) and (not isinstance(out, torch.Tensor) or out.shape != expected.shape):
-            raise NoMove(str(node))
-        return out
-
-    def _operand(self, operand: fx.Node, labels: torch.Tensor) -> torch.Tensor:
-        """The labels of an operand that is broadcast to those of the result."""
-        own = shape(operand)
-        if own == tuple(labels.shape):
-            return labels
-        same = [1] * (labels.dim() - len(own)) + list(own)
-        found = along(labels, [d for d, n in enumerate(same) if n == labels.shape[d]])
-        if found is None:
-            raise Unabsorbed(f"{_spelled(operand)} is the same for several channels")
-        return found.reshape(own)
-
-    @staticmethod
-    def _vector(labels: torch.Tensor, axis: int, node: fx.Node) -> torch.Tensor:
-        found = along(labels, [axis])
-        if found is None:
-            raise Unabsorbed(f"its channels are on another axis at {_spelled(node)}")
-        return found.flatten()
-
-    def _sign(self, node: fx.Node) -> None:
-        if self.negative:
-            raise Unabsorbed(f"a negative factor does not pass {_spelled(node)}")
-
-    def _flat(self, labels: torch.Tensor, dims: Any, out: torch.Size | tuple[int, ...], node: fx.Node) -> torch.Tensor:
-        """The labels of a value whose axes `dims` are reduced or resized, for the other side of the operator."""
-        gone = [d % labels.dim() for d in ([dims] if isinstance(dims, int) else dims)]
-        found = along(labels, [d for d in range(labels.dim()) if d not in gone])
-        if found is None:
-            raise Unabsorbed(f"its channels are mixed by {_spelled(node)}")
-        if len(out) == labels.dim():
-            return found.expand(tuple(out))
-        return found.reshape(tuple(n for d, n in enumerate(labels.shape) if d not in gone)).expand(tuple(out))
-
-    def _conv(self, node: fx.Node) -> tuple[fx.Node | None, fx.Node | None, fx.Node | None, int]:
-        names = ("input", "weight", "bias")
-        x, w, b = (argument(node, i, n) for i, n in enumerate(names))
-        groups = 1 if node.target is F.linear else argument(node, 6, "groups", 1)
-        return x, w, b, groups
 
     # towards what a value is made of
 
@@ -229,57 +143,42 @@ class Absorber:
     ) -> tuple[torch.Tensor, list[Scaling]]:
         """The labels that serve all readers of a value, and what those take in that shall not see the factor."""
         more: list[Scaling] = []
-        if list(user.all_input_nodes).count(node) != 1 or _times(user, node) != 1:
-            raise Unabsorbed(f"{_spelled(user)} reads its input twice")
-        for other in node.users:
-            if other is user or not (other.op == "output" or view.carries_data(other)):
+        if list(user.all_input_nodes).count(node) != 1 or times(user, node) != 1:
+            raise Unabsorbed(f"{spelled(user)} reads its input twice")
+        for other in readers(view, node):
+            if other is user:
                 continue
-            both = self._beside(other, node, labels)
+            both = beside(other, node, labels)
             if both is not None:
                 labels = both
             elif self.compensate:
                 more += self.into(view, other, node, labels, -power)
             else:
-                raise Unabsorbed(f"its input is also read by {_spelled(other, view)}")
+                raise Unabsorbed(f"its input is also read by {spelled(other, view)}")
         return labels, more
-
-    def _beside(self, other: fx.Node, node: fx.Node, labels: torch.Tensor) -> torch.Tensor | None:
-        """The labels of a value with the factor 1 for the part of it that `other` reads, where that is another part."""
-        part = other.meta["val"]
-        if other.op not in ("call_function", "call_method") or not is_tensor(other) or part.numel() >= labels.numel():
-            return None
-        try:
-            numbers = self._moved(other, {node: number(shape(node))})
-        except NoMove:
-            return None
-        own = pulled(shape(node), [(numbers, torch.full(numbers.shape, ONE, dtype=torch.float64))])
-        return None if own is None else merged(labels, own)
 
     def _up_through(self, view: View, node: fx.Node, labels: torch.Tensor, power: int) -> list[Scaling]:
         target, first = node.target, argument(node, 0, "input")
-        if target in _SAME:
+        if target in SAME:
             return self.up(view, first, labels, node, power)
-        if target in _POSITIVE:
-            self._sign(node)
+        if target in POSITIVE:
             return self.up(view, first, labels, node, power)
         if target in ADDS | {torch.addcmul}:
             return self._up_sum(view, node, labels, power)
         if target in MULS:
             return self._up_product(view, node, [a for a in node.args[:2] if is_tensor(a)], labels, power)
-        if target in _DIVISIONS:
-            return self.up(view, first, self._operand(first, labels), node, power)
-        if target in _POOLS or (target in _MEANS and argument(node, 1, "dim") is not None):
-            if target in _ROUND_MAX:
-                self._sign(node)
-            dims = (-2, -1) if target in _POOLS else argument(node, 1, "dim")
-            if target in _MEANS and len(shape(node)) != len(shape(first)):
+        if target in DIVISIONS and not node.kwargs:
+            return self.up(view, first, operand(first, labels), node, power)
+        if target in POOLS or (target in MEANS and argument(node, 1, "dim") is not None):
+            dims = (-2, -1) if target in POOLS else argument(node, 1, "dim")
+            if target in MEANS and len(shape(node)) != len(shape(first)):
                 gone = sorted(d % len(shape(first)) for d in ([dims] if isinstance(dims, int) else dims))
                 for d in gone:
                     labels = labels.unsqueeze(d)
-            return self.up(view, first, self._flat(labels, dims, shape(first), node), node, power)
+            return self.up(view, first, across(labels, dims, shape(first), node), node, power)
         if target in (F.batch_norm, torch.batch_norm, F.group_norm, F.layer_norm, F.rms_norm):
             return self._up_norm(view, node, labels, power)
-        if target is F.linear or target in _CONVS:
+        if target is F.linear or target in CONVS:
             return self._up_conv(view, node, labels, power)
         return self._up_moved(view, node, labels, power)
 
@@ -292,9 +191,9 @@ class Absorber:
             out += self._up_product(view, node, factors, labels, power)
         terms = [t for t in terms if is_tensor(t) or t != 0]  # a sum that begins with 0
         if node.kwargs or not all(map(is_tensor, terms)):
-            raise Unabsorbed(f"a constant is added at {_spelled(node)}")
+            raise Unabsorbed(f"a constant is added at {spelled(node)}")
         for t in terms:
-            out += self.up(view, t, self._operand(t, labels), node, power)
+            out += self.up(view, t, operand(t, labels), node, power)
         return out
 
     def _up_product(
@@ -302,7 +201,7 @@ class Absorber:
     ) -> list[Scaling]:
         """One of the factors takes it all in: a parameter before an activation."""
         return self._first(*(
-            lambda f=f: self.up(view, f, self._operand(f, labels), node, power)  # type: ignore[misc]
+            lambda f=f: self.up(view, f, operand(f, labels), node, power)  # type: ignore[misc]
             for f in sorted(factors, key=view.moves)))
 
     @staticmethod
@@ -321,43 +220,31 @@ class Absorber:
         weight = argument(node, at, "weight")
         bias = None if node.target is F.rms_norm else argument(node, at + 1, "bias")
         if weight is None:
-            raise Unabsorbed(f"{_spelled(node, view)} has no weight")
+            raise Unabsorbed(f"{spelled(node, view)} has no weight")
         out: list[Scaling] = []
         for p in (weight, bias):
             if p is not None:
                 own = labels if node.target in (F.layer_norm, F.rms_norm) else labels.movedim(1, -1)
-                out += self.up(view, p, self._operand(p, own), node, power)
+                out += self.up(view, p, operand(p, own), node, power)
         return out
 
     def _up_conv(self, view: View, node: fx.Node, labels: torch.Tensor, power: int) -> list[Scaling]:
-        x, weight, bias, _ = self._conv(node)
+        x, weight, bias, _ = conv_arguments(node)
         if not is_tensor(weight):
-            raise Unabsorbed(f"{_spelled(node, view)} has no weight")
+            raise Unabsorbed(f"{spelled(node, view)} has no weight")
         assert isinstance(weight, fx.Node) and isinstance(x, fx.Node)
         axis = -1 if node.target is F.linear else 1
 
         def rows() -> list[Scaling]:
-            v = self._vector(labels, axis, node)
+            v = vector(labels, axis, node)
             own = v.view(-1, *[1] * (len(shape(weight)) - 1)).expand(shape(weight))
             out = self.up(view, weight, own, node, power)
             return out if bias is None else out + self.up(view, bias, v, node, power)
 
         def through() -> list[Scaling]:
-            return self.up(view, x, self._apart(view, node, labels, shape(x)), node, power)
+            return self.up(view, x, apart(view, node, labels, shape(x)), node, power)
 
         return self._first(rows, through)
-
-    def _apart(self, view: View, node: fx.Node, labels: torch.Tensor, out: tuple[int, ...]) -> torch.Tensor:
-        """The labels on the other side of a layer without bias that keeps the channels apart."""
-        _, weight, bias, groups = self._conv(node)
-        assert isinstance(weight, fx.Node)
-        if bias is not None:
-            raise Unabsorbed(f"{_spelled(node, view)} adds a bias")
-        if node.target is F.linear:
-            return self._flat(labels, -1, out, node)
-        if shape(weight)[:2] != (groups, 1) and bool((compact(labels) != compact(labels).amax()).any()):
-            raise Unabsorbed(f"{_spelled(node, view)} mixes the channels")
-        return self._flat(labels, range(2, len(out)), out, node)
 
     def _up_moved(self, view: View, node: fx.Node, labels: torch.Tensor, power: int) -> list[Scaling]:
         """Through an operator that only moves elements, to all the values that it reads."""
@@ -365,29 +252,18 @@ class Absorber:
         for source in dict.fromkeys(node.all_input_nodes):
             value = source.meta["val"]
             if isinstance(value, torch.Tensor):
-                own = self._pull(node, source, [(node, labels)])
+                own = before(node, source, [(node, labels)])
                 out += self.up(view, source, own, node, power)
             elif view.carries_data(source):  # one of the parts of a split
                 if len(source.all_input_nodes) != 1 or not is_tensor(source.args[0]):
-                    raise Unabsorbed(f"it comes out of {_spelled(source, view)} together with others")
+                    raise Unabsorbed(f"it comes out of {spelled(source, view)} together with others")
                 whole = source.args[0]
                 parts = [(n, labels if n is node else torch.full(shape(n), ONE, dtype=torch.float64))
                          for n in source.users if is_tensor(n)]
                 if len(parts) != len(source.users):
-                    raise Unabsorbed(f"it comes out of {_spelled(source, view)} together with others")
-                out += self.up(view, whole, self._pull(source, whole, parts), source, power)  # type: ignore[arg-type]
+                    raise Unabsorbed(f"it comes out of {spelled(source, view)} together with others")
+                out += self.up(view, whole, before(source, whole, parts), source, power)  # type: ignore[arg-type]
         return out
-
-    def _pull(self, node: fx.Node, source: Any, parts: list[tuple[fx.Node, torch.Tensor]]) -> torch.Tensor:
-        try:
-            numbers = self._moved(node, {source: number(shape(source))})
-            read = [(numbers if n is node else self._moved(n, {node: numbers}), own) for n, own in parts]
-        except NoMove:
-            raise Unabsorbed(f"it does not pass {_spelled(node)}") from None
-        found = pulled(shape(source), read)
-        if found is None:
-            raise Unabsorbed(f"{_spelled(node)} gives one value to several channels")
-        return found
 
     # towards what is made of a value
 
@@ -398,9 +274,8 @@ class Absorber:
             Unabsorbed: There are none.
         """
         out: list[Scaling] = []
-        for user in node.users:
-            if user.op == "output" or view.carries_data(user):
-                out += self.into(view, user, node, labels, power)
+        for user in readers(view, node):
+            out += self.into(view, user, node, labels, power)
         return out
 
     def into(self, view: View, user: fx.Node, node: fx.Node, labels: Any, power: int) -> list[Scaling]:
@@ -429,26 +304,23 @@ class Absorber:
         self, view: View, user: fx.Node, node: fx.Node, labels: torch.Tensor, power: int
     ) -> list[Scaling]:
         target = user.target
-        is_first = argument(user, 0, "input") is node and _times(user, node) == 1
-        if target in MULS and _times(user, node) == 1:
+        is_first = argument(user, 0, "input") is node and times(user, node) == 1
+        if target in MULS and times(user, node) == 1:
             return self._into_product(view, user, node, labels, power)
-        if target in _SAME and is_first:
+        if target in SAME and is_first:
             return self.down(view, user, labels, power)
-        if target in _POSITIVE and is_first:
-            self._sign(user)
+        if target in POSITIVE and is_first:
             return self.down(view, user, labels, power)
         if target in ADDS and not user.kwargs and 0 in [a for a in user.args if not isinstance(a, fx.Node)]:
             return self.down(view, user, labels, power)
         if target in ADDS:
-            raise Unabsorbed(f"it is added to something else at {_spelled(user, view)}")
-        if target in _DIVISIONS and is_first:
+            raise Unabsorbed(f"it is added to something else at {spelled(user, view)}")
+        if target in DIVISIONS and is_first and not user.kwargs:
             return self.down(view, user, labels.expand(shape(user)), power)
-        if (target in _POOLS or (target in _MEANS and argument(user, 1, "dim") is not None)) and is_first:
-            if target in _ROUND_MAX:
-                self._sign(user)
-            dims = (-2, -1) if target in _POOLS else argument(user, 1, "dim")
-            return self.down(view, user, self._flat(labels, dims, shape(user), user), power)
-        if (target is F.linear or target in _CONVS) and is_first:
+        if (target in POOLS or (target in MEANS and argument(user, 1, "dim") is not None)) and is_first:
+            dims = (-2, -1) if target in POOLS else argument(user, 1, "dim")
+            return self.down(view, user, across(labels, dims, shape(user), user), power)
+        if (target is F.linear or target in CONVS) and is_first:
             return self._into_conv(view, user, labels, power)
         return self._down_moved(view, user, node, labels, power)
 
@@ -461,36 +333,36 @@ class Absorber:
 
         def other() -> list[Scaling]:
             (factor,) = factors
-            return self.up(view, factor, self._operand(factor, result), user, power)
+            return self.up(view, factor, operand(factor, result), user, power)
 
         if not factors or (view.moves(factors[0]) and not self.compensate):
             return self.down(view, user, result, power)
         return self._first(other, lambda: self.down(view, user, result, power))
 
     def _into_conv(self, view: View, user: fx.Node, labels: torch.Tensor, power: int) -> list[Scaling]:
-        _, weight, _, groups = self._conv(user)
+        _, weight, _, groups = conv_arguments(user)
         if not is_tensor(weight):
-            raise Unabsorbed(f"{_spelled(user, view)} has no weight")
+            raise Unabsorbed(f"{spelled(user, view)} has no weight")
         assert isinstance(weight, fx.Node)
 
         def columns() -> list[Scaling]:
-            v = self._vector(labels, -1 if user.target is F.linear else 1, user)
+            v = vector(labels, -1 if user.target is F.linear else 1, user)
             rows, inputs, *kernel = shape(weight)
             own = v.view(groups, 1, inputs).expand(groups, rows // groups, inputs).reshape(
                 rows, inputs, *[1] * len(kernel)).expand(shape(weight))
             return self.up(view, weight, own, user, power)
 
         def through() -> list[Scaling]:
-            return self.down(view, user, self._apart(view, user, labels, shape(user)), power)
+            return self.down(view, user, apart(view, user, labels, shape(user)), power)
 
         return self._first(columns, through)
 
     def _down_moved(self, view: View, user: fx.Node, node: fx.Node, labels: Any, power: int) -> list[Scaling]:
         try:
-            moved = self._moved(user, {node: labels})
+            there = moved(user, {node: labels})
         except NoMove:
-            raise Unabsorbed(f"it does not pass {_spelled(user, view)}") from None
-        return self.down(view, user, moved, power)
+            raise Unabsorbed(f"it does not pass {spelled(user, view)}") from None
+        return self.down(view, user, there, power)
 
 
 def _other_ways(view: View) -> list[dict[fx.Node, fx.Node]]:
@@ -503,17 +375,3 @@ def _other_ways(view: View) -> list[dict[fx.Node, fx.Node]]:
         counterparts(view.forward.graph, p.graph) for p in paths
         if p.graph is not None and p.outcomes != view.forward.decisions and any(
             n.op in ("call_module", "get_attr") for n in p.graph.nodes)]
-
-
-def _times(user: fx.Node, node: fx.Node) -> int:
-    """How often an operator reads a value."""
-    found: list[fx.Node] = []
-    fx.map_arg((user.args, user.kwargs), found.append)
-    return found.count(node)
-
-
-def _spelled(node: fx.Node, view: View | None = None) -> str:
-    """A node by the name that a reader of the model knows."""
-    if node.op == "call_module":
-        return f"{view.path}.{node.target}" if view is not None and view.path else str(node.target)
-    return "the output" if node.op == "output" else str(getattr(node.target, "__name__", node.target))

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .absorb import Absorber, Scaling, Unabsorbed
+from .absorb import Absorber
 from .blocks import ScaledGate
 from .edits import OwnerEdits
 from .errors import TraceError
+from .factors import Scaling, Unabsorbed
 from .gate import SqueezeExcite
 from .graph import LAYOUTS, MULS, View, is_tensor, shape
 from .labels import spread

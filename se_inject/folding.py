@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .absorb import Absorber, Scaling, Unabsorbed
+from .absorb import Absorber
 from .block_gates import Gate, absorb_gate, around, gate_of, outer_gain
 from .edits import OwnerEdits, apply_edits, base_class, edited_owners, undo_edits
 from .errors import ConfigError, SEInjectError, TraceError
+from .factors import Scaling, Unabsorbed
 from .graph import Traces
 from .loading import remove_hooks
 from .planning import Site

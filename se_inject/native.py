@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .absorb import Absorber, Unabsorbed
+from .absorb import Absorber
 from .block_gates import absorb_gain, gains
 from .checkpoint import write_atomically
 from .edits import edited_owners
 from .errors import SEInjectError
+from .factors import Unabsorbed
 from .graph import Traces
 from .loading import block_paths
 from .recipe import Recipe

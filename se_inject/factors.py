@@ -1,0 +1,182 @@
+"""What single operators do to the factors of their operands, and which parameters are scaled in the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from .graph import View, is_tensor, shape
+from .labels import ONE, MovesOnly, NoMove, along, compact, merged, number, pulled
+from .patterns import argument
+
+SAME = {F.dropout, F.dropout2d, "contiguous", "clone", "to", "type_as", torch.clone}  # also dropout: in train mode, too
+POSITIVE = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_", F.leaky_relu, F.leaky_relu_, F.prelu, torch.prelu,
+             torch.abs, "abs"}
+POOLS = {
+    F.avg_pool2d, F.adaptive_avg_pool2d, F.max_pool2d, F.adaptive_max_pool2d, F.lp_pool2d, F.interpolate,
+    torch.max_pool2d, torch.nn.functional.upsample}
+MEANS = {"mean", torch.mean, "sum", torch.sum, "amax", torch.amax}
+CONVS = {F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d}
+SIZES = {getattr, "size", "dim"}
+DIVISIONS = {operator.truediv, torch.div, torch.true_divide, "div"}
+
+
+class Unabsorbed(Exception):
+    """Why a factor cannot be absorbed."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scaling:
+    """One parameter to multiply by factors: `labels` has its shape and says which; a label below 0 is the factor 1.
+
+    `power` is 1, or -1 where the parameter is divided.
+    """
+
+    key: str
+    labels: torch.Tensor
+    power: int
+
+    def scale(self, values: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+        """`values`, multiplied; a new tensor of the same dtype."""
+        chosen = factors.double() if self.power == 1 else 1 / factors.double()
+        at = self.labels.to(chosen.device)
+        by = torch.where(at >= 0, chosen[at.clamp(min=0).long()], torch.ones((), dtype=chosen.dtype, device=chosen.device))
+        return (values.double() * by.to(values.device)).to(values.dtype)
+
+
+def moved(node: fx.Node, given: dict[fx.Node, Any]) -> Any:
+    """What an operator makes of labels, where it only moves elements; of other tensors, the factor is 1.
+
+    Raises:
+        NoMove: It does more.
+    """
+    if node.op not in ("call_function", "call_method"):
+        raise NoMove(str(node))
+
+    def value(n: fx.Node) -> Any:
+        if n in given:
+            return given[n]
+        v = n.meta["val"]
+        return torch.full(v.shape, ONE, dtype=torch.float64) if isinstance(v, torch.Tensor) else v
+
+    args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+    try:
+        with MovesOnly():
+            if node.op == "call_function":
+                out = node.target(*args, **kwargs)  # type: ignore[operator]
+            else:
+                out = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    except NoMove:
+        raise
+    except Exception as error:
+        raise NoMove(str(error)) from error
+    expected = node.meta["val"]
+    if isinstance(expected, torch.Tensor) and (not isinstance(out, torch.Tensor) or out.shape != expected.shape):
+        raise NoMove(str(node))
+    return out
+
+
+def operand(operand: fx.Node, labels: torch.Tensor) -> torch.Tensor:
+    """The labels of an operand that is broadcast to those of the result."""
+    own = shape(operand)
+    if own == tuple(labels.shape):
+        return labels
+    same = [1] * (labels.dim() - len(own)) + list(own)
+    found = along(labels, [d for d, n in enumerate(same) if n == labels.shape[d]])
+    if found is None:
+        raise Unabsorbed(f"{spelled(operand)} is the same for several channels")
+    return found.reshape(own)
+
+
+def vector(labels: torch.Tensor, axis: int, node: fx.Node) -> torch.Tensor:
+    found = along(labels, [axis])
+    if found is None:
+        raise Unabsorbed(f"its channels are on another axis at {spelled(node)}")
+    return found.flatten()
+
+
+def across(labels: torch.Tensor, dims: Any, out: torch.Size | tuple[int, ...], node: fx.Node) -> torch.Tensor:
+    """The labels of a value whose axes `dims` are reduced or resized, for the other side of the operator."""
+    gone = [d % labels.dim() for d in ([dims] if isinstance(dims, int) else dims)]
+    found = along(labels, [d for d in range(labels.dim()) if d not in gone])
+    if found is None:
+        raise Unabsorbed(f"its channels are mixed by {spelled(node)}")
+    if len(out) == labels.dim():
+        return found.expand(tuple(out))
+    return found.reshape(tuple(n for d, n in enumerate(labels.shape) if d not in gone)).expand(tuple(out))
+
+
+def conv_arguments(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None, fx.Node | None, int]:
+    names = ("input", "weight", "bias")
+    x, w, b = (argument(node, i, n) for i, n in enumerate(names))
+    groups = 1 if node.target is F.linear else argument(node, 6, "groups", 1)
+    return x, w, b, groups
+
+
+def apart(view: View, node: fx.Node, labels: torch.Tensor, out: tuple[int, ...]) -> torch.Tensor:
+    """The labels on the other side of a layer without bias that keeps the channels apart."""
+    _, weight, bias, groups = conv_arguments(node)
+    assert isinstance(weight, fx.Node)
+    if bias is not None:
+        raise Unabsorbed(f"{spelled(node, view)} adds a bias")
+    if node.target is F.linear:
+        return across(labels, -1, out, node)
+    if shape(weight)[:2] != (groups, 1) and bool((compact(labels) != compact(labels).amax()).any()):
+        raise Unabsorbed(f"{spelled(node, view)} mixes the channels")
+    return across(labels, range(2, len(out)), out, node)
+
+
+def beside(other: fx.Node, node: fx.Node, labels: torch.Tensor) -> torch.Tensor | None:
+    """The labels of a value with the factor 1 for the part of it that `other` reads, where that is another part."""
+    part = other.meta["val"]
+    if other.op not in ("call_function", "call_method") or not is_tensor(other) or part.numel() >= labels.numel():
+        return None
+    try:
+        numbers = moved(other, {node: number(shape(node))})
+    except NoMove:
+        return None
+    own = pulled(shape(node), [(numbers, torch.full(numbers.shape, ONE, dtype=torch.float64))])
+    return None if own is None else merged(labels, own)
+
+
+def before(node: fx.Node, source: Any, parts: list[tuple[fx.Node, torch.Tensor]]) -> torch.Tensor:
+    try:
+        numbers = moved(node, {source: number(shape(source))})
+        read = [(numbers if n is node else moved(n, {node: numbers}), own) for n, own in parts]
+    except NoMove:
+        raise Unabsorbed(f"it does not pass {spelled(node)}") from None
+    found = pulled(shape(source), read)
+    if found is None:
+        raise Unabsorbed(f"{spelled(node)} gives one value to several channels")
+    return found
+
+
+def readers(view: View, node: fx.Node) -> list[fx.Node]:
+    """The nodes that use the elements of a value, and not merely its size.
+
+    Raises:
+        Unabsorbed: There are several, and the memory is written, so that what they read is not what the node made.
+    """
+    found = [u for u in node.users if u.op == "output" or view.carries_data(u)]
+    if len(found) > 1 and is_tensor(node) and view.is_written_after(node):
+        raise Unabsorbed(f"its tensor is changed in place, and read by {spelled(found[-1], view)}")
+    return found
+
+
+def times(user: fx.Node, node: fx.Node) -> int:
+    """How often an operator reads a value."""
+    found: list[fx.Node] = []
+    fx.map_arg((user.args, user.kwargs), found.append)
+    return found.count(node)
+
+
+def spelled(node: fx.Node, view: View | None = None) -> str:
+    """A node by the name that a reader of the model knows."""
+    if node.op == "call_module":
+        return f"{view.path}.{node.target}" if view is not None and view.path else str(node.target)
+    return "the output" if node.op == "output" else str(getattr(node.target, "__name__", node.target))
