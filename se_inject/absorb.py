@@ -7,6 +7,7 @@ own layers too, is followed by its own trace. The factors of a value's elements 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -91,7 +92,7 @@ class Absorber:
             there = pairs.get(node)
             ours = {pairs.get(u) for u in readers(view, node)}
             if there is None or pairs.get(user) is None or None in ours or ours != {
-                    u for u in there.users if u.target not in SIZES}:
+                    u for u in there.users if u.target not in SIZES} or not all(_is_single(n) for n in (there, pairs[user])):
                 raise Unabsorbed(f"{type(view.module).__name__}.forward branches on sizes, and does something else there")
 
     def _bound(self, module: nn.Module, node: fx.Node) -> Mapping[str, Any]:
@@ -108,9 +109,20 @@ class Absorber:
             raise Unabsorbed(f"{key} is shared with another module")
         if len(self.traces.calls.get(module, ())) != (0 if path else 1):
             raise Unabsorbed(f"{key} is used more than once")
-        if sum(n.op == "get_attr" and n.target == node.target for n in view.nodes) > 1 or tuple(p.shape) != labels.shape:
+        if not _is_single(node) or tuple(p.shape) != labels.shape or self._reads(view.call.parent, key):
             raise Unabsorbed(f"{key} is used more than once")
         return [Scaling(key, labels, power)]
+
+    def _reads(self, call: Call | None, key: str) -> bool:
+        """Whether a forward around a layer reads the layer's parameter itself."""
+        while call is not None:
+            with contextlib.suppress(Unabsorbed):
+                view = self.view(call)
+                path = f"{view.path}." if view.path else ""
+                if any(n.op == "get_attr" and path + str(n.target) == key for n in view.nodes):
+                    return True
+            call = call.parent
+        return False
 
     # towards what a value is made of
 
@@ -124,9 +136,9 @@ class Absorber:
             raise Unabsorbed("it comes out of its module together with others")
         if bool((compact(labels) < 0).all()):
             return []
+        self._check_ways(view, node, user)
         if node.op == "get_attr":
             return self._parameter(view, node, labels, power)
-        self._check_ways(view, node, user)
         labels, more = self._with_other_readers(view, node, labels, user, power)
         if node.op == "placeholder":
             parent, at = self.caller(view)
@@ -363,6 +375,12 @@ class Absorber:
         except NoMove:
             raise Unabsorbed(f"it does not pass {spelled(user, view)}") from None
         return self.down(view, user, there, power)
+
+
+def _is_single(node: fx.Node) -> bool:
+    """Whether a layer is called, or a parameter read, by this node alone."""
+    return node.op not in ("call_module", "get_attr") or sum(
+        (n.op, n.target) == (node.op, node.target) for n in node.graph.nodes) == 1
 
 
 def _other_ways(view: View) -> list[dict[fx.Node, fx.Node]]:
