@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .config import SEConfig as SEConfig
     from .errors import NoSitesError as NoSitesError
     from .errors import SEInjectError as SEInjectError
-    from .folding import FoldReport as FoldReport
+    from .fold_report import FoldReport as FoldReport
     from .folding import fold as fold
     from .native import NativeWeights as NativeWeights
     from .native import to_native as to_native
@@ -34,7 +34,7 @@ _HOMES = {
     "SEConfig": "config", "SEInjectError": "errors", "NoSitesError": "errors", "plan": "surgery", "inject": "surgery",
     "eject": "surgery", "Plan": "planning", "Site": "planning", "save": "weights", "load": "weights",
     "register_block": "blocks", "se_parameters": "training", "freeze_base": "training", "unfreeze_base": "training",
-    "fold": "folding", "FoldReport": "folding", "to_native": "native", "NativeWeights": "native",
+    "fold": "folding", "FoldReport": "fold_report", "to_native": "native", "NativeWeights": "native",
 }  # fmt: skip
 __all__ = ["__version__", *_HOMES]
 

@@ -43,10 +43,9 @@ class Scaling:
 
     def scale(self, values: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
         """`values`, multiplied; a new tensor of the same dtype."""
-        chosen = factors.double() if self.power == 1 else 1 / factors.double()
-        at = self.labels.to(chosen.device)
-        by = torch.where(at >= 0, chosen[at.clamp(min=0).long()], torch.ones((), dtype=chosen.dtype, device=chosen.device))
-        return (values.double() * by.to(values.device)).to(values.dtype)
+        chosen = factors.cpu().double() ** self.power
+        by = torch.where(self.labels >= 0, chosen[self.labels.clamp(min=0).long()], torch.ones((), dtype=chosen.dtype))
+        return (values.cpu().double() * by).to(values.device, values.dtype)
 
 
 def moved(node: fx.Node, given: dict[fx.Node, Any]) -> Any:

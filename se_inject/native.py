@@ -31,8 +31,8 @@ from .weights import unshared
 FURTHER = 12  # candidates outside the base's own file
 
 
-class NativeWeights(OrderedDict[str, torch.Tensor]):
-    """A state dict that a native timm model loads strictly.
+class NativeWeights(dict[str, torch.Tensor]):
+    """A state dict that a native timm model loads strictly. Pickled and copied, it is a plain `OrderedDict`.
 
     Attributes:
         architecture: The native model's timm name.
@@ -45,7 +45,7 @@ class NativeWeights(OrderedDict[str, torch.Tensor]):
         self.model_args = dict(model_args)
 
     def __reduce__(self) -> Any:
-        return type(self), (dict(self), self.architecture, self.model_args)
+        return OrderedDict, (), None, None, iter(self.items())  # what plain torch.load takes, where there is no se_inject
 
 
 @torch.no_grad()
@@ -114,7 +114,7 @@ def _without_gains(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
                     f"to_native({name}): the factor {gain:g} of the gate of {path!r} does not go into the weights "
                     f"around it ({error}); inject with init='timm', which has none, or use save()") from None
     for s, gain in scalings:
-        weights[s.key] = s.scale(weights[s.key], torch.tensor([gain], device=weights[s.key].device))
+        weights[s.key] = s.scale(weights[s.key], torch.tensor([gain]))
     return weights
 
 
