@@ -218,6 +218,16 @@ def test_an_error_late_undoes_everything(monkeypatch):
     assert len(injections_of(model)) == 1
 
 
+def test_a_fold_that_does_something_else_is_refused(monkeypatch):
+    model = lived_in(se_inject.inject(randomise(timm.create_model("resnet18")))).eval()
+    state = {k: t.clone() for k, t in model.state_dict().items()}
+    monkeypatch.setattr("se_inject.folding.Scaling.scale", lambda self, values, factors: values * 1.5)
+    with pytest.raises(se_inject.SEInjectError, match="do not do what the mean gates do"):
+        se_inject.fold(model, [images()])
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(t, state[k]) for k, t in model.state_dict().items())
+
+
 def test_what_cannot_be_asked():
     with pytest.raises(se_inject.SEInjectError, match="inject"):
         se_inject.fold(timm.create_model("resnet18"), [images()])
