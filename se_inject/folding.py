@@ -19,12 +19,10 @@ from .errors import ConfigError, SEInjectError, TraceError
 from .factors import Scaling, Unabsorbed
 from .fold_report import FoldedSite, FoldReport
 from .graph import Traces
-from .loading import remove_hooks
 from .planning import Site
 from .record import abstract
-from .registry import base_name
 from .rewrite import generate_class, generate_graphs, regenerate
-from .surgery import Injection, forget_injections, injections_of, record_model
+from .surgery import forget_injections, injections_of, record_model
 
 
 @dataclasses.dataclass(eq=False)
@@ -281,16 +279,10 @@ def _forget(model: nn.Module, found: list[_Found]) -> None:
         chosen = tuple(s.path for s in sites)
         if sites:  # by name: what was left out is not to come back
             config = dataclasses.replace(i.config, filter_fn=None, include=chosen, exclude=None)
-            injections.append(Injection(config, sites))
+            injections.append(dataclasses.replace(i, config=config, sites=sites))
     if injections:
         model.__dict__["_se_injections"] = tuple(injections)
-        args = model.__dict__.get("_model_args")
-        name = str((getattr(model, "pretrained_cfg", None) or {}).get("architecture"))
-        if isinstance(args, dict) and len(injections) == 1 and base_name(name) != name:  # timm writes them into what it saves
-            model.__dict__["_model_args"] = {
-                **{k: v for k, v in args.items() if k not in ("se_exclude", "se_filter_fn")}, "se_include": [*kept]}
         return
-    remove_hooks(model)
     forget_injections(model)
 
 

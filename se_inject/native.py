@@ -15,18 +15,17 @@ from torch import nn
 
 from .absorb import Absorber
 from .block_gates import absorb_gain, gains
-from .checkpoint import write_atomically
 from .edits import edited_owners
 from .errors import SEInjectError
 from .factors import Unabsorbed
 from .graph import Traces
 from .loading import block_paths
+from .naming import PREFIX
 from .recipe import Recipe
 from .record import abstract, untouched
-from .registry import PREFIX
 from .rewrite import regenerate
 from .surgery import injections_of, input_sizes, record_model, runs_on, without_values
-from .weights import unshared
+from .writing import write_safetensors
 
 FURTHER = 12  # candidates outside the base's own file
 
@@ -83,11 +82,8 @@ def to_native(model: nn.Module, path: str | os.PathLike[str] | None = None) -> N
     with torch.random.fork_rng(devices=sorted({p.device.index for p in model.parameters() if p.is_cuda})):
         found = _twin(model, recipe.architecture, recipe.model_args, weights)
     if path is not None:
-        from safetensors.torch import save_file
-
-        header = {
-            "format": "pt", "architecture": found.architecture, "model_args": json.dumps(found.model_args, sort_keys=True)}
-        write_atomically(path, lambda temporary: save_file(unshared(found), temporary, metadata=header))
+        header = {"architecture": found.architecture, "model_args": json.dumps(found.model_args, sort_keys=True)}
+        write_safetensors(path, found, header, max_shard_size=2**63)  # timm reads no shards
     return found
 
 

@@ -197,9 +197,6 @@ def eject(model: nn.Module) -> nn.Module:
             "nothing was changed")
     if not owners:
         raise SEInjectError(f"eject({_model_name(model)}): there are no injected blocks in this model; nothing was changed")
-    remove_hooks(model)
-    detach_matcher(model)
-    unfreeze_base(model)
     for owner in owners:
         undo_edits(owner)
     forget_injections(model)
@@ -207,7 +204,10 @@ def eject(model: nn.Module) -> nn.Module:
 
 
 def forget_injections(model: nn.Module) -> None:
-    """Let a model whose blocks are gone say what it is: a base, also to timm, which writes it into what it saves."""
+    """Let a model whose blocks are gone be what it is: a base, also to timm, which writes it into what it saves."""
+    remove_hooks(model)
+    detach_matcher(model)
+    unfreeze_base(model)
     for m in model.modules():
         if m.__dict__.pop("_se_injections", None) is not None:
             rename(m, injected=False)
