@@ -136,9 +136,13 @@ def _generate(
 ) -> type[nn.Module]:
     """The class for ways through a forward; `edits` are those of `main`, which is kept as it is."""
     base = base_class(module)
-    names: dict[str, Any] = {_ERROR: SEInjectError, **{f"_se_fixed_{name}": value for name, value in fixed.items()}}
+    # torch.jit.script takes a global for undefined where it is None
+    plain = {name: repr(value) for name, value in fixed.items() if value is None or type(value) in (bool, int)}
+    names: dict[str, Any] = {
+        _ERROR: SEInjectError, **{f"_se_fixed_{name}": value for name, value in fixed.items() if name not in plain}}
     guards = "".join(
-        f"    if {name} {'is not' if value is None or isinstance(value, bool) else '!='} _se_fixed_{name}:\n"
+        f"    if {name} {'is not' if value is None or isinstance(value, bool) else '!='} "
+        f"{plain.get(name, f'_se_fixed_{name}')}:\n"
         f"        raise {_ERROR}('{base.__name__}.forward was rewritten for one value of {name}: '\n"
         f"            'eject(), then inject() the model in the way it is called')\n"
         for name, value in fixed.items())
@@ -273,13 +277,12 @@ def _set_attribute(self: nn.Module, name: str, value: Any) -> None:
     cls: Any = type(self)
     old = getattr(self, name, None)
     cls._se_base.__setattr__(self, name, value)
-    if "_se_graph" in cls.__dict__ and name not in _OF_MODULES and not _traces_alike(old, value):
+    of_module = name in _OF_MODULES or (name.startswith("__") and name.endswith("__"))  # torch.jit.script: __overloads__
+    if "_se_graph" in cls.__dict__ and not of_module and not _traces_alike(old, value):
         self.__class__ = _stale(cls)
 
 
-_OF_MODULES = {  # what torch sets on modules
-    "__class__", "training", "_is_replica", "_former_parameters", "_is_full_backward_hook", "_compiled_call_impl",
-    "__overloads__"}
+_OF_MODULES = {"training", "_is_replica", "_former_parameters", "_is_full_backward_hook", "_compiled_call_impl"}
 
 
 def _traces_alike(old: Any, new: Any) -> bool:

@@ -1,6 +1,7 @@
 """All or nothing; and the injected model lives on: copies, pickles, traces, files in a new process."""
 
 import copy
+import functools
 import io
 import subprocess
 import sys
@@ -133,6 +134,43 @@ def test_copies_are_equal(name):
         assert torch.equal(torch.load(buffer, weights_only=False)(x), expected)
         tracer = NodePathTracer(leaf_modules=get_notrace_modules(), autowrap_functions=tuple(get_notrace_functions()))
         assert torch.equal(fx.GraphModule(model, tracer.trace(model))(x), expected)
+
+
+class Unit(nn.Module):
+    """A residual unit that branches on an argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2, self.act = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()
+
+    def forward(self, x, more: torch.Tensor | None = None, twice: bool = False):
+        y = self.conv2(self.act(self.conv1(x)))
+        if more is not None:
+            y = y + more
+        if twice:
+            y = y * 2
+        return x + y
+
+
+class Units(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.unit, self.head = nn.Conv2d(3, 8, 3), Unit(), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(self.unit(self.stem(x)).mean((2, 3)))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated:FutureWarning")
+@pytest.mark.parametrize("make", [Units, functools.partial(timm.create_model, "convnext_atto", depths=(1, 1, 1, 1))])
+def test_scripting_is_no_change(make):
+    model = randomise(se_inject.inject(make(), input_size=(3, 32, 32))).eval()
+    classes = [type(m) for m in model.modules()]
+    x = torch.randn(2, 3, 32, 32)
+    scripted = torch.jit.script(model)
+    with torch.no_grad():
+        assert torch.equal(scripted(x), model(x))
+    assert [type(m) for m in model.modules()] == classes
 
 
 def test_a_copy_of_a_rewritten_model_is_independent():
