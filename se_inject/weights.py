@@ -18,7 +18,7 @@ from .naming import base_name
 from .recipe import KEY, PARTS, Recipe
 from .registry import split_options
 from .surgery import eject, inject, injections_of, skeleton, unknown_model_message, without_values
-from .writing import write_safetensors
+from .writing import gathered, is_sharded, write_safetensors
 
 
 def save(
@@ -30,6 +30,7 @@ def save(
     The file is written beside `path` and renamed, so that an interrupted save loses nothing. A model above
     `max_shard_size` goes to several files with Hugging Face's index, ``<path without suffix>.safetensors.index.json``,
     which `load` finds by `path`, too.
+    Of a model that ``fully_shard`` has sharded the weights are gathered: all ranks call this, and the first one writes.
 
     Args:
         model: An injected model, also within DDP or torch.compile.
@@ -46,6 +47,10 @@ def save(
     model = unwrapped(model)
     injections = injections_of(model)
     if not injections:
+        inside = next((name for name, m in model.named_modules() if injections_of(m)), None)
+        if inside is not None:
+            raise WeightsError(
+                f"save({type(model).__name__}): the injected model is inside of this one: write save(model.{inside}, path)")
         raise WeightsError(
             f"save({type(model).__name__}): this model has no blocks; inject() it first, "
             "or write it with safetensors.torch.save_file(model.state_dict(), path)")
@@ -60,6 +65,11 @@ def save(
     if not tensors:
         raise WeightsError(f"save({type(model).__name__}, only={only!r}): this model has no classifier; write only='se'")
     recipe = Recipe.of(model, injections, "+".join(name for name in PARTS if name in wanted) or "full")
+    if any(is_sharded(t) for t in tensors.values()):
+        first = torch.distributed.get_rank() == 0
+        tensors = gathered(tensors, keep=first)
+        if not first:
+            return
     write_safetensors(path, tensors, {**(metadata or {}), KEY: recipe.to_json()}, max_shard_size)
 
 

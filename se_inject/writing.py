@@ -75,6 +75,21 @@ def _remove_shards(target: Path, keep: Collection[str]) -> None:
             file.unlink(missing_ok=True)
 
 
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether it is a DTensor; torch.distributed need not be there to ask."""
+    return hasattr(tensor, "full_tensor")
+
+
+def gathered(tensors: Mapping[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
+    """The same tensors whole, on the CPU, one after another; nothing where `keep` is False. All ranks call this."""
+    out = {}
+    for key, tensor in tensors.items():
+        full = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+        if keep:
+            out[key] = full.detach().cpu()
+    return out
+
+
 def unshared(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same tensors, contiguous and sharing no memory, as safetensors wants them."""
     seen: set[int] = set()

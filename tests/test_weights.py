@@ -10,6 +10,7 @@ import timm
 import torch
 import torchvision
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import se_inject
 from se_inject.checkpoint import read_checkpoint
@@ -284,6 +285,13 @@ print(killed, len(seen))
 """
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "m.safetensors"), "20MB"], capture_output=True, text=True)
     assert done.stdout.split() == ["12", "2"], done.stderr
+
+
+def test_save_of_a_wrapped_model_says_which_is_inside(tmp_path):
+    model = nn.DataParallel(timm.create_model("se_inject/resnet18"))
+    with pytest.raises(WeightsError, match=r"save\(model.module, path\)"):
+        se_inject.save(model, tmp_path / "m.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def test_save_writes_nothing_into_the_callers_metadata(tmp_path):
