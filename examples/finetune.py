@@ -41,7 +41,6 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 
 import se_inject
 from se_inject.demo import base_model
-from se_inject.loading import block_paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,13 +110,6 @@ def load_splits(args):
     return splits
 
 
-def freeze_base(model):
-    """In place: only the injected blocks can be trained, and the norms of the base keep their statistics."""
-    model.requires_grad_(False).eval()
-    for path in block_paths(model):
-        model.get_submodule(path).requires_grad_(True)
-
-
 def build(method, seed, num_classes=10):
     """The pretrained network with a new head, and blocks that change nothing yet."""
     model = base_model()
@@ -126,9 +118,10 @@ def build(method, seed, num_classes=10):
     model.train()
     if method.se:
         se_inject.inject(model)
-    if method.frozen:
-        freeze_base(model)
-        model.get_classifier().requires_grad_(True)
+    if method.se and method.frozen:
+        se_inject.freeze_base(model)
+    elif method.frozen:
+        model.requires_grad_(False).get_classifier().requires_grad_(True)
     return model
 
 
