@@ -282,7 +282,9 @@ def _set_attribute(self: nn.Module, name: str, value: Any) -> None:
         self.__class__ = _stale(cls)
 
 
-_OF_MODULES = {"training", "_is_replica", "_former_parameters", "_is_full_backward_hook", "_compiled_call_impl"}
+_OF_MODULES = {  # what torch sets on modules
+    "training", "_is_replica", "_former_parameters", "_is_full_backward_hook", "_compiled_call_impl",
+    "_is_fsdp_managed_module", "_fsdp_use_orig_params"}
 
 
 def _traces_alike(old: Any, new: Any) -> bool:

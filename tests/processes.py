@@ -110,7 +110,7 @@ def fsdp(model: nn.Module, x: torch.Tensor, path: str, parts: list[str]) -> Any:
     """Two steps of FSDP2, with the modules at `parts` sharded one by one."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FSDPModule, fully_shard
 
     model = copy.deepcopy(model)
     mesh = init_device_mesh("cpu", (2,))
@@ -118,6 +118,7 @@ def fsdp(model: nn.Module, x: torch.Tensor, path: str, parts: list[str]) -> Any:
         fully_shard(model.get_submodule(part), mesh=mesh)
     fully_shard(model, mesh=mesh)
     found = two_steps(model, model, x.chunk(2)[dist.get_rank()])
+    assert all(isinstance(model.get_submodule(part), FSDPModule) for part in parts)
     if block_paths(model):
         se_inject.save(model, path)
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
