@@ -8,7 +8,8 @@ import pytest
 
 ARGS = {
     "finetune.py": [
-        "--data", "digits", "--train", "32", "--val", "16", "--test", "16", "--batch-size", "16", "--img-size", "32", "--steps", "2",
+        "--data", "digits", "--train", "32", "--val", "16", "--test", "16", "--batch-size", "16", "--img-size", "32",
+        "--steps", "2",
         "--lrs", "0.001", "0.01", "--seeds", "1", "2", "--methods", "head", "se"],
 }  # fmt: skip
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
