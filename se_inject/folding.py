@@ -21,7 +21,7 @@ from .fold_report import FoldedSite, FoldReport
 from .graph import Traces
 from .planning import Site
 from .record import abstract
-from .rewrite import generate_class, generate_graphs, regenerate
+from .rewrite import generate, regenerate
 from .surgery import forget_injections, injections_of, record_model
 
 
@@ -255,17 +255,13 @@ def _take_out(owner: nn.Module, slots: set[str]) -> None:
         return
     edits: OwnerEdits = owner.__dict__["_se_edits"]
     left = tuple(e for e in edits.edits if e.slot not in slots)
-    blocks = {e.slot: owner._modules[e.slot] for e in left}
+    blocks = {e.slot: owner.get_submodule(e.slot) for e in left}
     undo_edits(owner)
     if left:
         new = dataclasses.replace(edits, edits=left)
-        code: Any = None
-        if new.way == "graph":
-            code = generate_graphs(owner, new)  # type: ignore[arg-type]
-        elif new.way == "rewrite":
-            code = generate_class(owner, new)
+        code = generate(owner, new)
         assert type(owner) is base_class(owner)
-        apply_edits(owner, new, code, blocks)  # type: ignore[arg-type]
+        apply_edits(owner, new, code, blocks)
 
 
 def _forget(model: nn.Module, found: list[_Found]) -> None:

@@ -64,6 +64,21 @@ def trace_modes(
     return paths, fixed
 
 
+def generate(
+    module: nn.Module, edits: OwnerEdits, known: fx.Graph | None = None
+) -> type[nn.Module] | dict[str, fx.Graph] | None:
+    """What an owner needs that its blocks are called: a class, graphs, or nothing. `module` is not changed.
+
+    Raises:
+        TraceError: As `generate_class` and `generate_graphs`.
+    """
+    if isinstance(module, fx.GraphModule):
+        return generate_graphs(module, edits)
+    if edits.way == "insert":
+        return sequential_class(base_class(module))
+    return generate_class(module, edits, known) if edits.way == "rewrite" else None
+
+
 def generate_class(module: nn.Module, edits: OwnerEdits, known: fx.Graph | None = None) -> type[nn.Module]:
     """A subclass of `module`'s class whose forward calls the blocks. `module` is not changed.
 
@@ -297,10 +312,11 @@ def _traces_alike(old: Any, new: Any) -> bool:
     return type(old) is type(new) and isinstance(new, plain) and bool(old == new)
 
 
-@functools.cache
-def sequential_class(base: Any) -> type[nn.Module]:
+def sequential_class(base: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a plain `nn.Sequential`'s class whose positions do not count the blocks."""
-    return _derived(base, MEMBERS)
+    if (base,) not in _classes:
+        _classes[base,] = _derived(base, MEMBERS)
+    return _classes[base,]
 
 
 @functools.cache
@@ -327,8 +343,9 @@ def _new(base: type[nn.Module]) -> nn.Module:
 def _set_state(module: nn.Module, state: dict[str, Any]) -> None:
     module.__setstate__(dict(state))
     edits: OwnerEdits = module.__dict__["_se_edits"]
-    own: Any = type(module)
-    module.__class__ = sequential_class(own) if edits.way == "insert" else generate_class(module, edits)
+    code = generate(module, edits)
+    assert isinstance(code, type)
+    module.__class__ = code
 
 
 def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:

@@ -17,7 +17,7 @@ from .blocks import BlockSpec, make_block, problem
 from .config import SEConfig
 from .edits import Edit, OwnerEdits, apply_edits, edited_owners, parameters_near, undo_edits
 from .errors import ConfigError, NoSitesError, SEInjectError, TraceError
-from .graph import Traces, View
+from .graph import Traces
 from .layers import attach_matcher, detach_matcher
 from .loading import register_hooks, remove_hooks
 from .meta import MetaOps
@@ -25,7 +25,7 @@ from .naming import architecture_of, base_name, rename
 from .patterns import LINEAR, UNLEARNED
 from .planning import Plan, Site
 from .record import Call, abstract, record, run
-from .rewrite import generate_class, generate_graphs, regenerate, sequential_class
+from .rewrite import generate, regenerate
 from .signature import frozen
 from .sites import PlacedSite, find_sites
 from .slots import takes_activation
@@ -278,7 +278,8 @@ def _jobs(found: list[PlacedSite], traces: Traces) -> list[Job]:
         key = (traces.signatures.of(module), edits.edits, frozen(edits.constants), edits.decisions)
         if key not in made:
             try:
-                made[key] = _code(group[0].view, edits)
+                forward = group[0].view.forward
+                made[key] = generate(module, edits, None if forward.decisions else forward.graph)
             except TraceError as error:
                 made[key] = error
         code = made[key]
@@ -288,17 +289,6 @@ def _jobs(found: list[PlacedSite], traces: Traces) -> list[Job]:
             continue
         jobs.append(Job(module, edits, code, group))
     return jobs
-
-
-def _code(view: View, edits: OwnerEdits) -> type[nn.Module] | dict[str, fx.Graph] | None:
-    if isinstance(view.module, fx.GraphModule):
-        return generate_graphs(view.module, edits)
-    if edits.way == "insert":
-        own: Any = type(view.module)
-        return sequential_class(own)
-    if edits.way == "fill":
-        return None
-    return generate_class(view.module, edits, None if view.forward.decisions else view.forward.graph)
 
 
 def _edits(module: nn.Module, group: list[PlacedSite]) -> OwnerEdits:

@@ -141,6 +141,18 @@ def test_a_part_is_folded_and_the_rest_saves_and_loads(tmp_path):
         timm.create_model("vit_tiny_patch16_224", img_size=32).state_dict())
 
 
+def test_a_sequential_keeps_its_positions_when_a_part_is_folded():
+    model = constant_gates(se_inject.inject(timm.create_model("vgg11", mlp_ratio=0.02))).eval()
+    for path in block_paths(model)[:3]:
+        nn.init.normal_(model.get_submodule(path).fc2.weight)
+    length, x = len(model.features), images(size=(3, 64, 64))
+    report = se_inject.fold(model, [x], max_variation=1e-6)
+    assert block_paths(model) == [s.path for s in report.sites[:3]] and len(model.features) == length
+    with torch.no_grad():
+        features, _ = model.forward_intermediates(x)
+        assert torch.equal(features, model.forward_features(x))
+
+
 def test_what_is_folded_does_not_come_back_by_another_injection(tmp_path):
     model = se_inject.inject(randomise(timm.create_model("resnet18")), stages=(1,))
     lived_in(se_inject.inject(model, block="eca")).eval()
