@@ -109,8 +109,12 @@ def regenerate(module: nn.Module) -> None:
         TraceError: The place of a block is not in the forward as it is now.
     """
     with _lock:  # fx patches nn.Module for all threads
-        if hasattr(type(module), "_se_stale"):
+        if "_se_stale" in type(module).__dict__:
             _regenerate(module)
+        elif hasattr(type(module), "_se_stale"):
+            raise TraceError(
+                f"{base_class(module).__name__}: an attribute of it was set, and before its next call its class was changed "
+                "(by fully_shard, say): run the model once in between")
 
 
 _lock = threading.RLock()

@@ -207,3 +207,12 @@ with torch.no_grad():
 """
     out = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     assert out.stdout.split() == ["True"] * 3
+
+
+def test_a_class_that_was_changed_before_the_next_call_is_said():
+    model = se_inject.inject(timm.create_model("convnext_atto")).eval()
+    block = model.stages[0].blocks[0]
+    block.use_conv_mlp = not block.use_conv_mlp
+    block.__class__ = type("Sharded", (type(block),), {})
+    with pytest.raises(SEInjectError, match="run the model once in between"):
+        model(torch.randn(1, 3, 32, 32))
