@@ -50,7 +50,8 @@ def save(
         inside = next((name for name, m in model.named_modules() if injections_of(m)), None)
         if inside is not None:
             raise WeightsError(
-                f"save({type(model).__name__}): the injected model is inside of this one: write save(model.{inside}, path)")
+                f"save({type(model).__name__}): the injected model is inside of this one: "
+                f"write save(model.get_submodule({inside!r}), path)")
         raise WeightsError(
             f"save({type(model).__name__}): this model has no blocks; inject() it first, "
             "or write it with safetensors.torch.save_file(model.state_dict(), path)")
@@ -137,7 +138,7 @@ def load(
     mine = not injections_of(net)
     try:
         if mine:
-            _inject_as_said(net, found, options)
+            _inject_as_said(net, found, options, path)
         elif recipe is not None:
             _check_blocks(net, recipe, path)
         classifier = Parts.of(net).head
@@ -155,8 +156,12 @@ def load(
 _CONTENT = {"se": "blocks", "head": "head", "se+head": "blocks and the head"}
 
 
-def _inject_as_said(net: nn.Module, found: Checkpoint, options: dict[str, Any]) -> None:
-    """Inject as the recipe says; without one, as the file's ``se_`` arguments of timm's door and `options` do."""
+def _inject_as_said(net: nn.Module, found: Checkpoint, options: dict[str, Any], path: object) -> None:
+    """Inject as the recipe says; without one, as the file's ``se_`` arguments of timm's door and `options` do.
+
+    Raises:
+        WeightsError: The recipe's options lead to other blocks than those that it names.
+    """
     if found.recipe is None:
         said, _ = split_options(found.model_args)
         for config in said if len(said) > 1 else (SEConfig.of(said[0], **options),):
@@ -164,6 +169,13 @@ def _inject_as_said(net: nn.Module, found: Checkpoint, options: dict[str, Any]) 
         return
     for config, size in zip(found.recipe.configs, found.recipe.input_sizes):
         inject(net, config, input_size=size)
+    here, there = {s.path for i in injections_of(net) for s in i.sites}, set(found.recipe.sites)
+    if here != there:
+        differ = sorted(here ^ there)
+        raise WeightsError(
+            f"{str(path)!r}: its options lead to {len(here)} blocks in {type(net).__name__}, and it names {len(there)} "
+            f"({', '.join(differ[:3])} {'are' if len(differ) > 1 else 'is'} in one alone): load it with the versions of timm "
+            "and se_inject that saved it, or into the model that it was saved from")
 
 
 def _check_blocks(net: nn.Module, recipe: Recipe, path: object) -> None:

@@ -287,11 +287,12 @@ print(killed, len(seen))
     assert done.stdout.split() == ["12", "2"], done.stderr
 
 
-def test_save_of_a_wrapped_model_says_which_is_inside(tmp_path):
-    model = nn.DataParallel(timm.create_model("se_inject/resnet18"))
-    with pytest.raises(WeightsError, match=r"save\(model.module, path\)"):
-        se_inject.save(model, tmp_path / "m.safetensors")
-    assert not list(tmp_path.iterdir())
+def test_save_of_a_wrapped_model(tmp_path):
+    model = timm.create_model("se_inject/resnet18")
+    se_inject.save(nn.DataParallel(model), tmp_path / "a.safetensors")
+    assert torch.equal(out(se_inject.load(tmp_path / "a.safetensors")), out(model))
+    with pytest.raises(WeightsError, match=r"save\(model.get_submodule\('inner'\), path\)"):
+        se_inject.save(nn.ModuleDict({"inner": model}), tmp_path / "b.safetensors")
 
 
 def test_save_writes_nothing_into_the_callers_metadata(tmp_path):
@@ -369,7 +370,8 @@ def bad(tmp_path, kind):
     ("truncated", "no readable safetensors"), ("pickle", "no pickled code is run"), ("shape", "another shape"),
     ("missing", "1 missing"), ("unknown", "1 unknown"), ("nan", "NaN"), ("version", "version 99"),
     ("architecture", "timm has no model 'os.system'"), ("option", "block="), ("json", "no JSON"), ("part", "1 missing"),
-    ("path", "checkpoint_path='/etc/passwd'"), ("argument", "cannot create 'resnet18'"), ("sites", "unknown")])  # fmt: skip
+    ("path", "checkpoint_path='/etc/passwd'"), ("argument", "cannot create 'resnet18'"),
+    ("sites", "its options lead to 2 blocks")])  # fmt: skip
 def test_bad_files_give_one_error_and_change_nothing(tmp_path, kind, message):
     path = bad(tmp_path, kind)
     with pytest.raises(se_inject.SEInjectError, match=message):
@@ -381,6 +383,59 @@ def test_bad_files_give_one_error_and_change_nothing(tmp_path, kind, message):
             se_inject.load(path, given)
         after = given.state_dict()
         assert after.keys() == before.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_no_text_of_a_recipe_is_run_or_imported(tmp_path):
+    """Every string of a recipe is replaced by one that would show in Python's own record of what it compiles and imports."""
+    model = timm.create_model("se_inject/resnet18", se_act_layer="silu", se_include="layer*")
+    se_inject.save(model, tmp_path / "good.safetensors")
+    code = """
+import copy, json, sys, timm, torch, se_inject
+from safetensors.torch import load_file, save_file
+from se_inject.checkpoint import read_checkpoint
+state = load_file(sys.argv[1])
+recipe = json.loads(read_checkpoint(sys.argv[1]).metadata["se_inject"])
+recipe["model_args"] |= {"act_layer": "relu", "evil": "evil"}
+
+def leaves(value, path=()):
+    if isinstance(value, (dict, list)):
+        for key, item in (value.items() if isinstance(value, dict) else enumerate(value)):
+            yield from leaves(item, (*path, key))
+    elif isinstance(value, str):
+        yield path
+
+seen, outcomes = [], []
+
+def watch(event, args):
+    if event in ("compile", "import", "exec") and "evil" in str(args):
+        seen.append((event, args))
+
+sys.addaudithook(watch)
+for text in ("__import__('evil')", "evil.evil", "evil"):
+    for path in leaves(recipe):
+        if path[0] == "sites" and path[1] > 1:
+            continue
+        bad = copy.deepcopy(recipe)
+        if path[-1] != "evil":
+            del bad["model_args"]["evil"]
+        at = bad
+        for key in path[:-1]:
+            at = at[key]
+        at[path[-1]] = text
+        save_file(state, sys.argv[2], metadata={"se_inject": json.dumps(bad)})
+        try:
+            se_inject.load(sys.argv[2])
+            outcomes.append((path, "loads"))
+        except se_inject.SEInjectError:
+            outcomes.append((path, "refused"))
+print(json.dumps([len(seen), outcomes]))
+"""
+    arguments = [str(tmp_path / "good.safetensors"), str(tmp_path / "bad.safetensors")]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seen, outcomes = json.loads(done.stdout)
+    assert seen == 0 and len(outcomes) >= 18
+    assert all(outcome == "refused" for _, outcome in outcomes), outcomes
 
 
 def test_an_se_only_file_needs_a_base(tmp_path):
