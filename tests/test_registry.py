@@ -112,7 +112,10 @@ def test_wrong_options_are_named():
 def test_options_as_timms_scripts_read_them(value, options):
     parser = argparse.ArgumentParser()
     parser.add_argument("--model-kwargs", nargs="*", action=timm.utils.ParseKwargs)
-    given = parser.parse_args(["--model-kwargs", value]).model_kwargs
+    try:
+        given = parser.parse_args(["--model-kwargs", value]).model_kwargs
+    except SyntaxError:  # older timm
+        pytest.skip("this timm's scripts take no such word")
     if isinstance(options, str):
         with pytest.raises(se_inject.SEInjectError, match=options):
             split_options(given)
