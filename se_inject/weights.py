@@ -122,10 +122,22 @@ def load(
             f"{str(path)!r} has its own recipe, so {', '.join(sorted(options))} cannot be set; "
             "load it without options, or load its base weights into a model and inject that")
     given = isinstance(model, nn.Module)
+    unused: dict[str, Any] = {}
+    if isinstance(model, nn.Module):
+        unused = {"pretrained": pretrained, "model_args": model_args, "options of the injection": injections_of(model) and options}
+    if any(unused.values()):
+        raise ConfigError(
+            f"load({str(path)!r}, model={type(model).__name__}): {', '.join(k for k, v in unused.items() if v)} cannot be set "
+            "for a model that is already made: make it with them, or give its timm name")
     if recipe is not None and recipe.content != "full" and not given and base is None and not pretrained:
         raise WeightsError(f"{str(path)!r} holds the {_CONTENT[recipe.content]} alone: "
                            "add base=FILE, pretrained=True, or model=a model with weights")
-    under = {} if base is None else read_checkpoint(base).tensors
+    below = None if base is None else read_checkpoint(base)
+    under = {} if below is None else below.tensors
+    if below is not None and under.keys() <= found.tensors.keys():
+        raise WeightsError(
+            f"{str(path)!r} has all {len(under)} tensors of base={str(base)!r}, so none would be taken from there: leave base "
+            "out, or give a file of save(only=...) with the parts to be loaded over it")
     top = {} if head is None else read_checkpoint(head).tensors
     if isinstance(model, nn.Module):
         net = model
@@ -142,9 +154,13 @@ def load(
         elif recipe is not None:
             _check_blocks(net, recipe, path)
         classifier = Parts.of(net).head
-        if top and not classifier.keys() & top.keys():
+        lacks = [key for key in classifier if key not in top and not key.endswith("num_batches_tracked")]
+        if top and (lacks or not classifier):
             raise WeightsError(
-                f"{str(head)!r} has no tensors of a classifier: expected {', '.join(classifier) or 'none, nor has the model'}")
+                f"{str(head)!r} has no tensors of {'a' if len(lacks) == len(classifier) else 'the whole'} classifier: "
+                f"expected {', '.join(classifier) or 'none, nor has the model'}")
+        if below is not None and below.recipe is not None and (under.keys() - found.tensors.keys()) & Parts.of(net).se.keys():
+            _check_blocks(net, below.recipe, base)
         load_strictly(net, {**under, **found.tensors, **{k: t for k, t in top.items() if k in classifier}}, path)
     except BaseException:
         if given and mine and injections_of(net):

@@ -448,3 +448,35 @@ def test_an_se_only_file_needs_a_base(tmp_path):
         se_inject.load(tmp_path / "se.safetensors", ratio=0.5)
     with pytest.raises(WeightsError, match="no blocks"):
         se_inject.save(timm.create_model("resnet18"), tmp_path / "x.safetensors")
+
+
+def test_an_argument_that_would_be_ignored_is_refused(tmp_path):
+    first = randomise(timm.create_model("se_inject/test_resnet"))
+    plain = randomise(timm.create_model("se_inject/test_resnet", se_init="timm"), seed=3)
+    for name, model in {"a": first, "b": plain}.items():
+        for part in ("se", "head", None):
+            se_inject.save(model, tmp_path / f"{name}-{part or 'full'}.safetensors", only=part)
+    full, se, head = (tmp_path / f"a-{part}.safetensors" for part in ("full", "se", "head"))
+    with pytest.raises(WeightsError, match="none would be taken from there"):
+        se_inject.load(full, base=tmp_path / "b-full.safetensors")
+    with pytest.raises(WeightsError, match="blocks were made with"):  # the blocks are the base's, with another gate
+        se_inject.load(head, base=tmp_path / "b-full.safetensors")
+    made = se_inject.load(tmp_path / "b-head.safetensors", base=tmp_path / "b-full.safetensors")
+    assert torch.equal(out(made), out(plain))
+    save_file(first.state_dict(), tmp_path / "bare.safetensors")
+    for path, model, kwargs in (
+            (se, timm.create_model("test_resnet"), {"pretrained": True}),
+            (full, timm.create_model("test_resnet"), {"model_args": {"num_classes": 5}}),
+            (tmp_path / "bare.safetensors", timm.create_model("se_inject/test_resnet"), {"ratio": 0.5})):
+        before = {k: t.clone() for k, t in model.state_dict().items()}
+        with pytest.raises(se_inject.SEInjectError, match="already made"):
+            se_inject.load(path, model, **kwargs)
+        after = model.state_dict()
+        assert after.keys() == before.keys() and all(torch.equal(after[k], before[k]) for k in before)
+
+
+def test_half_a_head_is_an_error(tmp_path):
+    for name in ("deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"):
+        se_inject.save(timm.create_model(f"se_inject/{name}", img_size=32, num_classes=4), tmp_path / name)
+    with pytest.raises(WeightsError, match=r"head_dist\.weight"):
+        se_inject.load(tmp_path / "deit_tiny_distilled_patch16_224", head=tmp_path / "deit_tiny_patch16_224")
