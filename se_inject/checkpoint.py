@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from .errors import WeightsError
-from .recipe import KEY, Recipe, checked_args
+from .recipe import KEY, Recipe, checked_args, parsed
 
 INDEX = ".safetensors.index.json"
 
@@ -61,28 +60,30 @@ def _is_safetensors(file: Path) -> bool:
 
 
 def _read_safetensors(file: Path) -> Checkpoint:
+    return _described(*_tensors_and_metadata(file), file)
+
+
+def _tensors_and_metadata(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, framework="pt") as f:
-            metadata = dict(f.metadata() or {})
-            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+            return {k: f.get_tensor(k) for k in f.keys()}, dict(f.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{file} is no readable safetensors file ({error}): copy or download it again") from error
-    return _described(tensors, metadata, file)
 
 
 def _described(tensors: dict[str, torch.Tensor], metadata: dict[str, str], file: Path) -> Checkpoint:
     recipe = Recipe.from_json(metadata[KEY], file) if KEY in metadata else None
     if recipe is not None:
-        return Checkpoint(_clean(tensors), recipe.architecture, recipe.model_args, recipe, metadata)
+        return Checkpoint(tensors, recipe.architecture, recipe.model_args, recipe, metadata)  # `save` has unwrapped them
     return Checkpoint(_clean(tensors), metadata.get("architecture"), metadata=metadata)
 
 
 def _read_shards(index: Path) -> Checkpoint:
     """Read the files that a Hugging Face index names, which lie beside it."""
     try:
-        said = json.loads(index.read_text())
+        said = parsed(index.read_text())
         files = {str(key): Path(name) for key, name in said["weight_map"].items()}
         metadata = {str(k): v for k, v in (said.get("metadata") or {}).items() if isinstance(v, str)}
         if any(name.name != str(name) for name in files.values()):
@@ -90,16 +91,17 @@ def _read_shards(index: Path) -> Checkpoint:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(
             f"{index} is no index of shards ({error!r}): expected JSON with 'weight_map', tensors to file names") from error
-    tensors: dict[str, torch.Tensor] = {}
-    for name in dict.fromkeys(files.values()):
+    shards: dict[Path, dict[str, torch.Tensor]] = {}
+    for name in files.values():
         if not (index.parent / name).is_file():
             raise WeightsError(f"{index}: its shard {str(name)!r} is not there: copy all files of the model")
-        tensors.update(_read_safetensors(index.parent / name).tensors)
-    missing = [key for key in files if key not in tensors]
+        if name not in shards:
+            shards[name] = _tensors_and_metadata(index.parent / name)[0]
+    missing = [key for key, name in files.items() if key not in shards[name]]
     if missing:
-        raise WeightsError(f"{index}: {len(missing)} tensors are in none of its shards ({', '.join(missing[:3])}): "
+        raise WeightsError(f"{index}: {len(missing)} tensors are not in the shards that it names ({', '.join(missing[:3])}): "
                            "the shards are not those of this index; copy all files of the model")
-    return _described({key: tensors[key] for key in files}, metadata, index)
+    return _described({key: shards[name][key] for key, name in files.items()}, metadata, index)
 
 
 def index_of(file: Path) -> Path:
@@ -113,7 +115,7 @@ def _read_pickle(file: Path) -> Checkpoint:
             loaded = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise WeightsError(
-            f"{file} cannot be read as weights ({type(error).__name__}: {str(error).splitlines()[0]}); no pickled code "
+            f"{file} cannot be read as weights ({type(error).__name__}: {str(error).partition(chr(10))[0]}); no pickled code "
             "is run: write it anew with torch.save(model.state_dict(), path)") from error
     if not isinstance(loaded, Mapping):
         raise WeightsError(f"{file} holds a {type(loaded).__name__}; expected a state dict or a training checkpoint")
@@ -122,7 +124,7 @@ def _read_pickle(file: Path) -> Checkpoint:
         if isinstance(loaded.get(key), Mapping):
             tensors = loaded[key]
             break
-    other = [k for k, v in tensors.items() if not isinstance(v, torch.Tensor)]
+    other = [k for k, v in tensors.items() if not (isinstance(k, str) and isinstance(v, torch.Tensor))]
     if other or not tensors:
         raise WeightsError(
             f"{file} holds no state dict ({', '.join(map(repr, other[:3])) or 'it is empty'}); "
@@ -138,7 +140,7 @@ def _read_folder(folder: Path) -> Checkpoint:
     if not config.is_file():
         raise WeightsError(f"{folder} has no config.json: give a folder that timm saved, or a file of weights")
     try:
-        said = json.loads(config.read_text())
+        said = parsed(config.read_text())
         architecture, model_args = said["architecture"], dict(said.get("model_args") or {})
         if not isinstance(architecture, str):
             raise TypeError("architecture is no string")

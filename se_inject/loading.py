@@ -29,7 +29,7 @@ def keep_absent_base(
     model: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
     missing: list[str], unexpected: list[str], errors: list[str],
 ) -> None:  # fmt: skip
-    """Before an injected model loads: where only keys of blocks, or of blocks and head, are there, the base keeps
+    """Before an injected model loads: where only keys of blocks, of the head, or of both are there, the base keeps
     its values. Says what is loaded."""
     parts = Parts.of(model)
     found = {key[len(prefix):]: t for key, t in state_dict.items() if key.startswith(prefix)}
@@ -74,7 +74,7 @@ class Parts:
         return {**self.base, **self.head, **self.se}
 
     def is_adapter(self, keys: Iterable[str]) -> bool:
-        """Whether `keys` are those of blocks alone, or of blocks and the head, to be loaded over a base."""
+        """Whether `keys` are those of blocks, of the head, or of both alone, to be loaded over a base."""
         se = head = other = 0
         for key in keys:
             if key in self.se:
@@ -83,7 +83,7 @@ class Parts:
                 head += 1
             else:
                 other += 1
-        return se > 0 and other == 0 and head in (0, len(self.head))
+        return se + head > 0 and other == 0 and head in (0, len(self.head))
 
 
 def around_blocks(filter_fn: Callable[..., Any] | None) -> Callable[..., Any]:
@@ -149,6 +149,11 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, torch.Tensor], source:
         raise WeightsError(
             f"{source} does not fit {type(model).__name__}: {' and '.join(said)} of its {len(own)} tensors; "
             "check the architecture, num_classes and the options of the injection")
+    integers = [k for k, t in tensors.items() if own[k].is_floating_point() and not t.is_floating_point()]
+    if integers:
+        raise WeightsError(
+            f"{source}: {len(integers)} tensors are of another type than the model's ({integers[0]}: "
+            f"{tensors[integers[0]].dtype} for {own[integers[0]].dtype}), as in quantized weights; save them in floating point")
     bad = [k for k, t in tensors.items() if t.is_floating_point() and t.isnan().any()]
     if bad:
         raise WeightsError(f"{source}: {len(bad)} tensors hold NaN ({', '.join(bad[:3])}); save a sound model")

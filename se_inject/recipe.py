@@ -20,6 +20,7 @@ from .surgery import Injection
 KEY = "se_inject"
 VERSION = 1
 PARTS = ("se", "head")
+CONTENTS = {"full": "whole model", "se": "blocks", "head": "head", "se+head": "blocks and the head"}
 _FIELDS = {
     "version": int, "architecture": (str, type(None)), "model_args": dict, "configs": list, "input_sizes": list,
     "sites": list, "content": str,
@@ -82,7 +83,7 @@ class Recipe:
             WeightsError: It is no recipe of a known version.
         """
         try:
-            said = json.loads(text)
+            said = parsed(text)
         except ValueError as error:
             raise WeightsError(f"{source}: its recipe is no JSON ({error}); save the model again") from error
         version = said.get("version") if isinstance(said, dict) else None
@@ -94,14 +95,13 @@ class Recipe:
             if key not in said or not isinstance(said[key], kind):  # type: ignore[arg-type]
                 raise WeightsError(f"{source}: its recipe has no valid {key!r} ({said.get(key)!r}); save the model again")
         unknown = sorted(said.keys() - _FIELDS.keys())
-        parts = said["content"].split("+")
-        if unknown or not (parts == ["full"] or set(parts) <= set(PARTS)):
+        if unknown or said["content"] not in CONTENTS:
             raise WeightsError(
-                f"{source}: its recipe says {unknown or said['content']}, which this se_inject does not know")
+                f"{source}: its recipe says {unknown or said['content']!r}, which this se_inject does not know")
         try:
             configs = tuple(SEConfig.of(dict(c)) for c in said["configs"])
             sizes = tuple(None if size is None else tuple(map(int, size)) for size in said["input_sizes"])
-        except (ConfigError, TypeError, ValueError) as error:
+        except (ConfigError, TypeError, ValueError, OverflowError) as error:
             raise WeightsError(f"{source}: its recipe is not valid: {error}") from error
         if not configs or len(configs) != len(sizes):
             raise WeightsError(
@@ -111,9 +111,21 @@ class Recipe:
             tuple(map(str, said["sites"])), said["content"])
 
 
+def parsed(text: str) -> Any:
+    """The JSON of `text`.
+
+    Raises:
+        ValueError: It is none, or nested too deep to be read.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
 _NOT_OF_A_MODEL = {  # arguments of timm.create_model that name files, or say how to load or to place
-    "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_model_args", "checkpoint_path", "cache_dir",
-    "device", "dtype", "scriptable", "exportable", "no_jit", "features_only", "feature_cls", "out_indices"}  # fmt: skip
+    "checkpoint_path", "cache_dir", "device", "dtype", "scriptable", "exportable", "no_jit", "features_only", "feature_cls",
+    "out_indices"}  # fmt: skip
 
 
 def checked_args(args: Mapping[str, Any], source: object) -> dict[str, Any]:
@@ -122,7 +134,7 @@ def checked_args(args: Mapping[str, Any], source: object) -> dict[str, Any]:
     Raises:
         WeightsError: One of them is none of a model's own, such as a path to other weights.
     """
-    wrong = sorted(_NOT_OF_A_MODEL & args.keys())
+    wrong = sorted(key for key in args if key in _NOT_OF_A_MODEL or key.startswith("pretrained"))
     if wrong:
         raise WeightsError(
             f"{source}: it asks for {wrong[0]}={args[wrong[0]]!r}, which says how to load a model and not what it is; "

@@ -15,7 +15,7 @@ from .config import SEConfig
 from .errors import ConfigError, WeightsError
 from .loading import Parts, load_strictly
 from .naming import base_name
-from .recipe import KEY, PARTS, Recipe
+from .recipe import CONTENTS, KEY, PARTS, Recipe
 from .registry import split_options
 from .surgery import eject, inject, injections_of, skeleton, unknown_model_message, without_values
 from .writing import gathered, is_sharded, write_safetensors
@@ -124,13 +124,13 @@ def load(
     given = isinstance(model, nn.Module)
     unused: dict[str, Any] = {}
     if isinstance(model, nn.Module):
-        unused = {"pretrained": pretrained, "model_args": model_args, "options of the injection": injections_of(model) and options}
+        unused = {"pretrained": pretrained, "model_args": model_args, "options": injections_of(model) and options}
     if any(unused.values()):
         raise ConfigError(
             f"load({str(path)!r}, model={type(model).__name__}): {', '.join(k for k, v in unused.items() if v)} cannot be set "
             "for a model that is already made: make it with them, or give its timm name")
     if recipe is not None and recipe.content != "full" and not given and base is None and not pretrained:
-        raise WeightsError(f"{str(path)!r} holds the {_CONTENT[recipe.content]} alone: "
+        raise WeightsError(f"{str(path)!r} holds the {CONTENTS[recipe.content]} alone: "
                            "add base=FILE, pretrained=True, or model=a model with weights")
     below = None if base is None else read_checkpoint(base)
     under = {} if below is None else below.tensors
@@ -167,9 +167,6 @@ def load(
             eject(net)
         raise
     return net if given else net.eval()
-
-
-_CONTENT = {"se": "blocks", "head": "head", "se+head": "blocks and the head"}
 
 
 def _inject_as_said(net: nn.Module, found: Checkpoint, options: dict[str, Any], path: object) -> None:
@@ -237,7 +234,7 @@ def base_of(
         if meta:
             return without_values(lambda: timm.create_model(bare, **args))
         return timm.create_model(bare, pretrained=pretrained, **args)
-    except (TypeError, ValueError, AssertionError, KeyError, AttributeError) as error:
+    except Exception as error:
         if pretrained or not said:
             raise
         raise WeightsError(

@@ -480,3 +480,75 @@ def test_half_a_head_is_an_error(tmp_path):
         se_inject.save(timm.create_model(f"se_inject/{name}", img_size=32, num_classes=4), tmp_path / name)
     with pytest.raises(WeightsError, match=r"head_dist\.weight"):
         se_inject.load(tmp_path / "deit_tiny_distilled_patch16_224", head=tmp_path / "deit_tiny_patch16_224")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A small trained model, its file, and what is in that file."""
+    model = randomise(timm.create_model("se_inject/test_resnet")).eval()
+    path = tmp_path_factory.mktemp("written") / "m.safetensors"
+    se_inject.save(model, path)
+    return model, load_file(path), json.loads(read_checkpoint(path).metadata["se_inject"])
+
+
+@pytest.mark.parametrize("field, value", [
+    ("content", "se+se"), ("content", "head+se"), ("content", ""), ("input_sizes", [[float("inf"), 1, 1]]),
+    ("input_sizes", [None, None]), ("configs", [1]), ("configs", [None]), ("configs", []), ("version", 1.0), ("sites", "a"),
+    ("model_args", {"num_classes": 10**13}), ("model_args", {"pretrained_strict": False}), ("model_args", []),
+    ("architecture", "local-dir:/etc"), ("architecture", 5)])  # fmt: skip
+def test_a_recipe_of_strange_values_gives_our_error(tmp_path, written, field, value):
+    _, state, recipe = written
+    save_file(state, tmp_path / "m.safetensors", metadata={"se_inject": json.dumps({**recipe, field: value})})
+    with pytest.raises(se_inject.SEInjectError):
+        se_inject.load(tmp_path / "m.safetensors")
+
+
+def test_what_is_no_file_of_weights_gives_our_error(tmp_path, written):
+    _, state, recipe = written
+    deep = "[" * 100_000
+    save_file(state, tmp_path / "deep.safetensors", metadata={"se_inject": deep})
+    (tmp_path / "deep.safetensors.index.json").write_text(deep)
+    (tmp_path / "config.json").write_text(deep)
+    (tmp_path / "empty.pth").write_bytes(b"")
+    torch.save({0: torch.zeros(1)}, tmp_path / "number.pth")
+    quantized = {k: t.to(torch.int8) if k.endswith(".weight") else t for k, t in state.items()}
+    save_file(quantized, tmp_path / "int8.safetensors", metadata={"se_inject": json.dumps(recipe)})
+    for path in (*tmp_path.iterdir(), tmp_path):
+        with pytest.raises(WeightsError):
+            se_inject.load(path, "test_resnet")
+
+
+def test_a_tensor_is_read_from_the_shard_that_the_index_names(tmp_path, written):
+    model, _, _ = written
+    x = torch.randn(1, 3, 64, 64)
+    se_inject.save(model, tmp_path / "m.safetensors", max_shard_size="500KB")
+    index = json.loads((tmp_path / "m.safetensors.index.json").read_text())["weight_map"]
+    first, last = min(index.values()), max(index.values())
+    stale = {k: torch.zeros_like(model.state_dict()[k]) for k, name in index.items() if name == first}
+    save_file({**load_file(tmp_path / last), **stale}, tmp_path / last)
+    assert torch.equal(se_inject.load(tmp_path / "m.safetensors")(x), model(x))
+
+
+def test_a_head_alone_goes_over_a_model_with_weights(tmp_path, written):
+    model, state, _ = written
+    se_inject.save(model, tmp_path / "head.safetensors", only="head")
+    for name in ("test_resnet", "se_inject/test_resnet"):
+        given = randomise(timm.create_model(name), seed=5)
+        before = {k: t.clone() for k, t in given.state_dict().items()}
+        after = se_inject.load(tmp_path / "head.safetensors", given).state_dict()
+        assert all(torch.equal(after[k], state[k] if k.startswith("fc.") else before[k]) for k in before)
+
+
+def test_a_model_with_a_part_called_module(tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = timm.create_model("test_resnet")
+
+        def forward(self, x):
+            return self.module(x)
+
+    model = randomise(se_inject.inject(Net())).eval()
+    se_inject.save(model, tmp_path / "m.safetensors")
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(se_inject.load(tmp_path / "m.safetensors", Net()).eval()(x), model(x))
