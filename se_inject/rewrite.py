@@ -303,7 +303,7 @@ def _set_attribute(self: nn.Module, name: str, value: Any) -> None:
 
 _OF_MODULES = {  # what torch sets on modules
     "training", "_is_replica", "_former_parameters", "_is_full_backward_hook", "_compiled_call_impl",
-    "_is_fsdp_managed_module", "_fsdp_use_orig_params"}
+    "_is_fsdp_managed_module", "_fsdp_use_orig_params", "_is_torch_compile"}
 
 
 def _traces_alike(old: Any, new: Any) -> bool:

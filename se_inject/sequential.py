@@ -7,6 +7,7 @@ blocks behind it, too.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import operator
 from collections import OrderedDict
@@ -20,12 +21,12 @@ from .errors import SEInjectError
 
 
 class Gated:
-    """An author's child with the blocks around it, to be called; its attributes are the child's."""
+    """An author's child with the blocks around it, to be called; its attributes are the child's, also when they are set."""
 
     def __init__(self, child: nn.Module, before: list[nn.Module], behind: list[nn.Module]) -> None:
-        self._child = child
-        self._before = before
-        self._behind = behind
+        self.__dict__["_child"] = child
+        self.__dict__["_before"] = before
+        self.__dict__["_behind"] = behind
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         for m in self._before:
@@ -37,6 +38,15 @@ class Gated:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_child"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.__dict__["_child"], name, value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Gated, (self._child, self._before, self._behind)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Gated:  # not the child's
+        return Gated(*copy.deepcopy((self._child, self._before, self._behind), memo))
 
 
 def _positions(self: nn.Module) -> list[list[str]]:

@@ -506,7 +506,30 @@ def test_the_positions_of_a_sequential_are_its_authors():
         assert torch.equal(y, model.features(x)) and not torch.equal(y, last)
     assert len(model.features) == len(names) and model.features[-1] is list(model.features)[-1]
     assert model.features[0].out_channels == 64 and model.features[1].inplace
+    gated = model.features[1]  # a layer with a block behind it
+    with torch.no_grad():
+        y = model.features[0](x)
+        assert all(torch.equal(twin(y.clone()), gated(y.clone())) for twin in (
+            copy.copy(gated), copy.deepcopy(gated), pickle.loads(pickle.dumps(gated))))
+    gated.inplace = False
+    assert not model.features.get_submodule("1").inplace
     with pytest.raises(se_inject.SEInjectError, match="eject"):
         del model.features[0]
     se_inject.eject(model)
     assert [type(m).__name__ for m in model.features] == names and type(model.features) is torch.nn.Sequential
+
+
+def test_a_rewritten_root_is_compiled_whole():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.features = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU())
+
+        def forward(self, x):
+            for layer in self.features:
+                x = layer(x)
+            return x
+
+    model, x = randomise(se_inject.inject(Net().eval(), input_size=(3, 32, 32))), torch.randn(2, 3, 32, 32)
+    assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(x), model(x))
+    assert torch.equal(torch.compile(model.features, backend="eager", fullgraph=True)(x), model.features(x))
