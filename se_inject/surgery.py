@@ -206,9 +206,9 @@ def eject(model: nn.Module) -> nn.Module:
 def forget_injections(model: nn.Module) -> None:
     """Let a model whose blocks are gone be what it is: a base, also to timm, which writes it into what it saves."""
     remove_hooks(model)
-    detach_matcher(model)
-    unfreeze_base(model)
     for m in model.modules():
+        detach_matcher(m)
+        unfreeze_base(m)
         if m.__dict__.pop("_se_injections", None) is not None:
             rename(m, injected=False)
         args = m.__dict__.get("_model_args")

@@ -134,6 +134,9 @@ def test_eject_frees_the_base():
     se_inject.eject(model)
     assert all(p.requires_grad for p in model.parameters()) and all(m.training for m in model.modules())
     assert model.__dict__.keys() == plain.__dict__.keys()
+    inner = se_inject.freeze_base(se_inject.inject(model))
+    se_inject.eject(nn.Sequential(inner))
+    assert all(p.requires_grad for p in inner.parameters()) and inner.__dict__.keys() == plain.__dict__.keys()
 
 
 def test_a_head_by_hand():
