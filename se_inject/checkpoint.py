@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .errors import WeightsError
-from .recipe import KEY, Recipe, checked_args, parsed
+from .recipe import KEY, Recipe, checked_args, described_args, parsed
 
 INDEX = ".safetensors.index.json"
 
@@ -77,7 +77,8 @@ def _described(tensors: dict[str, torch.Tensor], metadata: dict[str, str], file:
     recipe = Recipe.from_json(metadata[KEY], file) if KEY in metadata else None
     if recipe is not None:
         return Checkpoint(tensors, recipe.architecture, recipe.model_args, recipe, metadata)  # `save` has unwrapped them
-    return Checkpoint(_clean(tensors), metadata.get("architecture"), metadata=metadata)
+    architecture = metadata.get("architecture")
+    return Checkpoint(_clean(tensors), architecture, described_args(metadata, file) if architecture else {}, metadata=metadata)
 
 
 def _read_shards(index: Path) -> Checkpoint:

@@ -266,6 +266,7 @@ def eject_command(file: str, output: str, model: str | None, **given: Any) -> No
     """Write the base weights of an injected model, as plain timm loads them, to OUT."""
     options = _options(given)
     from .checkpoint import read_checkpoint
+    from .recipe import description
     from .surgery import eject
     from .weights import load
     from .writing import write_safetensors
@@ -275,10 +276,11 @@ def eject_command(file: str, output: str, model: str | None, **given: Any) -> No
         raise SEInjectError(f"{file!r}: its blocks replaced the base's own attention, whose weights it does not hold")
     if found.recipe is not None and found.recipe.architecture is None:
         prefixes = tuple(f"{p}." for p in found.recipe.sites)
-        tensors = {k: t for k, t in found.tensors.items() if not k.startswith(prefixes)}
+        tensors, said = {k: t for k, t in found.tensors.items() if not k.startswith(prefixes)}, {}
     else:
-        tensors = eject(load(file, model, **options)).state_dict()
-    write_safetensors(output, tensors, {"architecture": found.architecture} if found.architecture else {})
+        net = eject(load(file, model, **options))
+        tensors, said = net.state_dict(), description(net)
+    write_safetensors(output, tensors, said)
     _say(f"{len(tensors)} base tensors written, {len(found.tensors) - len(tensors)} SE tensors left out")
     click.echo(output)
 

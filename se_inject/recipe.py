@@ -54,17 +54,9 @@ class Recipe:
         Raises:
             WeightsError: An argument that timm was given is no JSON value.
         """
-        architecture = architecture_of(model)
-        args = model_args(model)
-        for key, value in args.items():
-            try:
-                json.dumps(value)
-            except TypeError:
-                raise WeightsError(
-                    f"the model was created with {key}={value!r}, which cannot be written to a file; "
-                    "create it with a plain value, or save the object with torch.save(model, path)") from None
+        architecture, args = _made_by(model)
         return cls(
-            base_name(architecture) if architecture else None, args, tuple(i.written() for i in injections),
+            architecture, args, tuple(i.written() for i in injections),
             tuple(i.input_size for i in injections), tuple(s.path for i in injections for s in i.sites), content)
 
     def to_json(self) -> str:
@@ -121,6 +113,51 @@ def parsed(text: str) -> Any:
         return json.loads(text)
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
+
+
+def _made_by(model: nn.Module) -> tuple[str | None, dict[str, Any]]:
+    """The timm name and the arguments that make a model anew; None for a wrapper, which its name does not make.
+
+    Raises:
+        WeightsError: An argument is no JSON value.
+    """
+    architecture = architecture_of(model)
+    args = {key: value for key, value in model_args(model).items() if not key.startswith("pretrained")}
+    if architecture is None or _NOT_OF_A_MODEL & args.keys():
+        return None, {}
+    for key, value in args.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError):
+            raise WeightsError(
+                f"the model was created with {key}={value!r}, which cannot be written to a file; "
+                "create it with a plain value, or save the object with torch.save(model, path)") from None
+    return base_name(architecture), args
+
+
+def description(model: nn.Module) -> dict[str, str]:
+    """What a file of a plain timm model's weights says of it, as strings for its header.
+
+    Raises:
+        WeightsError: An argument that timm was given is no JSON value.
+    """
+    architecture, args = _made_by(model)
+    return {"architecture": architecture, "model_args": json.dumps(args, sort_keys=True)} if architecture else {}
+
+
+def described_args(metadata: Mapping[str, str], source: object) -> dict[str, Any]:
+    """The arguments in the header that `description` wrote; none in another's.
+
+    Raises:
+        WeightsError: They are not valid.
+    """
+    try:
+        args = parsed(metadata.get("model_args", "{}"))
+    except ValueError as error:
+        raise WeightsError(f"{source}: its model_args are no JSON ({error}); write the file again") from error
+    if not isinstance(args, dict):
+        raise WeightsError(f"{source}: its model_args are {args!r}, and not names with values; write the file again")
+    return checked_args(args, source)
 
 
 _NOT_OF_A_MODEL = {  # arguments of timm.create_model that name files, or say how to load or to place

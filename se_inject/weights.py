@@ -55,8 +55,8 @@ def save(
         raise WeightsError(
             f"save({type(model).__name__}): this model has no blocks; inject() it first, "
             "or write it with safetensors.torch.save_file(model.state_dict(), path)")
-    wanted = [] if only is None else [only] if isinstance(only, str) else list(only)
-    if only is not None and (not wanted or not set(wanted) <= set(PARTS)):
+    wanted = [only] if isinstance(only, str) else list(only) if isinstance(only, (list, tuple, set, frozenset)) else []
+    if only is not None and (not wanted or any(name not in PARTS for name in wanted)):
         raise ConfigError(f"only={only!r}: expected 'se' (the blocks), 'head' (the classifier), both, or None (everything)")
     tensors = dict(model.state_dict())
     if wanted:

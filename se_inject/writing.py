@@ -33,16 +33,27 @@ def write_safetensors(
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
+    other = [k for k, t in tensors.items() if not isinstance(t, torch.Tensor)]
+    if other:
+        raise WeightsError(f"{len(other)} entries of the state dict are no tensors ({', '.join(other[:3])}), and a safetensors "
+                           "file takes nothing else: save the object with torch.save(model, path)")
+    strange = [k for k, v in metadata.items() if not (isinstance(k, str) and isinstance(v, str))]
+    if strange:
+        raise ConfigError(
+            f"metadata[{strange[0]!r}] is {metadata[strange[0]]!r}, and a file's header takes strings alone: write str(...)")
     empty = [k for k, t in tensors.items() if t.is_meta]
     if empty:
         raise WeightsError(f"{len(empty)} tensors are on the meta device and have no values ({', '.join(empty[:3])}): "
                            "load weights into the model first")
     header = {**metadata, "format": "pt"}
-    target, index = Path(path), index_of(Path(path))
+    target = Path(path)
+    if target.is_dir():
+        raise WeightsError(f"cannot write {str(path)!r}, which is a folder: give a file in it, such as model.safetensors")
+    index = index_of(target)
     plain = unshared(tensors)
     try:
         split = split_torch_state_dict_into_shards(plain, max_shard_size=max_shard_size)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"max_shard_size={max_shard_size!r}: expected bytes, or a size such as '5GB'") from error
     if not split.is_sharded:
         write_atomically(target, functools.partial(save_file, plain, metadata=header))

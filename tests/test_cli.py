@@ -14,6 +14,8 @@ import se_inject
 from se_inject import demo
 from se_inject.cli import main
 
+from .util import randomise
+
 
 def call(*args: object, code: int = 0) -> tuple[str, str]:
     result = CliRunner().invoke(main, [str(a) for a in args])
@@ -102,3 +104,12 @@ def test_inject_by_name(tmp_path):
 def test_what_goes_wrong(args, code, message):
     out, err = call(*args, code=code)
     assert message in err and out == ""
+
+
+def test_an_ejected_base_says_with_which_arguments_it_was_made(tmp_path):
+    model = randomise(timm.create_model("se_inject/test_resnet", act_layer="silu", num_classes=3)).eval()
+    se_inject.save(model, tmp_path / "a.safetensors")
+    call("eject", tmp_path / "a.safetensors", "-o", tmp_path / "base.safetensors")
+    call("inject", tmp_path / "base.safetensors", "-o", tmp_path / "b.safetensors")
+    base, x = se_inject.eject(model), torch.randn(1, 3, 64, 64)
+    assert torch.equal(se_inject.load(tmp_path / "b.safetensors")(x), base(x))

@@ -552,3 +552,43 @@ def test_a_model_with_a_part_called_module(tmp_path):
     se_inject.save(model, tmp_path / "m.safetensors")
     x = torch.randn(1, 3, 64, 64)
     assert torch.equal(se_inject.load(tmp_path / "m.safetensors", Net()).eval()(x), model(x))
+
+
+def test_a_feature_wrapper_comes_back(tmp_path):
+    def net():
+        return timm.create_model("test_resnet", features_only=True, out_indices=(2, 4)).eval()
+
+    model, path = randomise(se_inject.inject(net())).eval(), tmp_path / "m.safetensors"
+    se_inject.save(model, path)
+    x = torch.randn(1, 3, 64, 64)
+    assert all(torch.equal(a, b) for a, b in zip(se_inject.load(path, net())(x), model(x), strict=True))
+
+
+@pytest.mark.parametrize("kwargs, message", [
+    ({"metadata": {"epoch": 3}}, r"metadata\['epoch'\] is 3"), ({"max_shard_size": None}, "max_shard_size=None"),
+    ({"only": 5}, "only=5"), ({"only": [["se"]]}, "only="), ({"path": ""}, "is a folder"), ({"path": "."}, "is a folder")])
+def test_what_save_cannot_do(tmp_path, monkeypatch, written, kwargs, message):
+    monkeypatch.chdir(tmp_path)
+    for size in ({}, {"max_shard_size": "500KB"}):
+        with pytest.raises(se_inject.SEInjectError, match=message):
+            se_inject.save(written[0], **{"path": "m.safetensors", **size, **kwargs})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_state_that_is_no_tensor(tmp_path):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = timm.create_model("test_resnet")
+
+        def forward(self, x):
+            return self.body(x)
+
+        def get_extra_state(self):
+            return {"epoch": 1}
+
+        def set_extra_state(self, state):
+            pass
+
+    with pytest.raises(WeightsError, match=r"no tensors.*torch\.save"):
+        se_inject.save(se_inject.inject(Net()), tmp_path / "m.safetensors")
