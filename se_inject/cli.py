@@ -77,6 +77,15 @@ _model_args = click.option(
     "--model-kwargs", multiple=True, type=_Argument(), help="An argument for timm's model, such as img_size=64; repeatable.")
 
 
+def _arguments(given: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    """The arguments for timm's model, which are not those of its weights: these have their own options."""
+    for name, value in given:
+        if name.startswith("pretrained") or name == "checkpoint_path":
+            raise ConfigError(
+                f"--model-kwargs {name}={value!r}: it names weights, not a model; write --pretrained, or the FILE itself")
+    return dict(given)
+
+
 def _options(given: dict[str, Any]) -> dict[str, Any]:
     """The options that were given, checked before torch is imported."""
     options = {k: v for k, v in given.items() if v is not None and v != ()}
@@ -152,7 +161,7 @@ def plan_command(
     from .surgery import input_sizes, plan, skeleton
     from .weights import base_of
 
-    args = dict(model_kwargs)
+    args = _arguments(model_kwargs)
     if _is_file(target):
         found = read_checkpoint(target)
         net = base_of(dataclasses.replace(found, model_args={**found.model_args, **args}), model, target, meta=True)
@@ -189,15 +198,15 @@ def inject_command(
             raise SEInjectError(
                 f"{target!r} already holds an injected model ({len(found.recipe.sites)} blocks): "
                 f"`se-inject eject {target} -o BASE` first")
-        net = load(target, model, model_args=dict(model_kwargs), **options)
+        net = load(target, model, model_args=_arguments(model_kwargs), **options)
     else:
         import timm
 
-        skeleton(target, **dict(model_kwargs))  # a wrong name gets its error here
+        skeleton(target, **_arguments(model_kwargs))  # a wrong name gets its error here
         if not pretrained:
             _say("random weights: add --pretrained for timm's own")
         try:
-            net = timm.create_model(target.removeprefix("se_inject/"), pretrained=pretrained, **dict(model_kwargs))
+            net = timm.create_model(target.removeprefix("se_inject/"), pretrained=pretrained, **_arguments(model_kwargs))
         except Exception as error:
             raise SEInjectError(f"timm could not create {target!r}: {error}") from error
         inject(net, **options)

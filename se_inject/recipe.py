@@ -171,9 +171,9 @@ def checked_args(args: Mapping[str, Any], source: object) -> dict[str, Any]:
     Raises:
         WeightsError: One of them is none of a model's own, such as a path to other weights.
     """
-    wrong = sorted(key for key in args if key in _NOT_OF_A_MODEL or key.startswith("pretrained"))
+    wrong = sorted(key for key in map(str, args) if key in _NOT_OF_A_MODEL or key.startswith("pretrained"))
     if wrong:
         raise WeightsError(
             f"{source}: it asks for {wrong[0]}={args[wrong[0]]!r}, which says how to load a model and not what it is; "
             "take that out of the file, and give it where you load the model")
-    return dict(args)
+    return {str(key): value for key, value in args.items()}

@@ -434,10 +434,10 @@ def skeleton(name: str, **args: Any) -> nn.Module:
         raise ConfigError(unknown_model_message(name, get_arch_name(bare)))
     try:
         return without_values(lambda: timm.create_model(bare, **args))
-    except TypeError as error:
+    except Exception as error:
         if not args:
             raise
-        raise ConfigError(f"timm cannot create {bare!r} with {args}: {error}") from error
+        raise ConfigError(f"timm cannot create {bare!r} with {args} ({error!r}): give the arguments that it takes") from error
 
 
 def without_values(make: Callable[[], nn.Module]) -> nn.Module:

@@ -138,6 +138,11 @@ def load(
         raise WeightsError(
             f"{str(path)!r} has all {len(under)} tensors of base={str(base)!r}, so none would be taken from there: leave base "
             "out, or give a file of save(only=...) with the parts to be loaded over it")
+    if below is not None and model is None and not _of_one_architecture(found, below):
+        raise WeightsError(
+            f"{str(path)!r} is of {found.architecture}, and base={str(base)!r} of {below.architecture}, whose weights may "
+            f"mean something else: give the base of {found.architecture}, or, if they are to go together, "
+            f"model={found.architecture!r}")
     top = {} if head is None else read_checkpoint(head).tensors
     if isinstance(model, nn.Module):
         net = model
@@ -167,6 +172,13 @@ def load(
             eject(net)
         raise
     return net if given else net.eval()
+
+
+def _of_one_architecture(*files: Checkpoint) -> bool:
+    """Whether the files that say their architecture say the same."""
+    from timm.models import get_arch_name
+
+    return len({get_arch_name(base_name(file.architecture)) for file in files if file.architecture}) <= 1
 
 
 def _inject_as_said(net: nn.Module, found: Checkpoint, options: dict[str, Any], path: object) -> None:
@@ -202,8 +214,11 @@ def _check_blocks(net: nn.Module, recipe: Recipe, path: object) -> None:
     def said(configs: Iterable[SEConfig]) -> set[tuple[Any, ...]]:
         return {tuple(getattr(c, name) for name in names) for c in configs}
 
-    theirs, ours = said(recipe.configs), said(i.config for i in injections_of(net))
-    if theirs != ours:
+    injections = injections_of(net)
+    theirs, ours = said(recipe.configs), said(i.config for i in injections)
+    equal = recipe.configs == tuple(i.written() for i in injections) and (
+        recipe.sites == tuple(s.path for i in injections for s in i.sites))
+    if theirs != ours or (len(ours) > 1 and not equal):  # which block has which
         raise WeightsError(
             f"{str(path)!r}: its blocks were made with {', '.join(names)} = {theirs}, and those of the model with {ours}: "
             "inject the model with the file's options, or load the file into a model without blocks")

@@ -113,3 +113,12 @@ def test_an_ejected_base_says_with_which_arguments_it_was_made(tmp_path):
     call("inject", tmp_path / "base.safetensors", "-o", tmp_path / "b.safetensors")
     base, x = se_inject.eject(model), torch.randn(1, 3, 64, 64)
     assert torch.equal(se_inject.load(tmp_path / "b.safetensors")(x), base(x))
+
+
+@pytest.mark.parametrize("argument, message", [
+    ("block=foo", "cannot create 'test_resnet'"), ("act_layer=zzz", "cannot create 'test_resnet'"),
+    ("pretrained=True", "write --pretrained"), ("checkpoint_path=/etc/passwd", "write --pretrained")])
+def test_arguments_that_timm_does_not_take(tmp_path, argument, message):
+    err = call("inject", "test_resnet", "-o", tmp_path / "x", "--model-kwargs", argument, code=2)[1]
+    assert message in err.replace("\n", " ")
+    assert not list(tmp_path.iterdir())

@@ -15,6 +15,7 @@ from torch import nn
 import se_inject
 from se_inject.checkpoint import read_checkpoint
 from se_inject.errors import WeightsError
+from se_inject.loading import block_paths
 
 from .util import randomise
 
@@ -592,3 +593,24 @@ def test_a_state_that_is_no_tensor(tmp_path):
 
     with pytest.raises(WeightsError, match=r"no tensors.*torch\.save"):
         se_inject.save(se_inject.inject(Net()), tmp_path / "m.safetensors")
+
+
+def test_a_base_of_another_architecture_is_refused(tmp_path):
+    for name, part in {"efficientnet_lite0": "se", "tf_efficientnet_lite0": None}.items():  # the same shapes, other padding
+        se_inject.save(timm.create_model(f"se_inject/{name}"), tmp_path / name, only=part)
+    files = tmp_path / "efficientnet_lite0", tmp_path / "tf_efficientnet_lite0"
+    with pytest.raises(WeightsError, match="is of efficientnet_lite0, and base="):
+        se_inject.load(files[0], base=files[1])
+    assert block_paths(se_inject.load(files[0], "tf_efficientnet_lite0", base=files[1]))
+
+
+def test_options_of_several_injections_belong_to_their_sites(tmp_path):
+    def net(first, second):
+        model = se_inject.inject(timm.create_model("test_resnet"), stages=1, rd_channels=8, act_layer=first)
+        return se_inject.inject(model, stages=(2, 3, 4), rd_channels=8, act_layer=second)
+
+    model = randomise(net("silu", "relu")).eval()
+    se_inject.save(model, tmp_path / "m.safetensors")
+    assert torch.equal(out(se_inject.load(tmp_path / "m.safetensors", net("silu", "relu"))), out(model))
+    with pytest.raises(WeightsError, match="blocks were made with"):
+        se_inject.load(tmp_path / "m.safetensors", net("relu", "silu"))
