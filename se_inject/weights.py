@@ -110,7 +110,7 @@ def load(
         The model, in eval mode; a given model in the mode that it had.
 
     Raises:
-        WeightsError: A file cannot be read or does not fit, or the base's weights are nowhere. A given model is
+        WeightsError: A file cannot be read or does not fit, or the weights of the base are nowhere. A given model is
             then as it was.
         ConfigError: An option is wrong, or the file has its own recipe.
     """
@@ -131,7 +131,8 @@ def load(
             "for a model that is already made: make it with them, or give its timm name")
     if recipe is not None and recipe.content != "full" and not given and base is None and not pretrained:
         raise WeightsError(f"{str(path)!r} holds the {CONTENTS[recipe.content]} alone: "
-                           "add base=FILE, pretrained=True, or model=a model with weights")
+                           "add base=FILE, pretrained=True, or model=a model with weights; "
+                           f"in the command, `se-inject merge {path} --base FILE -o FULL`")
     below = None if base is None else read_checkpoint(base)
     under = {} if below is None else below.tensors
     if below is not None and under.keys() <= found.tensors.keys():
@@ -166,7 +167,12 @@ def load(
                 f"expected {', '.join(classifier) or 'none, nor has the model'}")
         if below is not None and below.recipe is not None and (under.keys() - found.tensors.keys()) & Parts.of(net).se.keys():
             _check_blocks(net, below.recipe, base)
-        load_strictly(net, {**under, **found.tensors, **{k: t for k, t in top.items() if k in classifier}}, path)
+        joined = {**under, **found.tensors, **{k: t for k, t in top.items() if k in classifier}}
+        if not given and not pretrained and Parts.of(net).is_adapter(joined):  # what was built has random weights
+            raise WeightsError(
+                f"{', '.join(repr(str(p)) for p in (path, base, head) if p is not None)}: no weights of the base are there, "
+                "only those of blocks or head: add base=FILE with them, pretrained=True, or model=a model with weights")
+        load_strictly(net, joined, path)
     except BaseException:
         if given and mine and injections_of(net):
             eject(net)

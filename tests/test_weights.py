@@ -614,3 +614,18 @@ def test_options_of_several_injections_belong_to_their_sites(tmp_path):
     assert torch.equal(out(se_inject.load(tmp_path / "m.safetensors", net("silu", "relu"))), out(model))
     with pytest.raises(WeightsError, match="blocks were made with"):
         se_inject.load(tmp_path / "m.safetensors", net("relu", "silu"))
+def test_a_base_file_without_base_weights_is_an_error(tmp_path):
+    """Else the base would be the random one that was built for the weights."""
+    net = se_inject.inject(timm.create_model("resnet18"))
+    se_inject.save(net, tmp_path / "se.safetensors", only="se")
+    se_inject.save(net, tmp_path / "both.safetensors", only=("se", "head"))
+    for kind in ("se", "both"):
+        for base in ("se", "both"):
+            with pytest.raises(WeightsError, match="no weights of the base"):
+                se_inject.load(tmp_path / f"{kind}.safetensors", base=tmp_path / f"{base}.safetensors")
+        tensors = load_file(tmp_path / f"{kind}.safetensors")
+        torch.save(tensors, tmp_path / "plain.pth")
+        with pytest.raises(WeightsError, match="no weights of the base"):
+            se_inject.load(tmp_path / "plain.pth", "resnet18")
+        into = se_inject.load(tmp_path / "plain.pth", se_inject.inject(timm.create_model("resnet18")))  # it has weights
+        assert all(torch.equal(into.state_dict()[k], t) for k, t in tensors.items())
