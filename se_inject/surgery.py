@@ -165,7 +165,7 @@ def apply(model: nn.Module, prepared: Prepared) -> nn.Module:
     model.__dict__["_se_injections"] = (*injections_of(model), Injection(config, prepared.plan.sites, prepared.input_size))
     rename(model, injected=True)
     added = [p for named in blocks for block in named.values() for p in block.parameters()]
-    _logger.info("%d blocks injected, with %d parameters", sum(map(len, blocks)), len(added))
+    _logger.info("%d blocks injected, with %s parameters", sum(map(len, blocks)), f"{sum(p.numel() for p in added):,}")
     if any(p.grad is not None for p in model.parameters()):
         _logger.warning(
             "the model has gradients: an optimizer made before the injection does not have the %d new parameters: "

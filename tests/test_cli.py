@@ -39,7 +39,9 @@ def test_lite0_file_in_file_out(tmp_path):
     save_file(base.state_dict(), source)
     out, err = call("inject", source, "--model", "tf_efficientnet_lite0", "-o", injected, "--ratio", 0.5)
     assert out.strip() == str(injected)
-    assert "296 base tensors loaded, 64 SE tensors at identity" in err and "16 blocks injected" in err
+    count = se_inject.plan("tf_efficientnet_lite0", ratio=0.5).added_params
+    assert "296 base tensors loaded, 64 SE tensors at identity" in err
+    assert f"16 blocks injected, with {count:,} parameters" in err
     model = timm.create_model("se_inject/tf_efficientnet_lite0", se_ratio=0.5, checkpoint_path=str(injected)).eval()
     with torch.no_grad():
         assert torch.equal(model(x), y)
