@@ -237,18 +237,21 @@ def merge_command(file: str, base: str | None, head: str | None, pretrained: boo
 def info_command(file: str, as_json: bool) -> None:
     """Say what a file holds: architecture, recipe, blocks and parameters."""
     from .checkpoint import read_checkpoint
+    from .weights import said_blocks
 
+    logging.getLogger("se_inject").setLevel(logging.WARNING)  # nothing is injected that the caller knows of
     found = read_checkpoint(file)
     recipe = found.recipe
-    prefixes = tuple(f"{p}." for p in recipe.sites) if recipe else ()
-    se = {k for k in found.tensors if prefixes and k.startswith(prefixes)}
+    sites, configs = (recipe.sites, recipe.configs) if recipe else said_blocks(found, file)
+    prefixes = tuple(f"{p}." for p in sites)
+    se = {k for k in found.tensors if k.startswith(prefixes)}
     data: dict[str, Any] = {
         "file": file,
         "architecture": found.architecture,
         "model_args": found.model_args,
-        "content": recipe.content if recipe else "base",
-        "configs": [c.to_dict() for c in recipe.configs] if recipe else [],
-        "sites": list(recipe.sites) if recipe else [],
+        "content": recipe.content if recipe else "full" if se else "base",
+        "configs": [c.to_dict() for c in configs],
+        "sites": list(sites),
         "tensors": {"base": len(found.tensors) - len(se), "se": len(se)},
         "values": {
             "base": sum(t.numel() for k, t in found.tensors.items() if k not in se),

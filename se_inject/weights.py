@@ -13,7 +13,7 @@ from torch import nn
 from .checkpoint import Checkpoint, read_checkpoint
 from .config import SEConfig
 from .errors import ConfigError, WeightsError
-from .loading import Parts, load_strictly
+from .loading import Parts, block_paths, load_strictly
 from .naming import base_name
 from .recipe import CONTENTS, KEY, PARTS, Recipe
 from .registry import split_options
@@ -207,6 +207,20 @@ def _inject_as_said(net: nn.Module, found: Checkpoint, options: dict[str, Any], 
             f"{str(path)!r}: its options lead to {len(here)} blocks in {type(net).__name__}, and it names {len(there)} "
             f"({', '.join(differ[:3])} {'are' if len(differ) > 1 else 'is'} in one alone): load it with the versions of timm "
             "and se_inject that saved it, or into the model that it was saved from")
+
+
+def said_blocks(found: Checkpoint, path: object) -> tuple[tuple[str, ...], tuple[SEConfig, ...]]:
+    """Paths and options of the blocks in a file without a recipe whose architecture is a twin; else none.
+
+    Raises:
+        WeightsError: timm does not have the architecture, or not with the arguments that the file says.
+    """
+    if found.recipe is not None or base_name(found.architecture or "") == (found.architecture or ""):
+        return (), ()
+    net = base_of(found, None, path, meta=True)
+    _inject_as_said(net, found, {})
+    sites = tuple(p for p in block_paths(net) if any(k.startswith(f"{p}.") for k in found.tensors))
+    return sites, tuple(i.config for i in injections_of(net)) if sites else ()
 
 
 def _check_blocks(net: nn.Module, recipe: Recipe, path: object) -> None:

@@ -1,5 +1,6 @@
 """The command: real weights in and out, output that pipes, exit codes."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -67,6 +68,21 @@ def test_training_checkpoints_and_folders(tmp_path):
         with torch.no_grad():
             assert torch.equal(se_inject.load(tmp_path / "o.safetensors")(x), model(x))
         assert "8 sites" in call("plan", source)[0]
+
+
+def test_info_knows_the_blocks_of_a_training_checkpoint(tmp_path):
+    model, file = timm.create_model("se_inject/resnet18", se_ratio=0.125), tmp_path / "last.pth.tar"
+    args = argparse.Namespace(model_kwargs={"se_ratio": 0.125})
+    torch.save({"arch": "se_inject/resnet18", "state_dict": model.state_dict(), "args": args}, file)
+    out, err = call("info", file, "--json")
+    said = json.loads(out)
+    blocks = [k for k in model.state_dict() if ".se." in k]
+    assert said["content"] == "full" and said["configs"] == [{"ratio": 0.125}] and not err
+    assert said["tensors"] == {"base": len(model.state_dict()) - len(blocks), "se": len(blocks)}
+    assert said["sites"] == list(dict.fromkeys(k.split(".se.")[0] + ".se" for k in blocks))
+    base = {k: t for k, t in model.state_dict().items() if k not in blocks}
+    torch.save({"arch": "se_inject/resnet18", "state_dict": base}, file)
+    assert json.loads(call("info", file, "--json")[0])["content"] == "base"
 
 
 def test_demo(tmp_path):
