@@ -62,6 +62,22 @@ def check(native, block, base, args, options):
     return weights
 
 
+def test_a_frozen_base_stays_frozen_and_has_its_twin():
+    model = se_inject.freeze_base(randomise(timm.create_model("se_inject/resnet18")))
+    model.train()
+    modes, learn = [m.training for m in model.modules()], [p.requires_grad for p in model.parameters()]
+    weights = se_inject.to_native(model)
+    assert weights.architecture == "seresnet18"
+    assert [m.training for m in model.modules()] == modes and [p.requires_grad for p in model.parameters()] == learn
+    native = timm.create_model("seresnet18").eval()
+    native.load_state_dict(weights, strict=True)
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(native(x), model.eval()(x))
+    se_inject.unfreeze_base(model.train())
+    assert all(m.training for m in model.modules()) and all(p.requires_grad for p in model.parameters())
+
+
+
 @pytest.mark.parametrize("native, block, base, args, options", CHOSEN, ids=[t[0] for t in CHOSEN])
 def test_native_twin(native, block, base, args, options):
     assert check(native, block, base, args, options).architecture == native
