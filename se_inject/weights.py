@@ -116,40 +116,15 @@ def load(
     """
     found = read_checkpoint(path)
     found = dataclasses.replace(found, model_args={**found.model_args, **(model_args or {})})
-    recipe = found.recipe
-    if recipe is not None and options:
-        raise ConfigError(
-            f"{str(path)!r} has its own recipe, so {', '.join(sorted(options))} cannot be set; "
-            "load it without options, or load its base weights into a model and inject that")
-    given = isinstance(model, nn.Module)
-    unused: dict[str, Any] = {}
-    if isinstance(model, nn.Module):
-        unused = {"pretrained": pretrained, "model_args": model_args, "options": injections_of(model) and options}
-    if any(unused.values()):
-        raise ConfigError(
-            f"load({str(path)!r}, model={type(model).__name__}): {', '.join(k for k, v in unused.items() if v)} cannot be set "
-            "for a model that is already made: make it with them, or give its timm name")
-    if recipe is not None and recipe.content != "full" and not given and base is None and not pretrained:
-        raise WeightsError(f"{str(path)!r} holds the {CONTENTS[recipe.content]} alone: "
-                           "add base=FILE, pretrained=True, or model=a model with weights; "
-                           f"in the command, `se-inject merge {path} --base FILE -o FULL`")
-    below = None if base is None else read_checkpoint(base)
-    under = {} if below is None else below.tensors
-    if below is not None and under.keys() <= found.tensors.keys():
-        raise WeightsError(
-            f"{str(path)!r} has all {len(under)} tensors of base={str(base)!r}, so none would be taken from there: leave base "
-            "out, or give a file of save(only=...) with the parts to be loaded over it")
-    if below is not None and model is None and not _of_one_architecture(found, below):
-        raise WeightsError(
-            f"{str(path)!r} is of {found.architecture}, and base={str(base)!r} of {below.architecture}, whose weights may "
-            f"mean something else: give the base of {found.architecture}, or, if they are to go together, "
-            f"model={found.architecture!r}")
+    _check_request(found, path, model, base, pretrained, model_args, options)
+    below = None if base is None else _read_base(base, found, path, model)
     top = {} if head is None else read_checkpoint(head).tensors
+    given = isinstance(model, nn.Module)
     if isinstance(model, nn.Module):
         net = model
     else:
-        everything = {**under, **found.tensors, **top}
-        sizes = infer_model_args(base_architecture(found, model, path), everything) if under or top else {}
+        everything = {**(below.tensors if below else {}), **found.tensors, **top}
+        sizes = infer_model_args(base_architecture(found, model, path), everything) if below or top else {}
         args = {**found.model_args, **sizes}  # classes and channels are those of the weights that are taken
         net = base_of(dataclasses.replace(found, tensors=everything, model_args=args), model, path, pretrained=pretrained)
         net.to(device=device, dtype=dtype)
@@ -157,27 +132,87 @@ def load(
     try:
         if mine:
             _inject_as_said(net, found, options, path)
-        elif recipe is not None:
-            _check_blocks(net, recipe, path)
-        classifier = Parts.of(net).head
-        lacks = [key for key in classifier if key not in top and not key.endswith("num_batches_tracked")]
-        if top and (lacks or not classifier):
-            raise WeightsError(
-                f"{str(head)!r} has no tensors of {'a' if len(lacks) == len(classifier) else 'the whole'} classifier: "
-                f"expected {', '.join(classifier) or 'none, nor has the model'}")
-        if below is not None and below.recipe is not None and (under.keys() - found.tensors.keys()) & Parts.of(net).se.keys():
-            _check_blocks(net, below.recipe, base)
-        joined = {**under, **found.tensors, **{k: t for k, t in top.items() if k in classifier}}
-        if not given and not pretrained and Parts.of(net).is_adapter(joined):  # what was built has random weights
+        elif found.recipe is not None:
+            _check_blocks(net, found.recipe, path)
+        tensors = _joined(net, found, below, base, top, head)
+        if not given and not pretrained and Parts.of(net).is_adapter(tensors):  # what was built has random weights
             raise WeightsError(
                 f"{', '.join(repr(str(p)) for p in (path, base, head) if p is not None)}: no weights of the base are there, "
                 "only those of blocks or head: add base=FILE with them, pretrained=True, or model=a model with weights")
-        load_strictly(net, joined, path)
+        load_strictly(net, tensors, path)
     except BaseException:
         if given and mine and injections_of(net):
             eject(net)
         raise
     return net if given else net.eval()
+
+
+def _check_request(
+    found: Checkpoint, path: object, model: nn.Module | str | None, base: object, pretrained: bool,
+    model_args: Mapping[str, Any] | None, options: dict[str, Any],
+) -> None:  # fmt: skip
+    """Refuse arguments of `load` that the file contradicts, or that would be ignored.
+
+    Raises:
+        ConfigError: As said.
+        WeightsError: There would be no weights for the base.
+    """
+    recipe = found.recipe
+    if recipe is not None and options:
+        raise ConfigError(
+            f"{str(path)!r} has its own recipe, so {', '.join(sorted(options))} cannot be set; "
+            "load it without options, or load its base weights into a model and inject that")
+    if isinstance(model, nn.Module):
+        unused = {"pretrained": pretrained, "model_args": model_args, "options": injections_of(model) and options}
+        if any(unused.values()):
+            raise ConfigError(
+                f"load({str(path)!r}, model={type(model).__name__}): {', '.join(k for k, v in unused.items() if v)} cannot "
+                "be set for a model that is already made: make it with them, or give its timm name")
+    elif recipe is not None and recipe.content != "full" and base is None and not pretrained:
+        raise WeightsError(
+            f"{str(path)!r} holds the {CONTENTS[recipe.content]} alone: add base=FILE, pretrained=True, or model=a model "
+            f"with weights; in the command, `se-inject merge {path} --base FILE -o FULL`")
+
+
+def _read_base(
+    base: str | os.PathLike[str], found: Checkpoint, path: object, model: nn.Module | str | None
+) -> Checkpoint:
+    """The file of the base's weights.
+
+    Raises:
+        WeightsError: It adds nothing, or is of another architecture.
+    """
+    below = read_checkpoint(base)
+    if below.tensors.keys() <= found.tensors.keys():
+        raise WeightsError(
+            f"{str(path)!r} has all {len(below.tensors)} tensors of base={str(base)!r}, so none would be taken from there: "
+            "leave base out, or give a file of save(only=...) with the parts to be loaded over it")
+    if model is None and not _of_one_architecture(found, below):
+        raise WeightsError(
+            f"{str(path)!r} is of {found.architecture}, and base={str(base)!r} of {below.architecture}, whose weights may "
+            f"mean something else: give the base of {found.architecture}, or, if they are to go together, "
+            f"model={found.architecture!r}")
+    return below
+
+
+def _joined(
+    net: nn.Module, found: Checkpoint, below: Checkpoint | None, base: object, top: Mapping[str, torch.Tensor], head: object
+) -> dict[str, torch.Tensor]:
+    """The tensors of all files: the base's, those of the file over them, and the classifier of `head` over those.
+
+    Raises:
+        WeightsError: `head` has not the whole classifier, or the base's file has blocks of another kind that would count.
+    """
+    parts = Parts.of(net)
+    lacks = [key for key in parts.head if key not in top and not key.endswith("num_batches_tracked")]
+    if top and (lacks or not parts.head):
+        raise WeightsError(
+            f"{str(head)!r} has no tensors of {'a' if len(lacks) == len(parts.head) else 'the whole'} classifier: "
+            f"expected {', '.join(parts.head) or 'none, nor has the model'}")
+    under = {} if below is None else below.tensors
+    if below is not None and below.recipe is not None and (under.keys() - found.tensors.keys()) & parts.se.keys():
+        _check_blocks(net, below.recipe, base)
+    return {**under, **found.tensors, **{k: t for k, t in top.items() if k in parts.head}}
 
 
 def _of_one_architecture(*files: Checkpoint) -> bool:
@@ -218,7 +253,7 @@ def said_blocks(found: Checkpoint, path: object) -> tuple[tuple[str, ...], tuple
     if found.recipe is not None or base_name(found.architecture or "") == (found.architecture or ""):
         return (), ()
     net = base_of(found, None, path, meta=True)
-    _inject_as_said(net, found, {})
+    _inject_as_said(net, found, {}, path)
     sites = tuple(p for p in block_paths(net) if any(k.startswith(f"{p}.") for k in found.tensors))
     return sites, tuple(i.config for i in injections_of(net)) if sites else ()
 
