@@ -621,7 +621,7 @@ def test_a_base_file_without_base_weights_is_an_error(tmp_path):
     se_inject.save(net, tmp_path / "both.safetensors", only=("se", "head"))
     for kind in ("se", "both"):
         for base in ("se", "both"):
-            with pytest.raises(WeightsError, match="no weights of the base"):
+            with pytest.raises(WeightsError, match="no weights of the base|none would be taken from there"):
                 se_inject.load(tmp_path / f"{kind}.safetensors", base=tmp_path / f"{base}.safetensors")
         tensors = load_file(tmp_path / f"{kind}.safetensors")
         torch.save(tensors, tmp_path / "plain.pth")
