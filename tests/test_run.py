@@ -81,9 +81,9 @@ def test_the_twins_are_there_and_the_script_decides_on_logging(script):
             model.load_state_dict({k: t for k, t in model.state_dict().items() if ".se." not in k})
         """)
     done = call(*RUN, path, "build")
-    line, counts = done.stdout.splitlines()
-    assert line == "se_inject: a line" and done.stderr == ""
-    assert counts.startswith("se_inject: ") and "base tensors loaded, 0 SE tensors loaded" in counts
+    line, injected, counts = done.stdout.splitlines()
+    assert line == "se_inject: a line" and done.stderr == "" and "blocks injected" in injected
+    assert counts.startswith("se_inject: ") and "base tensors loaded" in counts and "SE tensors at identity" in counts
     quiet = call(sys.executable, "-m", "se_inject", "-q", "run", path)
     assert (quiet.stdout, quiet.stderr) == ("", "")
 

@@ -86,6 +86,7 @@ def test_load_state_dict_says_what_it_did(files, caplog):
     model = timm.create_model(f"se_inject/{name}")
     base, se = load_file(folder / "base.safetensors"), load_file(folder / "se.safetensors")
     with caplog.at_level(logging.INFO, "se_inject"):
+        caplog.clear()
         model.load_state_dict(base)
         assert torch.equal(out(model), yb)
         model.load_state_dict(se)
