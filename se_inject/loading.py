@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ def keep_absent_base(
     model: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
     missing: list[str], unexpected: list[str], errors: list[str],
 ) -> None:  # fmt: skip
-    """Before an injected model loads: where only keys of blocks, of the head, or of both are there, the base keeps
+    """Before an injected model loads: where only keys of blocks, or of blocks and the head, are there, the base keeps
     its values. Says what is loaded."""
     parts = Parts.of(model)
     found = {key[len(prefix):]: t for key, t in state_dict.items() if key.startswith(prefix)}
@@ -73,17 +73,14 @@ class Parts:
     def everything(self) -> dict[str, torch.Tensor]:
         return {**self.base, **self.head, **self.se}
 
-    def is_adapter(self, keys: Iterable[str]) -> bool:
+    def is_partial(self, keys: Collection[str]) -> bool:
         """Whether `keys` are those of blocks, of the head, or of both alone, to be loaded over a base."""
-        se = head = other = 0
-        for key in keys:
-            if key in self.se:
-                se += 1
-            elif key in self.head:
-                head += 1
-            else:
-                other += 1
-        return se + head > 0 and other == 0 and head in (0, len(self.head))
+        others = {key for key in keys if key not in self.se}
+        return bool(keys) and (not others or others == self.head.keys())
+
+    def is_adapter(self, keys: Collection[str]) -> bool:
+        """The same, but with blocks: a head alone may as well be what is left of a broken file."""
+        return self.is_partial(keys) and any(key in self.se for key in keys)
 
 
 def around_blocks(filter_fn: Callable[..., Any] | None) -> Callable[..., Any]:
@@ -138,7 +135,7 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, torch.Tensor], source:
         raise WeightsError(
             f"{source}: {len(wrong)} of {len(tensors)} tensors have another shape ({'; '.join(wrong[:3])}): "
             "check the architecture, num_classes, in_chans and the options of the injection")
-    missing = [] if parts.is_adapter(tensors) else [
+    missing = [] if parts.is_partial(tensors) else [
         k for k in (*parts.base, *parts.head)
         if k not in tensors and not k.endswith("num_batches_tracked")]  # torch can do without
     missing += parts_of_blocks(parts, tensors)
@@ -157,7 +154,8 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, torch.Tensor], source:
     bad = [k for k, t in tensors.items() if t.is_floating_point() and t.isnan().any()]
     if bad:
         raise WeightsError(f"{source}: {len(bad)} tensors hold NaN ({', '.join(bad[:3])}); save a sound model")
-    model.load_state_dict(dict(tensors), strict=True)
+    alone = parts.is_partial(tensors) and not parts.is_adapter(tensors)  # a head, as was asked for
+    model.load_state_dict(dict(tensors), strict=not alone)
 
 
 def block_paths(model: nn.Module) -> list[str]:

@@ -135,7 +135,7 @@ def load(
         elif found.recipe is not None:
             _check_blocks(net, found.recipe, path)
         tensors = _joined(net, found, below, base, top, head)
-        if not given and not pretrained and Parts.of(net).is_adapter(tensors):  # what was built has random weights
+        if not given and not pretrained and Parts.of(net).is_partial(tensors):  # what was built has random weights
             raise WeightsError(
                 f"{', '.join(repr(str(p)) for p in (path, base, head) if p is not None)}: no weights of the base are there, "
                 "only those of blocks or head: add base=FILE with them, pretrained=True, or model=a model with weights")
