@@ -1,3 +1,5 @@
+import ctypes
+
 import pytest
 import torch
 
@@ -5,6 +7,13 @@ import torch
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+def pytest_runtest_teardown():
+    """Give free memory back: glibc keeps what large models leave, and there are two workers."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def pytest_addoption(parser):

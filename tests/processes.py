@@ -46,9 +46,17 @@ class Pair:
 
 @functools.cache
 def pair() -> Pair:
+    """Started by the first who asks, and kept until `part`."""
     new = Pair()
     atexit.register(new.close)
     return new
+
+
+def part() -> None:
+    """End the two processes, where there are some: they take as much memory as a worker."""
+    if pair.cache_info().currsize:
+        pair().close()
+        pair.cache_clear()
 
 
 def _join(rank: int, store: str) -> None:

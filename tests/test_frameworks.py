@@ -12,6 +12,7 @@ from se_inject.surgery import injections_of
 from . import compilers, training  # noqa: F401
 from .families import FAMILIES, identity
 from .frameworks import COLUMNS
+from .processes import part
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "frameworks.md"
 HEAD = ("family", "blocks", *COLUMNS)
@@ -67,6 +68,7 @@ def found(request):
     """The cells that were run in this process."""
     new: dict[str, dict[str, str]] = {}
     yield new
+    part()
     if request.config.getoption("--overwrite") and not hasattr(request.config, "workerinput"):
         old = cells() if PAGE.exists() else {}
         PAGE.write_text(page({

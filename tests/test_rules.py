@@ -347,7 +347,7 @@ def test_owners(toy, paths):
 
 def test_the_gate_of_a_nested_branch_is_before_its_scale():
     model = se_inject.inject(Net(Nested()), input_size=(3, 8, 8))
-    assert [type(m).__name__ for m in model.unit.branch] == ["Sequential", "Conv2d", "SqueezeExcite", "Scale"]
+    assert [type(m).__name__ for m in model.unit.branch.children()] == ["Sequential", "Conv2d", "SqueezeExcite", "Scale"]
 
 
 def test_two_streams():
@@ -365,7 +365,7 @@ def test_a_sum_that_is_no_residual_is_said(toy, reason):
 
 def test_inner_is_where_the_branchs_convolution_is():
     model = se_inject.inject(Net(Nested()), input_size=(3, 8, 8), placement="inner")
-    assert [type(m).__name__ for m in model.unit.branch] == ["Sequential", "SqueezeExcite", "Conv2d", "Scale"]
+    assert [type(m).__name__ for m in model.unit.branch.children()] == ["Sequential", "SqueezeExcite", "Conv2d", "Scale"]
     plan = se_inject.plan(Net(Concat()), input_size=(3, 8, 8), placement="inner")
     assert not plan.sites and "one convolution over space that the whole branch goes through" in plan.skipped[0].reason
     assert len(se_inject.plan("densenet121", placement="inner").sites) == 58  # a new feature ends with its convolution
