@@ -61,6 +61,7 @@ class Absorber:
         self.compensate = compensate
         self._names = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
         self._nodes: dict[int, dict[int, fx.Node]] = {}
+        self._uses: dict[fx.Graph, Counter[tuple[str, str]]] = {}
 
     # what both directions use
 
@@ -92,7 +93,8 @@ class Absorber:
             there = pairs.get(node)
             ours = {pairs.get(u) for u in readers(view, node)}
             if there is None or pairs.get(user) is None or None in ours or ours != {
-                    u for u in there.users if u.target not in SIZES} or not all(_is_single(n) for n in (there, pairs[user])):
+                    u for u in there.users if u.target not in SIZES} or not (
+                    self._is_single(there) and self._is_single(pairs[user])):
                 raise Unabsorbed(f"{type(view.module).__name__}.forward branches on sizes, and does something else there")
 
     def _bound(self, module: nn.Module, node: fx.Node) -> Mapping[str, Any]:
@@ -109,7 +111,7 @@ class Absorber:
             raise Unabsorbed(f"{key} is shared with another module")
         if len(self.traces.calls.get(module, ())) != (0 if path else 1):
             raise Unabsorbed(f"{key} is used more than once")
-        if not _is_single(node) or tuple(p.shape) != labels.shape or self._reads(view.call.parent, key):
+        if not self._is_single(node) or tuple(p.shape) != labels.shape or self._reads(view.call.parent, key):
             raise Unabsorbed(f"{key} is used more than once")
         return [Scaling(key, labels, power)]
 
@@ -119,10 +121,20 @@ class Absorber:
             with contextlib.suppress(Unabsorbed):
                 view = self.view(call)
                 path = f"{view.path}." if view.path else ""
-                if any(n.op == "get_attr" and path + str(n.target) == key for n in view.nodes):
+                if key.startswith(path) and self._used(view.forward.graph)["get_attr", key[len(path):]]:
                     return True
             call = call.parent
         return False
+
+    def _used(self, graph: fx.Graph) -> Counter[tuple[str, str]]:
+        """How often a forward calls each layer, and reads each parameter."""
+        if graph not in self._uses:
+            self._uses[graph] = Counter((n.op, str(n.target)) for n in graph.nodes)
+        return self._uses[graph]
+
+    def _is_single(self, node: fx.Node) -> bool:
+        """Whether a layer is called, or a parameter read, by this node alone."""
+        return node.op not in ("call_module", "get_attr") or self._used(node.graph)[node.op, str(node.target)] == 1
 
     # towards what a value is made of
 
@@ -375,12 +387,6 @@ class Absorber:
         except NoMove:
             raise Unabsorbed(f"it does not pass {spelled(user, view)}") from None
         return self.down(view, user, there, power)
-
-
-def _is_single(node: fx.Node) -> bool:
-    """Whether a layer is called, or a parameter read, by this node alone."""
-    return node.op not in ("call_module", "get_attr") or sum(
-        (n.op, n.target) == (node.op, node.target) for n in node.graph.nodes) == 1
 
 
 def _other_ways(view: View) -> list[dict[fx.Node, fx.Node]]:

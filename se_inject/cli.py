@@ -187,7 +187,7 @@ def inject_command(
     only_se: bool, **given: Any,
 ) -> None:  # fmt: skip
     """Put blocks into a named model or a saved one, and write weights and recipe to OUT."""
-    options = _options(given)
+    options, args = _options(given), _arguments(model_kwargs)
     from .checkpoint import read_checkpoint
     from .surgery import inject, skeleton
     from .weights import load, save
@@ -198,15 +198,15 @@ def inject_command(
             raise SEInjectError(
                 f"{target!r} already holds an injected model ({len(found.recipe.sites)} blocks): "
                 f"`se-inject eject {target} -o BASE` first")
-        net = load(target, model, model_args=_arguments(model_kwargs), **options)
+        net = load(target, model, model_args=args, **options)
     else:
         import timm
 
-        skeleton(target, **_arguments(model_kwargs))  # a wrong name gets its error here
+        skeleton(target, **args)  # a wrong name gets its error here
         if not pretrained:
             _say("random weights: add --pretrained for timm's own")
         try:
-            net = timm.create_model(target.removeprefix("se_inject/"), pretrained=pretrained, **_arguments(model_kwargs))
+            net = timm.create_model(target.removeprefix("se_inject/"), pretrained=pretrained, **args)
         except Exception as error:
             raise SEInjectError(f"timm could not create {target!r}: {error}") from error
         inject(net, **options)

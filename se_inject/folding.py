@@ -161,8 +161,8 @@ def _find(model: nn.Module, size: tuple[int, ...]) -> list[_Found]:
             raise SEInjectError(
                 f"fold({type(model).__name__}): the model does not take the loader's images, of (C, H, W) = {size}: {error}"
             ) from error
+        absorber = Absorber(model, traces)
         for f in found:
-            absorber = Absorber(model, traces)
             try:
                 calls = traces.calls.get(f.block, [])
                 if not calls:
