@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from .errors import SEInjectError as SEInjectError
     from .fold_report import FoldReport as FoldReport
     from .folding import fold as fold
+    from .inference import optimize_for_inference as optimize_for_inference
+    from .inference_report import OptimisedModel as OptimisedModel
     from .native import NativeWeights as NativeWeights
     from .native import to_native as to_native
     from .planning import Plan as Plan
@@ -34,6 +36,7 @@ _HOMES = {
     "SEConfig": "config", "SEInjectError": "errors", "NoSitesError": "errors", "plan": "surgery", "inject": "surgery",
     "eject": "surgery", "Plan": "planning", "Site": "planning", "save": "weights", "load": "weights",
     "register_block": "blocks", "se_parameters": "training", "freeze_base": "training", "unfreeze_base": "training",
+    "optimize_for_inference": "inference", "OptimisedModel": "inference_report",
     "fold": "folding", "FoldReport": "fold_report", "to_native": "native", "NativeWeights": "native",
 }  # fmt: skip
 __all__ = ["__version__", *_HOMES]

@@ -8,9 +8,8 @@ own layers too, is followed by its own trace. The factors of a value's elements 
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,9 +39,9 @@ from .factors import (
     times,
     vector,
 )
+from .flow import Flow, other_ways
 from .graph import ADDS, MULS, Traces, View, is_tensor, shape
 from .labels import ONE, NoMove, compact
-from .paths import counterparts, trace_paths
 from .patterns import argument
 from .record import Call
 
@@ -60,7 +59,7 @@ class Absorber:
         self.traces = traces
         self.compensate = compensate
         self._names = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-        self._nodes: dict[int, dict[int, fx.Node]] = {}
+        self.flow = Flow(traces)
         self._uses: dict[fx.Graph, Counter[tuple[str, str]]] = {}
 
     # what both directions use
@@ -73,13 +72,13 @@ class Absorber:
 
     def caller(self, view: View) -> tuple[View, fx.Node]:
         """The forward that calls `view`'s module, and the node that does."""
-        call = view.call
-        if call.parent is None:
+        try:
+            above = self.flow.caller(view)
+        except TraceError as error:
+            raise Unabsorbed(str(error)) from None
+        if above is None:
             raise Unabsorbed("the model's own input or output would change")
-        parent = self.view(call.parent)
-        if id(parent) not in self._nodes:
-            self._nodes[id(parent)] = {id(parent.call_of(n)): n for n in parent.nodes if n.op == "call_module"}
-        return parent, self._nodes[id(parent)][id(call)]
+        return above
 
     def _check_ways(self, view: View, node: fx.Node, user: fx.Node) -> None:
         """That a value is read by the same on each way through a forward that branches on sizes.
@@ -89,16 +88,13 @@ class Absorber:
         """
         if not view.forward.decisions:
             return
-        for pairs in view.shared("other ways", lambda: _other_ways(view)):
+        for pairs in other_ways(view):
             there = pairs.get(node)
             ours = {pairs.get(u) for u in readers(view, node)}
             if there is None or pairs.get(user) is None or None in ours or ours != {
                     u for u in there.users if u.target not in SIZES} or not (
                     self._is_single(there) and self._is_single(pairs[user])):
                 raise Unabsorbed(f"{type(view.module).__name__}.forward branches on sizes, and does something else there")
-
-    def _bound(self, module: nn.Module, node: fx.Node) -> Mapping[str, Any]:
-        return inspect.signature(type(module).forward).bind(module, *node.args, **node.kwargs).arguments
 
     def _parameter(self, view: View, node: fx.Node, labels: torch.Tensor, power: int) -> list[Scaling]:
         path, _, name = str(node.target).rpartition(".")
@@ -154,7 +150,7 @@ class Absorber:
         labels, more = self._with_other_readers(view, node, labels, user, power)
         if node.op == "placeholder":
             parent, at = self.caller(view)
-            arg = self._bound(view.module, at).get(str(node.target))
+            arg = self.flow.bound(view.module, at).get(str(node.target))
             return more + self.up(parent, arg, labels, at, power)
         if node.op == "call_module":
             call = view.call_of(node)
@@ -317,7 +313,7 @@ class Absorber:
         if user.op == "call_module":
             call = view.call_of(user)
             inside = self.view(call)
-            names = [k for k, v in self._bound(call.module, user).items() if v is node]
+            names = [k for k, v in self.flow.bound(call.module, user).items() if v is node]
             inputs = [n for n in inside.nodes if n.op == "placeholder" and n.target in names]
             if len(names) != 1 or len(inputs) != 1:
                 raise Unabsorbed(f"{call.path} takes it in among others")
@@ -387,15 +383,3 @@ class Absorber:
         except NoMove:
             raise Unabsorbed(f"it does not pass {spelled(user, view)}") from None
         return self.down(view, user, there, power)
-
-
-def _other_ways(view: View) -> list[dict[fx.Node, fx.Node]]:
-    """For each other way through a forward on which layers are called, the nodes that are those of the traced one."""
-    try:
-        paths = trace_paths(view.module, view.forward.constants, reading=True)
-    except TraceError:
-        return [{}]
-    return [
-        counterparts(view.forward.graph, p.graph) for p in paths
-        if p.graph is not None and p.outcomes != view.forward.decisions and any(
-            n.op in ("call_module", "get_attr") for n in p.graph.nodes)]

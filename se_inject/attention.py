@@ -18,7 +18,8 @@ _POOLINGS = {
 _POOLING_LAYERS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AvgPool2d)
 
 
-def _unexpanded(node: fx.Node) -> fx.Node:
+def unexpanded(node: fx.Node) -> fx.Node:
+    """What a value is before it was expanded."""
     while node.op == "call_method" and node.target in ("expand", "expand_as") and is_tensor(node.args[0]):
         node = node.args[0]  # type: ignore[assignment]
     return node
@@ -34,7 +35,7 @@ def is_gate(view: View, node: fx.Node) -> bool:
         return False
     for x, g in (node.args[:2], node.args[1::-1]):
         assert isinstance(x, fx.Node) and isinstance(g, fx.Node)
-        g = _unexpanded(g)
+        g = unexpanded(g)
         xs, gs = shape(x), shape(g)
         if len(xs) < 3 or len(xs) != len(gs) or not view.ancestors[view.index[g]] >> view.index[x] & 1:
             continue

@@ -55,7 +55,7 @@ def own_forward(call: Call, marker: str | None = None, reading: bool = False) ->
     known: dict[fx.Node, Any] = {}
 
     def decide(node: fx.Node) -> bool:
-        decisions.append(bool(_evaluate(node, values, known)))
+        decisions.append(bool(_evaluate(node, call.module, values, known)))
         return decisions[-1]
 
     with untouched([call.module]):
@@ -115,16 +115,21 @@ def _check_rereads(graph: fx.Graph, call: Call) -> None:
             raise TraceError(f"{type(call.module).__name__}.forward reads a tensor again that it has changed in place")
 
 
-def _evaluate(node: fx.Node, values: dict[str, Any], known: dict[fx.Node, Any]) -> Any:
-    """The value of a node that depends on the arguments' sizes alone.
+def _evaluate(node: fx.Node, module: nn.Module, values: dict[str, Any], known: dict[fx.Node, Any]) -> Any:
+    """The value of a node that depends on the sizes of arguments and parameters alone.
 
     Raises:
         TraceError: It depends on what is in a tensor, or on a child.
     """
     if node not in known:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _evaluate(n, values, known))
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _evaluate(n, module, values, known))
         if node.op == "placeholder":
             known[node] = values.get(str(node.target).lstrip("*"))
+        elif node.op == "get_attr":
+            tensors = {**module._parameters, **module._buffers}  # not through fx, which is tracing
+            if node.target not in tensors:
+                raise TraceError("it branches on what its children hold")
+            known[node] = tensors[str(node.target)]
         elif node.op == "call_function":
             known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         elif node.op == "call_method":

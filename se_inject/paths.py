@@ -104,6 +104,27 @@ def same_graph(a: fx.Graph, b: fx.Graph, constants: dict[str, Any]) -> bool:
     return True
 
 
+def same_work(a: Path, b: Path) -> bool:
+    """Whether two ways through a forward differ in nothing but what they ask to find the way."""
+    return a.graph is not None and b.graph is not None and same_graph(_without_conditions(a), _without_conditions(b), {})
+
+
+def _without_conditions(path: Path) -> fx.Graph:
+    assert path.graph is not None
+    gone: set[fx.Node] = set()
+    asked = set(path.conditions)
+    for node in reversed(path.graph.nodes):
+        if node in asked and node.op != "placeholder" and all(u in gone for u in node.users):
+            gone.add(node)
+            asked.update(node.all_input_nodes)
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in path.graph.nodes:
+        if node not in gone:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    return graph
+
+
 def counterparts(a: fx.Graph, b: fx.Graph) -> dict[fx.Node, fx.Node]:
     """The nodes of `a` that are also in `b`: computed alike from the inputs, or alike on the way to the output."""
     numbers: dict[Any, int] = {}

@@ -155,16 +155,8 @@ def _generate(
 ) -> type[nn.Module]:
     """The class for ways through a forward; `edits` are those of `main`, which is kept as it is."""
     base = base_class(module)
-    # torch.jit.script takes a global for undefined where it is None
-    plain = {name: repr(value) for name, value in fixed.items() if value is None or type(value) in (bool, int)}
-    names: dict[str, Any] = {
-        _ERROR: SEInjectError, **{f"_se_fixed_{name}": value for name, value in fixed.items() if name not in plain}}
-    guards = "".join(
-        f"    if {name} {'is not' if value is None or isinstance(value, bool) else '!='} "
-        f"{plain.get(name, f'_se_fixed_{name}')}:\n"
-        f"        raise {_ERROR}('{base.__name__}.forward was rewritten for one value of {name}: '\n"
-        f"            'eject(), then inject() the model in the way it is called')\n"
-        for name, value in fixed.items())
+    guards, names = _guards(fixed, f"{base.__name__}.forward was rewritten for one value of {{name}}: "
+                            "eject(), then inject() the model in the way it is called")
     if len(paths) == 1 and not checkpoints(paths[0].graph):
         assert paths[0].graph is not None
         code = put_in(paths[0].graph, edits.edits).python_code("self")
@@ -236,6 +228,25 @@ def _condition(node: fx.Node, base: type[nn.Module]) -> fx.Graph:
     return graph
 
 
+def _guards(fixed: dict[str, Any], message: str) -> tuple[str, dict[str, Any]]:
+    """Code that raises where an argument is not as it was fixed, and the names that it needs; `message` has a ``{name}``."""
+    # torch.jit.script takes a global for undefined where it is None
+    plain = {name: repr(value) for name, value in fixed.items() if value is None or type(value) in (bool, int)}
+    names: dict[str, Any] = {
+        _ERROR: SEInjectError, **{f"_se_fixed_{name}": value for name, value in fixed.items() if name not in plain}}
+    return "".join(
+        f"    if {name} {'is not' if value is None or isinstance(value, bool) else '!='} "
+        f"{plain.get(name, f'_se_fixed_{name}')}:\n"
+        f"        raise {_ERROR}({message.format(name=name)!r})\n"
+        for name, value in fixed.items()), names
+
+
+def guarded(source: str, fixed: dict[str, Any], message: str) -> tuple[str, dict[str, Any]]:
+    """The source of a function that raises where an argument is not as it was fixed, and the names that it needs."""
+    guards, names = _guards(fixed, message)
+    return _with_guards(source, guards), names if fixed else {}
+
+
 def _with_guards(source: str, guards: str) -> str:
     if not guards:
         return source
@@ -278,11 +289,12 @@ def _class_of(
         namespace = dict(names)
         exec(compile(source, filename, "exec"), namespace)
         methods = {k: v for k, v in namespace.items() if k == "forward" or k.startswith(("_se_way_", "_se_test_"))}
-        _classes[key] = _derived(base, {**methods, "_se_graph": graph, "__setattr__": _set_attribute})
+        _classes[key] = derived(base, {**methods, "_se_graph": graph, "__setattr__": _set_attribute})
     return _classes[key]
 
 
-def _derived(base: type[nn.Module], members: dict[str, Any]) -> type[nn.Module]:
+def derived(base: type[nn.Module], members: dict[str, Any]) -> type[nn.Module]:
+    """A subclass with these members, under the name of its base."""
     own = {name for cls in base.__mro__ if cls not in (nn.Module, object) for name in cls.__dict__}
     copying = {} if own & {"__getstate__", "__deepcopy__", "__copy__"} else {"__deepcopy__": _deepcopy, "__copy__": _copy}
     return type(base.__name__, (base,), {
@@ -319,14 +331,14 @@ def _traces_alike(old: Any, new: Any) -> bool:
 def sequential_class(base: type[nn.Module]) -> type[nn.Module]:
     """The subclass of a plain `nn.Sequential`'s class whose positions do not count the blocks."""
     if (base,) not in _classes:
-        _classes[base,] = _derived(base, MEMBERS)
+        _classes[base,] = derived(base, MEMBERS)
     return _classes[base,]
 
 
 @functools.cache
 def _stale(cls: Any) -> type[nn.Module]:
     """The class of an owner whose attributes were set since its forward was generated as `cls`."""
-    return _derived(cls._se_base, {"forward": _forward_anew, "_se_stale": True, "_se_graph": cls._se_graph})
+    return derived(cls._se_base, {"forward": _forward_anew, "_se_stale": True, "_se_graph": cls._se_graph})
 
 
 def _forward_anew(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -22,6 +22,7 @@ from .layers import attach_matcher, detach_matcher
 from .loading import register_hooks, remove_hooks
 from .meta import MetaOps
 from .naming import architecture_of, base_name, rename
+from .optimized import refuse_optimised
 from .patterns import LINEAR, UNLEARNED
 from .planning import Plan, Site
 from .record import Call, abstract, record, run
@@ -189,6 +190,7 @@ def eject(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"eject({model!r}) needs a model")
+    refuse_optimised(model, "eject")
     owners = edited_owners(model)
     other = [type(m).__name__ for m in owners if hasattr(m, "_se_base") and "_se_base" not in type(m).__dict__]
     if other:
@@ -343,6 +345,7 @@ def _refuse(model: nn.Module, config: SEConfig) -> None:
     """Raise for what cannot be planned or rewritten, with the call that works."""
     if not isinstance(model, nn.Module):
         raise ConfigError(f"expected a torch.nn.Module or a timm name, found {type(model).__name__}")
+    refuse_optimised(model, "inject")
     why = problem(config)
     if why is not None:
         raise ConfigError(why)

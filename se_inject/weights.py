@@ -15,6 +15,7 @@ from .config import SEConfig
 from .errors import ConfigError, WeightsError
 from .loading import Parts, block_paths, load_strictly
 from .naming import base_name
+from .optimized import refuse_optimised
 from .recipe import CONTENTS, KEY, PARTS, Recipe
 from .registry import split_options
 from .surgery import eject, inject, injections_of, skeleton, unknown_model_message, without_values
@@ -45,6 +46,7 @@ def save(
         ConfigError: `only` or `max_shard_size` is none of these.
     """
     model = unwrapped(model)
+    refuse_optimised(model, "save")
     injections = injections_of(model)
     if not injections:
         inside = next((name for name, m in model.named_modules() if injections_of(m)), None)

@@ -1,0 +1,113 @@
+"""One graph of a module's forward with those of some of the modules that it calls put in, and who shares memory in it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_leaves
+
+from .flow import Flow, other_ways
+from .graph import View
+from .meta import storage
+from .record import Call
+from .trace import Unpacked
+
+
+@dataclasses.dataclass(eq=False)
+class Flat:
+    """The graph, and its values by the forward and the node that they were in.
+
+    Each node's ``meta`` has ``val``, its value in the recorded run; ``shares``, the inputs whose memory its value is in; and
+    ``pinned`` where that memory is not the graph's own: a parameter's, or the caller's.
+    """
+
+    graph: fx.Graph
+    nodes: dict[tuple[Call, fx.Node], Any]
+
+
+def cannot_flatten(flow: Flow, call: Call, inside: bool) -> str | None:
+    """Why a forward cannot be part of a new graph, or None; `inside` says that it is to be put into another."""
+    view = flow.traces.view(call.module)
+    name = f"{type(call.module).__name__}.forward"
+    if view is None:
+        return flow.traces.failures.get(call.module, f"{name} is torch's own")
+    if len(flow.traces.calls[call.module]) > 1:
+        return f"{call.path or type(call.module).__name__} is called more than once"
+    if other_ways(view):
+        return f"{name} branches on sizes"
+    constants = view.forward.constants.values()
+    if inside and any(isinstance(v, Unpacked) for v in constants):
+        return f"{name} takes a list"
+    if any(v is not None and not isinstance(v, (bool, int, float, str, Unpacked)) for v in constants):
+        return f"{name} depends on an argument that is no plain value"
+    if any(str(n.target).startswith("*") for n in view.nodes if n.op == "placeholder"):
+        return f"{name} takes any number of arguments"
+    return None
+
+
+def flatten(flow: Flow, root: Call, inside: Iterable[Call], persistent: set[int]) -> Flat:
+    """The graph of `root`'s forward with those of the calls `inside` it put in, and without calls that pass their input on.
+
+    `persistent` are the storages of the model's own tensors.
+    """
+    flat = Flat(fx.Graph(), {})
+    expand = set(inside)
+
+    def put(call: Call, prefix: str, given: dict[str, Any] | None) -> Any:
+        view = flow.traces.view(call.module)
+        assert view is not None
+        env: dict[fx.Node, Any] = {}
+
+        def mapped(value: Any) -> Any:
+            return fx.map_arg(value, env.__getitem__)
+
+        for node in view.nodes:
+            if node.op == "output":
+                return mapped(node.args[0])
+            if node.op == "placeholder" and given is not None:
+                env[node] = given.get(str(node.target), view.forward.constants.get(str(node.target)))
+            elif node.op == "call_module" and flow.passes(view.call_of(node)) and isinstance(node.args[0], fx.Node):
+                env[node] = env[node.args[0]]
+            elif node.op == "call_module" and view.call_of(node) in expand:
+                child = view.call_of(node)
+                arguments = flow.bound(child.module, node)
+                env[node] = put(child, f"{prefix}{node.target}.", {k: mapped(v) for k, v in arguments.items()})
+            else:
+                new = flat.graph.node_copy(node, env.__getitem__)
+                if node.op in ("get_attr", "call_module"):
+                    new.target = f"{prefix}{node.target}"
+                new.meta = _memory(view, node, env, persistent)
+                env[node] = new
+            flat.nodes[call, node] = env[node]
+        return None
+
+    flat.graph.output(put(root, "", None))
+    return flat
+
+
+def _memory(view: View, node: fx.Node, env: dict[fx.Node, Any], persistent: set[int]) -> dict[str, Any]:
+    """The meta of a node that was copied."""
+    if node.op == "call_module":
+        call = view.call_of(node)
+        mine = storages(call.output)
+        given = list(zip(_leaves((node.args, node.kwargs)), _leaves((call.args, call.kwargs))))
+    else:
+        mine = storages(node.meta["val"])
+        given = [(n, n.meta["val"]) for n in node.all_input_nodes]
+    shares = [env[n] for n, value in given if isinstance(n, fx.Node) and isinstance(env[n], fx.Node) and (
+        mine & storages(value))]
+    pinned = node.op in ("placeholder", "get_attr") or bool(mine & persistent)
+    return {"val": node.meta["val"], "shares": shares, "pinned": pinned}
+
+
+def _leaves(value: Any) -> list[Any]:
+    return tree_leaves(value)
+
+
+def storages(value: Any) -> set[int]:
+    """The memory of the tensors in a value."""
+    return {storage(t) for t in tree_leaves(value) if isinstance(t, torch.Tensor)}

@@ -1,0 +1,94 @@
+"""Where a value comes from, across the forwards of the modules that pass it on."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import fx, nn
+
+from .errors import TraceError
+from .graph import Traces, View
+from .paths import counterparts, same_work, trace_paths
+from .record import Call
+
+
+class Flow:
+    """Follows values between the traced forwards of one recorded run."""
+
+    def __init__(self, traces: Traces) -> None:
+        self.traces = traces
+        self._nodes: dict[Call, dict[Call, fx.Node]] = {}
+
+    def caller(self, view: View) -> tuple[View, fx.Node] | None:
+        """The forward that calls `view`'s module, and the node that does; None for the model itself.
+
+        Raises:
+            TraceError: fx cannot follow that forward.
+        """
+        if view.call.parent is None:
+            return None
+        parent = self.traces.inside(view.call.parent)
+        if parent.call not in self._nodes:
+            self._nodes[parent.call] = {parent.call_of(n): n for n in parent.nodes if n.op == "call_module"}
+        return parent, self._nodes[parent.call][view.call]
+
+    @staticmethod
+    def bound(module: nn.Module, node: fx.Node) -> Mapping[str, Any]:
+        """The arguments of a call of `module`, by parameter name."""
+        return inspect.signature(type(module).forward).bind(module, *node.args, **node.kwargs).arguments
+
+    def outward(self, view: View, node: fx.Node) -> tuple[View, fx.Node]:
+        """The same value in the outermost forward that has it: what a module was given, where its caller has it."""
+        while node.op == "placeholder":
+            above = self.caller(view)
+            given = None if above is None else self.bound(view.module, above[1]).get(str(node.target))
+            if above is None or not isinstance(given, fx.Node):
+                break
+            view, node = above[0], given
+        return view, node
+
+    def origin(self, view: View, node: fx.Node) -> tuple[View, fx.Node]:
+        """The operator that computes a value, in whatever forward it stands; or the input, or a call that cannot be
+        traced."""
+        while True:
+            view, node = self.outward(view, node)
+            if node.op != "call_module":
+                return view, node
+            call = view.call_of(node)
+            if self.passes(call) and isinstance(node.args[0], fx.Node):
+                node = node.args[0]
+                continue
+            try:
+                inside = self.traces.inside(call)
+            except TraceError:
+                return view, node
+            result = inside.nodes[-1].args[0]
+            if not isinstance(result, fx.Node):
+                return view, node
+            view, node = inside, result
+
+    def passes(self, call: Call) -> bool:
+        """Whether a call returns its input, at any size: an identity, and in eval mode dropout and drop path."""
+        try:
+            return call.passes and not other_ways(self.traces.inside(call))
+        except TraceError:
+            return False
+
+
+def other_ways(view: View) -> list[dict[fx.Node, fx.Node]]:
+    """For each other way through a forward on which layers are called, the nodes that are those of the traced one."""
+    return view.shared("other ways", lambda: _other_ways(view)) if view.forward.decisions else []
+
+
+def _other_ways(view: View) -> list[dict[fx.Node, fx.Node]]:
+    try:
+        paths = trace_paths(view.module, view.forward.constants, reading=True)
+    except TraceError:
+        return [{}]
+    (taken,) = (p for p in paths if p.outcomes == view.forward.decisions)
+    return [
+        counterparts(view.forward.graph, p.graph) for p in paths
+        if p is not taken and p.graph is not None and not same_work(taken, p) and any(
+            n.op in ("call_module", "get_attr") for n in p.graph.nodes)]

@@ -1,0 +1,430 @@
+"""A copy of a model that computes the same, and nothing twice: norms folded, squeezes upstream, sums in place."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .attention import Gates, unexpanded
+from .block_gates import Gate
+from .edits import edited_owners
+from .errors import ConfigError, SEInjectError, TraceError
+from .excitation import Affine, Excitation, Lowering, NotLinear, Source
+from .flatten import cannot_flatten, flatten
+from .flow import Flow
+from .graph import ADDS, MULS, Traces, View, is_tensor, shape
+from .in_place import write_in_place
+from .inference_report import OptimisedBlock, OptimisedModel
+from .loading import block_paths, remove_hooks
+from .meta import storage
+from .norms import apply_folds, find_folds
+from .optimized import optimised_class, refuse_optimised
+from .record import Call, abstract
+from .rewrite import regenerate
+from .surgery import record_model
+
+_logger = logging.getLogger("se_inject")
+
+
+@torch.no_grad()
+def optimize_for_inference(model: nn.Module, *, input_size: tuple[int, ...] | None = None) -> nn.Module:
+    """A copy of `model` for inference, which computes the same up to rounding, in less time. The model is not changed.
+
+    - Batch norms are folded into the convolutions and linear layers before them.
+    - A squeeze-and-excitation block becomes its gate: the mean is taken of the cheapest tensor upstream that tells it
+      (through 1x1 convolutions of stride 1, folded norms, linear layers), and the block's first layer is merged with what lies
+      between. Its layers work on vectors.
+    - Scale, layer scale and residual sum are one pass, in the memory of a value that is not read any more.
+
+    It serves injected models, timm's own with SE, and models without SE. Classes, module names and methods such as
+    ``forward_features`` stay; weights do not keep all their names and shapes. The copy is in eval mode, and its parameters
+    need no gradient. What was done to each block and norm, or why not, is in its attribute ``se_report``: print it.
+
+    Args:
+        model: A model with weights, injected or not.
+        input_size: (C, H, W) to run the model on, without computing; None is the model's own. The copy takes all sizes that
+            the model does.
+
+    Returns:
+        The copy; ``copy.se_report`` is an `OptimisedModel`.
+
+    Raises:
+        SEInjectError: The model cannot be run or is wrapped; the message gives the call that works.
+
+    Example:
+        >>> fast = se_inject.optimize_for_inference(model)  # doctest: +SKIP
+        >>> print(fast.se_report)  # doctest: +SKIP
+    """
+    _refuse(model)
+    for owner in edited_owners(model):
+        regenerate(owner)
+    blocks = set(block_paths(model))
+    fast = copy.deepcopy(model).eval().requires_grad_(False)
+    remove_hooks(fast)
+    fast.__dict__.pop("_se_injections", None)
+    with abstract(fast):
+        folds, norms = find_folds(Traces(record_model(fast, input_size)))
+    apply_folds(fast, folds)
+    values = {**dict(fast.named_parameters(remove_duplicate=False)), **dict(fast.named_buffers(remove_duplicate=False))}
+    with abstract(fast):
+        found = _Planner(fast, Traces(record_model(fast, input_size)), values.__getitem__).plan(blocks)
+    report = found.apply(norms)
+    fast.__dict__["se_report"] = dataclasses.replace(report, norms_folded=norms.folded, norms_kept=norms.kept)
+    _logger.info("%s", report.summary())
+    return fast
+
+
+def _refuse(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"optimize_for_inference({model!r}) needs a model, such as timm.create_model(...) gives")
+    refuse_optimised(model, "optimize_for_inference")
+    for m in model.modules():
+        kind = type(m).__name__
+        if kind in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel") or kind.startswith("FSDP"):
+            raise SEInjectError(f"the model is wrapped by {kind}: optimize_for_inference(model.module) instead")
+        if kind == "OptimizedModule":
+            raise SEInjectError("the model is compiled: optimize_for_inference(model._orig_mod), then compile the copy")
+        if isinstance(m, torch.jit.ScriptModule):
+            raise SEInjectError("the model is a TorchScript module: optimise the original model, then script the copy")
+    if any(p.is_meta for p in model.parameters()):
+        raise SEInjectError("the model has no values (meta device): load its weights first, then optimise it")
+
+
+@dataclasses.dataclass(eq=False)
+class _Block:
+    """A block, where it is called, what it becomes, and the calls whose forwards come into one graph for that."""
+
+    call: Call
+    view: View
+    node: fx.Node
+    axis: int
+    source: Source
+    root: Call
+    inside: set[Call]
+    gate: Excitation | Gate
+    report: OptimisedBlock
+
+
+@dataclasses.dataclass(eq=False)
+class _Region:
+    """A forward to write anew, and the calls in it whose forwards are put in."""
+
+    root: Call
+    inside: set[Call]
+    blocks: list[_Block] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(eq=False)
+class _Changes:
+    """All that is to be done, outside of `abstract`."""
+
+    model: nn.Module
+    reports: list[OptimisedBlock]
+    gates: list[tuple[str, Excitation | Gate]]
+    classes: list[tuple[nn.Module, type[nn.Module] | fx.Graph]]
+    sums: int = 0
+    kept: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def apply(self, norms: Any) -> OptimisedModel:
+        """Put gates and classes into the model."""
+        for path, gate in self.gates:
+            parent, _, name = path.rpartition(".")
+            module = gate.function() if isinstance(gate, Gate) else gate
+            self.model.get_submodule(parent)._modules[name] = module.eval().requires_grad_(False)
+        for module, code in self.classes:
+            if isinstance(code, fx.Graph):
+                assert isinstance(module, fx.GraphModule)
+                module.graph = code
+                module.recompile()
+            else:
+                module.__dict__.pop("_se_edits", None) if "_get_item_by_idx" not in code.__dict__ else None
+                module.__class__ = code
+        return OptimisedModel(tuple(self.reports), norms.folded, norms.kept, self.sums, self.kept)
+
+
+class _Planner:
+    def __init__(self, model: nn.Module, traces: Traces, values: Any) -> None:
+        self.model = model
+        self.traces = traces
+        self.flow = Flow(traces)
+        self.lowering = Lowering(self.flow, values)
+        self.values = values
+        self.persistent = {storage(t) for t in (*model.parameters(), *model.buffers())}
+        self.reports: list[OptimisedBlock] = []
+        self.lowered: dict[Call, _Block] = {}
+        self.kept: dict[str, str] = {}
+
+    def plan(self, injected: set[str]) -> _Changes:
+        """What to do; the model is not changed. `injected` are the paths of the injected blocks."""
+        pure = {m for m, is_pure in Gates(self.traces).pure.items() if is_pure}
+        for call in self.traces.root.walk():
+            outer = call.parent
+            while outer is not None and outer not in self.lowered:
+                outer = outer.parent
+            if outer is None and (call.module in pure or call.path in injected):
+                try:
+                    block = self._block(call)
+                    self.lowered[call] = block
+                    self.reports.append(block.report)
+                except (NotLinear, TraceError) as reason:
+                    self.reports.append(OptimisedBlock(call.path, None, None, str(reason)))
+        regions = self._merged([*(
+            _Region(b.root, b.inside, [b]) for b in self.lowered.values()), *self._sums()])
+        changes = _Changes(self.model, self.reports, [], [])
+        for region in regions:
+            self._rewrite(region, changes)
+        changes.kept = self.kept
+        return changes
+
+    # blocks
+
+    def _block(self, call: Call) -> _Block:
+        """
+        Raises:
+            NotLinear: The block stays as it is.
+        """
+        if len(self.traces.calls[call.module]) > 1:
+            raise NotLinear("it is called more than once")
+        above = self.flow.caller(self.traces.inside(call))
+        if above is None:
+            raise NotLinear("it is the model itself")
+        view, node = above
+        if len(node.all_input_nodes) != 1 or node.kwargs or len(node.args) != 1:
+            raise NotLinear("it takes in more than one tensor")
+        x = node.all_input_nodes[0]
+        start = self.flow.outward(view, x)[1]
+        inner, gate, axis = self._product(call, start)
+        why = cannot_flatten(self.flow, view.call, False)
+        if why is not None:
+            raise NotLinear(f"its owner is left alone: {why}")
+        dims = shape(node)
+        out = tuple(n if d == axis else 1 for d, n in enumerate(dims))[1:]
+        try:
+            layers = self.lowering.layers_of(inner, gate, start, axis)
+        except NotLinear as reason:
+            if inner.call is not call or self.traces.view(call.module) is None:
+                raise
+            source, as_is = Source(view, x, axis), Gate(call.module, inner.forward.graph, gate)
+            report = OptimisedBlock(call.path, self._named(source), None, str(reason))
+            return _Block(call, view, node, axis, source, view.call, set(), as_is, report)
+        source, root, inside, layers, why = self._source(view, x, axis, layers)
+        key = next(iter(dict(call.module.named_parameters())), None)
+        like = self.values(f"{call.path}.{key}" if key else next(iter(dict(self.model.named_parameters()))))
+        modules = [self._made(m, like) for m in layers]
+        positions = tuple(d for d in range(1, len(shape(source.node))) if d != source.axis)
+        report = OptimisedBlock(
+            call.path, self._named(source), source.channels if source.steps else None, why)
+        return _Block(call, view, node, axis, source, root, inside, Excitation(positions, modules, out), report)
+
+    def _product(self, call: Call, start: fx.Node) -> tuple[View, fx.Node, int]:
+        """Where a block's input is multiplied by its gate: that forward, the gate, and the axis of the channels.
+
+        Raises:
+            NotLinear: The block does something else.
+        """
+        other = NotLinear("its output is not its input times a gate")
+        result = self.traces.inside(call).nodes[-1].args[0]
+        if not isinstance(result, fx.Node):
+            raise other
+        view, node = self.flow.origin(self.traces.inside(call), result)
+        if node.target not in MULS or len(node.args) < 2 or not all(is_tensor(a) for a in node.args[:2]):
+            raise other
+        for x, g in (node.args[:2], node.args[1::-1]):
+            assert isinstance(x, fx.Node) and isinstance(g, fx.Node)
+            if self.flow.outward(view, x)[1] is not start or self.flow.outward(view, g)[1] is start:
+                continue
+            g = unexpanded(g)
+            xs, gs = shape(x), shape(g)
+            if len(gs) != len(xs) or gs[0] != xs[0]:
+                raise other
+            wide = [d for d, n in enumerate(gs) if d > 0 and n != 1]
+            if len(wide) != 1 or gs[wide[0]] != xs[wide[0]]:
+                raise NotLinear("its gate differs from place to place")
+            return view, g, wide[0]
+        raise other
+
+    def _source(
+        self, view: View, x: fx.Node, axis: int, layers: list[Any]
+    ) -> tuple[Source, Call, set[Call], list[Any], str | None]:
+        """The cheapest tensor to take the mean of, the forwards to put together for it, the layers from there, and why it is
+        the block's own input, or None."""
+        first = layers[0] if layers and isinstance(layers[0], Affine) else None
+        candidates, why = self.lowering.sources(view, x, axis)
+        if first is None:
+            candidates, why = candidates[:1], "its first layer is no linear layer over channels"
+
+        def cost(s: Source) -> int:
+            return s.elements + (s.channels * first.bias.numel() if first is not None else 0)
+
+        own = Source(view, x, axis)
+        here = (own, view.call, set[Call](), layers, why)
+        best = min(candidates, key=cost)
+        if not best.steps or cost(best) >= cost(own):
+            cheaper = f"no tensor before it is cheaper; {why}" if len(candidates) > 1 else why
+            return (*here[:4], cheaper)
+        try:
+            root, inside = self._together(view.call, best.view.call)
+        except NotLinear as reason:
+            return (*here[:4], str(reason))
+        merged = first
+        for step in best.steps:
+            assert merged is not None
+            merged = merged.behind(step())
+        return best, root, inside, [merged, *layers[1:]], None
+
+    def _together(self, a: Call, b: Call) -> tuple[Call, set[Call]]:
+        """The innermost call that both are inside of, and the calls on the way from it to both.
+
+        Raises:
+            NotLinear: One of the forwards cannot be put together with others.
+        """
+        ways = []
+        for call in (a, b):
+            way = [call]
+            while way[-1].parent is not None:
+                way.append(way[-1].parent)
+            ways.append(way)
+        root = next(c for c in ways[0] if c in set(ways[1]))
+        inside = {c for way in ways for c in way[:way.index(root)]}
+        for call in (root, *inside):
+            reason = cannot_flatten(self.flow, call, call is not root)
+            if reason is not None:
+                raise NotLinear(f"the cheaper tensor is in another forward: {reason}")
+        return root, inside
+
+    @staticmethod
+    def _made(layer: nn.Module | Affine, like: torch.Tensor) -> nn.Module:
+        if isinstance(layer, Affine):
+            return layer.linear(like)
+        made = copy.deepcopy(layer)
+        if getattr(made, "inplace", None) is False:
+            made.__dict__["inplace"] = True  # a linear layer's output is its alone
+        return made
+
+    def _named(self, source: Source) -> str:
+        node, view = source.node, source.view
+        while node.op == "call_module" and self.flow.passes(view.call_of(node)) and isinstance(node.args[0], fx.Node):
+            node = node.args[0]
+        if node.op == "call_module":
+            return f"{view.path}.{node.target}" if view.path else str(node.target)
+        return f"{node.name} in {view.path or type(view.module).__name__}"
+
+    # sums
+
+    def _sums(self) -> Iterable[_Region]:
+        """The forwards with sums of two activations, and the calls that scale an operand."""
+        for module in self.traces.calls:
+            view = self.traces.view(module)
+            if view is None:
+                continue
+            sums = [n for n in view.nodes if n.target in ADDS and n.op in ("call_function", "call_method") and len(
+                n.args) == 2 and all(is_tensor(a) and view.moves(a) and shape(a) == shape(n) for a in n.args)]  # type: ignore[arg-type]
+            if not sums:
+                continue
+            why = cannot_flatten(self.flow, view.call, False)
+            if why is not None:
+                self.kept[view.path] = why
+                continue
+            inside: set[Call] = set()
+            for n in sums:
+                for a in n.args:
+                    inside.update(self._to_product(view, a) or ())  # type: ignore[arg-type]
+            yield _Region(view.call, inside)
+
+    def _to_product(self, view: View, node: fx.Node) -> list[Call] | None:
+        """The calls to put in so that a value becomes a product in this forward; None where it is none."""
+        if len(node.users) != 1:
+            return None
+        if node.op == "call_module":
+            call = view.call_of(node)
+            if self.flow.passes(call) and isinstance(node.args[0], fx.Node):
+                return self._to_product(view, node.args[0])
+            if call in self.lowered:
+                return []
+            if cannot_flatten(self.flow, call, True) is not None:
+                return None
+            inside = self.traces.view(call.module)
+            assert inside is not None
+            result = inside.nodes[-1].args[0]
+            more = self._to_product(inside, result) if isinstance(result, fx.Node) else None
+            return None if more is None else [call, *more]
+        if node.target in MULS and len(node.args) == 2:
+            sizes = [a.meta["val"].numel() if is_tensor(a) else 1 for a in node.args]  # type: ignore[union-attr]
+            return [] if min(sizes) < max(sizes) else None
+        return None
+
+    # regions
+
+    def _merged(self, regions: list[_Region]) -> list[_Region]:
+        """Regions that have no call in common: those that had are one."""
+        of: dict[Call, _Region] = {}
+        for region in regions:
+            for call in [region.root, *region.inside]:
+                other = of.get(call)
+                if other is None or other is region:
+                    continue
+                region = self._one(region, other)
+            for call in (region.root, *region.inside):
+                of[call] = region
+        return list(dict.fromkeys(of.values()))
+
+    def _one(self, a: _Region, b: _Region) -> _Region:
+        root, _ = min((a.root, b.root), key=lambda c: c.begin), None
+        inside = a.inside | b.inside | {a.root, b.root}
+        for r in (a.root, b.root):
+            while r is not root:
+                inside.add(r)
+                assert r.parent is not None
+                r = r.parent
+        return _Region(root, inside - {root}, [*a.blocks, *b.blocks])
+
+    def _rewrite(self, region: _Region, changes: _Changes) -> None:
+        flat = flatten(self.flow, region.root, region.inside, self.persistent)
+        gated: list[tuple[_Block, fx.Node]] = []
+        for block in sorted(region.blocks, key=lambda b: b.call.begin):
+            gated.append((block, self._put_gate(flat, block)))
+        done = write_in_place(flat.graph)
+        changes.sums += sum(1 for n in done if n.target in ADDS)
+        for block, _ in gated:
+            changes.gates.append((block.call.path, block.gate))
+        if not gated and not done:
+            return
+        view = self.traces.view(region.root.module)
+        assert view is not None
+        constants = {k: v for k, v in view.forward.constants.items() if v is None or isinstance(v, (bool, int, float, str))}
+        if isinstance(region.root.module, fx.GraphModule):
+            changes.classes.append((region.root.module, flat.graph))
+        else:
+            changes.classes.append((region.root.module, optimised_class(region.root.module, flat.graph, constants)))
+
+    @staticmethod
+    def _put_gate(flat: Any, block: _Block) -> fx.Node:
+        """Compute the gate from its source, and multiply where the block was called."""
+        graph: fx.Graph = flat.graph
+        node: fx.Node = flat.nodes[block.view.call, block.node]
+        source: fx.Node = flat.nodes[block.source.view.call, block.source.node]
+        x = node.args[0]
+        assert isinstance(x, fx.Node)
+        after = source
+        if source.op == "placeholder":
+            after = [n for n in graph.nodes if n.op == "placeholder"][-1]
+        with graph.inserting_after(after):
+            gate = graph.call_module(str(node.target), (source,))
+        value = node.meta["val"]
+        gate.meta = {"val": value.new_empty([n if d in (0, block.axis) else 1 for d, n in enumerate(value.shape)]),
+                     "shares": [], "pinned": False}
+        with graph.inserting_before(node):
+            product = graph.call_function(torch.mul, (x, gate))
+        product.meta = {"val": value, "shares": [], "pinned": False}
+        for user in node.users:
+            user.meta["shares"] = [product if n is node else n for n in user.meta.get("shares", ())]
+        node.replace_all_uses_with(product)
+        graph.erase_node(node)
+        flat.nodes[block.view.call, block.node] = product
+        return product
