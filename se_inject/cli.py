@@ -1,4 +1,4 @@
-"""The command: `se-inject list | plan | inject | merge | info | eject | to-native | run | zoo | demo`.
+"""The command: `se-inject list | plan | inject | merge | info | eject | to-native | run | zoo | bench | demo`.
 
 Results go to stdout and talk to stderr, so that output pipes. Exit codes: 0 done, 1 it could not be
 done, 2 it was asked wrongly. torch is imported by the commands that need it, not by ``--help``.
@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import json
 import logging
 import os
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -392,6 +394,88 @@ def zoo_command(
         click.echo(line)
     if changed or by_status["failed"]:
         sys.exit(1)
+
+
+class _Model(click.ParamType):
+    """A timm name and its arguments, separated by spaces."""
+
+    name = "NAME [ARG=VALUE]..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, dict[str, Any]]:
+        name, *words = str(value).split()
+        return name, dict(_Argument().convert(word, param, ctx) for word in words)
+
+
+@main.command("bench")
+@click.argument("names", metavar="NAME...", nargs=-1)
+@click.option("--measure", type=click.Choice(["inference", "training", "surgery", "loading"]), default="inference",
+              show_default=True, help="What is timed; surgery is the injection itself.")  # fmt: skip
+@click.option("--vs", "others", type=_Model(), multiple=True,
+              help="Another timm model beside the base, such as 'se_inject/resnet50 se_block=eca'; repeatable.")  # fmt: skip
+@_model_args
+@click.option("--batch", "batches", type=click.IntRange(1), multiple=True, metavar="N",
+              help="Images; repeatable; default 1, for training 8.")  # fmt: skip
+@click.option("--size", type=click.IntRange(1), metavar="H", help="Height and width of the images; default the model's own.")
+@click.option("--dtype", "dtypes", type=click.Choice(["float32", "bfloat16", "float16"]), multiple=True,
+              help="Of the model; in training, of autocast; repeatable; default float32.")  # fmt: skip
+@click.option("--channels-last", is_flag=True, help="Model and images in that memory format.")
+@click.option("--compile", "compiled", is_flag=True, help="By torch.compile.")
+@click.option("--threads", type=click.IntRange(1), metavar="N", help="Default torch's.")
+@click.option("--device", default="cpu", show_default=True, help="As torch names it; for surgery also meta.")
+@click.option("--native/--no-native", default=True, show_default=True, help="Look for timm's own twin of the injected model.")
+@click.option("--rounds", type=click.IntRange(1), metavar="N", help="How often each is timed, in turn, instead of --min-time.")
+@click.option("--min-time", type=click.FloatRange(0), default=3.0, show_default=True, metavar="SECONDS",
+              help="For each variant, on average.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Everything as JSON.")
+@click.option("--markdown", is_flag=True, help="The table as a page has it.")
+@click.option("--write", "page", metavar="PAGE", help="Instead of NAME: make this page's tables anew, by the commands in it.")
+@click.option("--table", "tables", multiple=True, metavar="NAME", help="With --write, this table alone; repeatable.")
+@_config_options
+def bench_command(
+    names: tuple[str, ...], measure: str, others: tuple[tuple[str, dict[str, Any]], ...],
+    model_kwargs: tuple[tuple[str, Any], ...], batches: tuple[int, ...], size: int | None, dtypes: tuple[str, ...],
+    channels_last: bool, compiled: bool, threads: int | None, device: str, native: bool, rounds: int | None, min_time: float,
+    as_json: bool, markdown: bool, page: str | None, tables: tuple[str, ...], **given: Any,
+) -> None:  # fmt: skip
+    """Time models with and without blocks, in turn, and give ratios to the base.
+
+    A comparison has the base NAME, the base with blocks, and timm's own model with the same blocks where there is one; in
+    inference each also as se_inject.optimize_for_inference makes it.
+    """
+    options, args = _options(given), _arguments(model_kwargs)
+    if bool(names) == bool(page):
+        raise click.UsageError("expected one or more NAMEs, such as resnet50, or --write PAGE")
+    if page:
+        _rewrite(page, tables, rounds)
+        return
+    from . import bench_report
+    from .bench import Settings, bench
+
+    settings = Settings(
+        batches or (8 if measure == "training" else 1,), dtypes or ("float32",), size, threads, device, channels_last, compiled,
+        native, rounds, min_time)
+    talks = logging.getLogger("se_inject").isEnabledFor(logging.INFO)
+    say = functools.partial(click.echo, err=True) if talks else lambda text: None
+    report = bench(names, measure, SEConfig.of(**options), args, others, settings, say)
+    click.echo(json.dumps(report.to_dict()) if as_json else
+               bench_report.markdown(report) if markdown else bench_report.text(report))  # fmt: skip
+
+
+def _rewrite(page: str, tables: tuple[str, ...], rounds: int | None) -> None:
+    """Each table in a process of its own, whose memory is as at the start."""
+    import subprocess
+
+    from .bench_report import rewrite
+
+    def run(words: Sequence[str]) -> str:
+        more = [] if rounds is None else ["--rounds", str(rounds)]
+        command = [sys.executable, "-m", "se_inject", "bench", *words, *more, "--markdown"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise SEInjectError(f"{page!r}: se-inject bench {shlex.join(words)} failed; that table is as it was")
+        return done.stdout
+
+    click.echo(", ".join(rewrite(page, run, tables)))
 
 
 @main.command("demo")
