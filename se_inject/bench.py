@@ -19,6 +19,7 @@ from . import surgery
 from .config import SEConfig
 from .errors import ConfigError
 from .graph import Traces
+from .naming import PREFIX, base_name, door_options
 from .record import abstract
 from .timing import Job, Spread, clock, interleaved, peak_memory, peak_resident, ratios, watched
 from .variants import BASE, OPTIMISED, Variant, create, image_size, optimised, outputs, plain_variants
@@ -123,6 +124,7 @@ def bench(
     device = _device(settings.device, measure)
     if others and measure in ("surgery", "loading"):
         raise ConfigError(f"--measure {measure} is of the names themselves, and takes no --vs: give all names as NAME...")
+    names = [base_name(name) for name in names]
     for name in names:
         image_size(name, args, settings.size)  # a wrong name is said before anything is timed
     for name, given in others:
@@ -149,7 +151,7 @@ def _inference(
         variants += [v, optimised(v, _images(CHECKED, size, device, layout))]
     for dtype in settings.dtypes:
         kind = getattr(torch, dtype)
-        models = {v.name: v.model if dtype == "float32" else v.model.to(kind) for v in variants}
+        models = {v.name: v.model.to(kind) for v in variants}
         if settings.compile:
             torch.compiler.reset()
             models = {key: torch.compile(model) for key, model in models.items()}  # type: ignore[misc]
@@ -238,7 +240,6 @@ def _loading(
     from safetensors.torch import load_file, save_file
     from timm.models import load_checkpoint
 
-    from .naming import PREFIX, door_options
     from .weights import load, save
 
     base, twin = create(name, args), PREFIX + name

@@ -402,8 +402,8 @@ class _Model(click.ParamType):
     name = "NAME [ARG=VALUE]..."
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, dict[str, Any]]:
-        name, *words = str(value).split()
-        return name, dict(_Argument().convert(word, param, ctx) for word in words)
+        name, *words = str(value).split() or [""]
+        return name, _arguments(tuple(_Argument().convert(word, param, ctx) for word in words))
 
 
 @main.command("bench")

@@ -13,7 +13,9 @@ from torch import nn
 from .config import SEConfig
 from .errors import ConfigError, SEInjectError
 from .loading import block_paths
+from .naming import base_name
 from .native import to_native
+from .registry import split_options
 from .surgery import inject, input_sizes, runs_on, skeleton
 
 BASE, INJECTED, NATIVE = "base", "injected", "native"
@@ -76,7 +78,7 @@ def plain_variants(
     if twin is not None:
         out.append(Variant.plain(NATIVE, *twin))
     for other, given in others:
-        label = " ".join([other, *(f"{k}={v}" for k, v in given.items())])
+        label = " ".join([other, *(f"{k}={v}".replace(" ", "") for k, v in given.items())])
         out.append(Variant.plain(label, other, lived_in(create(other, given))))
     return out
 
@@ -89,9 +91,19 @@ def create(name: str, args: Mapping[str, Any]) -> nn.Module:
     """
     import timm
 
-    skeleton(name, **args)  # its messages; and nothing is drawn for a model that cannot be made
+    _outline(name, args)  # its messages, and no weights are drawn for a model that cannot be made
     model: nn.Module = timm.create_model(name, **args)
     return model.eval()
+
+
+def _outline(name: str, args: Mapping[str, Any]) -> nn.Module:
+    """The base of a model, without values; `name` may be a twin's, with ``se_`` arguments.
+
+    Raises:
+        ConfigError: timm has no such model, or does not know an argument.
+    """
+    twin = base_name(name) != name
+    return skeleton(name, **(split_options(dict(args))[1] if twin else args))
 
 
 def _native(injected: nn.Module) -> tuple[str, nn.Module] | None:
@@ -171,7 +183,7 @@ def image_size(name: str, args: Mapping[str, Any], side: int | None) -> tuple[in
     Raises:
         ConfigError: timm does not know the name, or the model does not take the size.
     """
-    model = skeleton(name, **args)
+    model = _outline(name, args)
     own = input_sizes(model)[0]
     size = own if side is None else (own[0], side, side)
     if side is not None and not runs_on(model, size):
