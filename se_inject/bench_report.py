@@ -50,7 +50,7 @@ def caption(report: Report) -> str:
     """How and where it was measured."""
     machine, settings = report.machine, report.settings
     rounds = sorted({c.rounds for c in report.comparisons})
-    many = f"{rounds[0]} rounds" if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]} rounds"
+    many = f"{rounds[0]} round{'s' if rounds[0] > 1 else ''}" if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]} rounds"
     sizes = {c.size for c in report.comparisons if c.size}
     said = [f"{machine['device']}, {machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"]
     if report.measure in ("inference", "training"):

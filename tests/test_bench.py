@@ -1,4 +1,4 @@
-"""What is compared is what it says, ratios come from the times of the same round, pages are made anew. Nothing here is timed."""
+"""What is compared is what it says, ratios are those of the same round, pages are made anew. How long it takes is not asked."""
 
 import copy
 import json
