@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 import textwrap
-from functools import partial
+from typing import Any
 
 from torch import fx, nn
 
@@ -45,7 +46,7 @@ def empty_slot(traces: Traces, view: View) -> Slot | None:
     the one that the constructor's default names (ByobNet's ``attn_last=True``), else the first; of
     several None the last, which is the end of the branch (NFNet's default).
     """
-    found = view.shared("empty slot", partial(_find_empty, view))
+    found = view.shared("empty slot", functools.partial(_find_empty, view))
     if found is None:
         return None
     name, forward, node, gain = found
@@ -77,7 +78,8 @@ def gate_slot(view: View, gates: Gates) -> Slot | None:
     return None
 
 
-def takes_activation(owner: type[nn.Module], slot: str) -> bool:
+@functools.lru_cache(maxsize=256)
+def takes_activation(owner: Any, slot: str) -> bool:
     """Whether the author hands the owner's activation on to what is put into `slot`.
 
     It is read from the constructor, where ``self.<slot>`` is assigned a call with ``act_layer=``.

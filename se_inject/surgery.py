@@ -31,6 +31,7 @@ from .signature import frozen
 from .sites import PlacedSite, find_sites
 from .slots import takes_activation
 from .trace import is_plain_sequential
+from .tracer import patched
 from .training import unfreeze_base
 
 _logger = logging.getLogger("se_inject")
@@ -230,8 +231,9 @@ def prepare(
         sizes = [asked] if asked is not None else input_sizes(model)
         root, macs, size = _record(model, sizes, _dtype(model))
         traces = Traces(root)
-        found, unknown = find_sites(model, traces, config, size)
-        jobs = _jobs(found, traces)
+        with patched():
+            found, unknown = find_sites(model, traces, config, size)
+            jobs = _jobs(found, traces)
     params = sum(p.numel() for p in model.parameters())
     made = Plan(name, config, size, params, macs // BATCH, (*(s.site for s in found), *unknown))
     return Prepared(made, tuple(jobs), asked)
@@ -326,7 +328,8 @@ def _block(found: PlacedSite, owner: nn.Module, model: nn.Module, config: SEConf
     device, dtype = parameters_near(owner, model)
     spec = BlockSpec(config.block, site.channels, site.rd_channels, site.layout, site.style, config.bias)
     slot = found.place.fill
-    own = found.place.inner if slot is None else takes_activation(type(owner), slot.name)
+    kind: Any = type(owner)
+    own = found.place.inner if slot is None else takes_activation(kind, slot.name)
     act = _activation(owner) if own else None
     block = make_block(spec, config, act, found.gain, device, dtype)
     return block.train(owner.training)

@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from .errors import TraceError
 from .record import untouched
+from .tracer import QuickTracer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,16 +84,14 @@ def _state(module: nn.Module) -> tuple[object, ...]:
     return own, versions, modes, random.getstate()[1], torch.get_rng_state().numpy().tobytes()
 
 
-class _OwnTracer(fx.Tracer):
+class _OwnTracer(QuickTracer):
     """Traces one module; every child is a leaf, and arguments that are no tensors are constants.
 
     Where the forward branches on a value, `decide` says which way it goes.
     """
 
     def __init__(self, constants: dict[str, Any], decide: Callable[[fx.Node], bool] | None, reading: bool) -> None:
-        from timm.models._features_fx import get_notrace_functions
-
-        super().__init__(autowrap_functions=tuple(get_notrace_functions()))
+        super().__init__()
         self.proxy_buffer_attributes = reading
         self.constants = constants
         self.decide = decide
