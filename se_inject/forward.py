@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from .errors import TraceError
 from .meta import MetaOps, storage
 from .record import Call, alike, untouched
-from .trace import Unpacked, trace_forward
+from .trace import Unpacked, signature_of, trace_forward
 
 
 @dataclasses.dataclass(eq=False)
@@ -178,7 +178,7 @@ def _another_path(call: Call) -> TraceError:
 
 def _bind(call: Call) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split a call's arguments into constants and tensors, both by parameter name."""
-    signature = inspect.signature(type(call.module).forward)
+    signature = signature_of(type(call.module).forward)
     bound = signature.bind(call.module, *call.args, **call.kwargs)
     bound.apply_defaults()
     constants, values = {}, {}

@@ -6,8 +6,10 @@ time of a run. Where the result is plain, that need not be asked.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ _IN_PLACE = {
 _NORMS = {_aten.native_layer_norm, _aten.native_group_norm}
 _BATCH_NORMS = {_aten.native_batch_norm: 5, _aten._native_batch_norm_legit: 5}  # position of `training`
 _REDUCTIONS = {_aten.mean.dim: 1, _aten.sum.dim_IntList: 1, _aten.linalg_vector_norm.default: 2}  # position of `dim`
+_BROADCAST = {_aten.add, _aten.sub, _aten.mul, _aten.div}
 
 
 class MetaOps(TorchDispatchMode):
@@ -55,49 +58,140 @@ class MetaOps(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.operators += 1
         kwargs = kwargs or {}
-        packet = func._overloadpacket
-        for i in _writes(func):
+        op = _about(func)
+        for i in op.writes:
             if i < len(args) and isinstance(args[i], torch.Tensor):
                 self.written.append(args[i].untyped_storage())
         first = args[0] if args else None
+        out = None
         if isinstance(first, torch.Tensor):
-            out = _short_way(func, packet, first, args, kwargs)
-            if out is not None:
-                follow(packet, args, out)
-                return out
-            if self.factories and not first.is_meta and packet is _aten.lift_fresh:
+            if self.factories and op.packet is _aten.lift_fresh and not first.is_meta:
                 return torch.empty_like(first, device="meta")
-        elif self.factories and _makes_tensor(func):
+            if op.short is not None and first.is_meta and first.is_floating_point():
+                out = op.short(func, first, args, kwargs)
+        elif op.packet is _aten.cat:
+            out = _cat(*args, **kwargs)
+        elif self.factories and op.makes_tensor:
             kwargs = {**kwargs, "device": torch.device("meta")}
-        if packet is _aten.addmm and not kwargs and all(a.is_meta for a in args):
-            out = args[1].new_empty((args[1].shape[0], args[2].shape[1]))
-        else:
+        if out is None:
             out = func(*args, **kwargs)
-        formula = flop_registry.get(packet)
-        if formula is not None:
-            self.macs += _flops(formula, args, kwargs, out) // 2
-        follow(packet, args, out)
+        if op.formula is not None:
+            self.macs += _flops(op.formula, args, kwargs, out) // 2
+        follow(op.packet, args, out)
         return out
 
 
-def _short_way(func: Any, packet: Any, first: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """The result of an operator that has a short way, or None."""
-    if not first.is_meta or not first.is_floating_point():
+_Short = Callable[[Any, torch.Tensor, Sequence[Any], dict[str, Any]], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Operator:
+    """What is to be known of an operator: what it writes into, torch's formula for it, and a short way to its result,
+    which may be None for some arguments."""
+
+    packet: Any
+    writes: tuple[int, ...]
+    makes_tensor: bool
+    formula: Any
+    short: _Short | None
+
+
+@functools.cache
+def _about(func: Any) -> _Operator:
+    packet = func._overloadpacket
+    arguments = func._schema.arguments
+    writes = tuple(i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write)
+    makes = any(a.name == "device" for a in arguments) and not any("Tensor" in str(a.type) for a in arguments)
+    short: _Short | None = None
+    if packet in _IN_PLACE:
+        short = _in_place
+    elif packet in _LIKE_FIRST:
+        short = _broadcast if packet in _BROADCAST else _like_first
+    elif packet in _NORMS:
+        short = _norm
+    elif packet in _BATCH_NORMS:
+        short = functools.partial(_batch_norm, _BATCH_NORMS[packet])
+    elif func in _REDUCTIONS:
+        short = functools.partial(_reduction, _REDUCTIONS[func])
+    else:
+        short = {_aten.convolution: _convolution, _aten.addmm: _addmm, _aten.roll: _roll}.get(packet)
+    return _Operator(packet, writes, makes, flop_registry.get(packet), short)
+
+
+def _in_place(func: Any, first: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    return first if all(_no_larger(a, first) for a in args[1:]) else None
+
+
+def _like_first(func: Any, first: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    return torch.empty_like(first) if all(_as(a, first) for a in (*args[1:], *kwargs.values())) else None
+
+
+def _broadcast(func: Any, first: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    out = _like_first(func, first, args, kwargs)
+    other = args[1] if len(args) == 2 and not kwargs else None
+    if out is not None or not isinstance(other, torch.Tensor) or not other.is_meta or other.dtype != first.dtype:
+        return out
+    if not (_is_plain(first) and _is_plain(other)):
         return None
-    if packet in _IN_PLACE and all(_no_larger(a, first) for a in args[1:]):
-        return first
-    if packet in _LIKE_FIRST and all(_as(a, first) for a in (*args[1:], *kwargs.values())):
-        return torch.empty_like(first)
-    if packet in _NORMS:
-        return first.new_empty(first.shape), first, first  # the statistics are for the backward alone
-    if packet in _BATCH_NORMS and args[_BATCH_NORMS[packet]] is False:
-        return torch.empty_like(first), first, first
-    at = _REDUCTIONS.get(func)
-    if at is not None and not kwargs and len(args) > at and args[at] and first.is_contiguous():
-        dims, keep = {d % first.dim() for d in args[at]}, args[at + 1:] == (True,)
-        return first.new_empty([
-            1 if d in dims else size for d, size in enumerate(first.shape) if keep or d not in dims])
-    return None
+    pairs = itertools.zip_longest(reversed(first.shape), reversed(other.shape), fillvalue=1)
+    sizes = [m if n == 1 else n if m in (1, n) else -1 for n, m in pairs]
+    return None if -1 in sizes else first.new_empty(sizes[::-1])
+
+
+def _norm(func: Any, first: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    return first.new_empty(first.shape), first, first  # the statistics are for the backward alone
+
+
+def _batch_norm(at: int, func: Any, first: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    return (torch.empty_like(first), first, first) if args[at] is False else None
+
+
+def _reduction(at: int, func: Any, first: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    if kwargs or len(args) <= at or not args[at] or not first.is_contiguous():
+        return None
+    dims, keep = {d % first.dim() for d in args[at]}, args[at + 1:] == (True,)
+    return first.new_empty([1 if d in dims else size for d, size in enumerate(first.shape) if keep or d not in dims])
+
+
+def _convolution(func: Any, x: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    if kwargs or len(args) != 9 or x.dim() != 4:
+        return None
+    weight, _, stride, padding, dilation, transposed, _, groups = args[1:]
+    if transposed or not weight.is_meta or weight.dtype != x.dtype or x.shape[1] != weight.shape[1] * groups:
+        return None
+    if not (len(stride) == len(padding) == len(dilation) == 2 and _is_plain(x) and _is_plain(weight)):
+        return None
+    sizes = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(x.shape[2:], weight.shape[2:], stride, padding, dilation)]
+    return None if min(sizes) < 1 else x.new_empty((x.shape[0], weight.shape[0], *sizes))
+
+
+def _addmm(func: Any, first: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    if kwargs or not all(a.is_meta for a in args):
+        return None
+    return args[1].new_empty((args[1].shape[0], args[2].shape[1]))
+
+
+def _roll(func: Any, first: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    return torch.empty_like(first) if _is_plain(first) else None
+
+
+def _cat(tensors: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor | None:
+    first = tensors[0]
+    rest = [list(t.shape) for t in tensors]
+    if not first.dim() or any(len(r) != first.dim() for r in rest):
+        return None
+    width = sum(r.pop(dim) for r in rest)
+    if any(r != rest[0] for r in rest) or not all(t.is_meta and t.dtype == first.dtype and _is_plain(t) for t in tensors):
+        return None
+    rest[0].insert(dim % first.dim(), width)
+    return first.new_empty(rest[0])
+
+
+def _is_plain(t: torch.Tensor) -> bool:
+    """Whether a tensor is laid out row by row, and could not be taken for one that is channels last."""
+    return t.is_contiguous() and (not t.dim() or t.stride(-1) == 1)
 
 
 def _as(a: Any, first: torch.Tensor) -> bool:
@@ -122,19 +216,6 @@ def storage(t: torch.Tensor) -> int:
     """What tells whether two tensors share memory: views do, also on the meta device."""
     where: int = t.untyped_storage()._cdata
     return where
-
-
-@functools.cache
-def _writes(func: Any) -> tuple[int, ...]:
-    """Which arguments an operator writes into."""
-    return tuple(i for i, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write)
-
-
-@functools.cache
-def _makes_tensor(func: Any) -> bool:
-    """Whether an operator makes a tensor from none."""
-    arguments = func._schema.arguments
-    return any(a.name == "device" for a in arguments) and not any("Tensor" in str(a.type) for a in arguments)
 
 
 def _flops(formula: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -115,6 +116,14 @@ def abstract(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def _as_given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments as they are now: a list among them may grow during the call."""
+    if not kwargs and all(isinstance(a, torch.Tensor) for a in args):
+        return args, kwargs
+    given: tuple[tuple[Any, ...], dict[str, Any]] = tree_map(_same, (args, kwargs))
+    return given
+
+
 def _same(value: Any) -> Any:
     return value
 
@@ -161,7 +170,7 @@ def record(model: nn.Module, inputs: torch.Tensor) -> tuple[Call, int]:
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal count
         parent = stack[-1] if stack else None
-        args, kwargs = tree_map(_same, (args, kwargs))  # a list may grow during the call
+        args, kwargs = _as_given(args, kwargs)
         call = Call(paths[module], module, args, kwargs, parent, count, operators=-ops.operators)
         count += 1
         (parent.children if parent else root).append(call)
@@ -181,18 +190,25 @@ def record(model: nn.Module, inputs: torch.Tensor) -> tuple[Call, int]:
             call.writes = frozenset(s._cdata for s in since) & given
         take_writes()
         call.own_writes = tuple(own.pop())
-        call.changes_list = not alike((args, kwargs), (call.args, call.kwargs))
+        call.changes_list = call.args is not args and not alike((args, kwargs), (call.args, call.kwargs))
         count += 1
 
-    handles = []
+    original = nn.Module.__call__
+
+    @functools.wraps(original)
+    def recorded(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if module not in paths:
+            return original(module, *args, **kwargs)
+        enter(module, args, kwargs)
+        output = original(module, *args, **kwargs)
+        leave(module, args, kwargs, output)
+        return output
+
     try:
-        for module in paths:
-            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
-            handles.append(module.register_forward_hook(leave, with_kwargs=True))
+        nn.Module.__call__ = recorded  # type: ignore[method-assign]
         macs = run(model, inputs, ops)
     finally:
-        for handle in handles:
-            handle.remove()
+        nn.Module.__call__ = original  # type: ignore[method-assign]
     return root[0], macs
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import random
 from collections.abc import Callable, Hashable, Iterator
@@ -128,18 +129,23 @@ class _OwnTracer(QuickTracer):
         fx.map_arg((node.args, node.kwargs), lambda n: arguments.append(self._spelled(n)))
         return (*arguments, repr(fx.map_arg((node.args, node.kwargs), lambda n: None)))
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)  # every child is a leaf
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         fn, args = super().create_args_for_root(root_fn, is_module, concrete_args)
-        names = iter(inspect.signature(root_fn).parameters)
+        names = iter(signature_of(root_fn).parameters)
         next(names)  # self
         for i, name in enumerate(names, start=1):
             if name in self.constants and i < len(args):
                 value = self.constants[name]
                 args[i] = value.of(args[i]) if isinstance(value, Unpacked) else value
         return fn, args
+
+
+@functools.lru_cache(maxsize=1024)
+def signature_of(function: Any) -> inspect.Signature:
+    return inspect.signature(function)
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
@@ -181,7 +187,7 @@ def trace_forward(
         return copy_graph(module.graph)
     if is_plain_sequential(module):
         return _chain(module)
-    kinds = [p.kind for p in inspect.signature(type(module).forward).parameters.values()]
+    kinds = [p.kind for p in signature_of(type(module).forward).parameters.values()]
     if inspect.Parameter.VAR_POSITIONAL in kinds and inspect.Parameter.KEYWORD_ONLY in kinds:
         raise TraceError(f"{type(module).__name__}.forward has keyword arguments behind *args, which fx mixes up")
     with untouched([module]), _other_modes():
