@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a safetensors file, a PyTorch file, or a folder with timm's ``config.json``.
 
     Pickles are read with ``weights_only=True``, which runs no code. Of a training checkpoint the EMA
-    weights are taken where there are some; prefixes of DDP and torch.compile are removed.
+    weights are taken where there are some; prefixes of DDP and torch.compile are removed. The tensors lie in the file,
+    mapped: what is not asked for, such as an optimizer's state, takes no memory.
 
     Raises:
         WeightsError: The file is missing, damaged, or no checkpoint.
@@ -113,7 +115,7 @@ def index_of(file: Path) -> Path:
 def _read_pickle(file: Path) -> Checkpoint:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # timm's train.py keeps its arguments
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
+            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:
         raise WeightsError(
             f"{file} cannot be read as weights ({type(error).__name__}: {str(error).partition(chr(10))[0]}); no pickled code "

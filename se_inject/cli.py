@@ -192,7 +192,7 @@ def inject_command(
     options, args = _options(given), _arguments(model_kwargs)
     from .checkpoint import read_checkpoint
     from .surgery import inject, skeleton
-    from .weights import load, save
+    from .weights import load_found, save
 
     if _is_file(target):
         found = read_checkpoint(target)
@@ -200,7 +200,7 @@ def inject_command(
             raise SEInjectError(
                 f"{target!r} already holds an injected model ({len(found.recipe.sites)} blocks): "
                 f"`se-inject eject {target} -o BASE` first")
-        net = load(target, model, model_args=args, **options)
+        net = load_found(found, target, model, model_args=args, **options)
     else:
         import timm
 
@@ -225,11 +225,12 @@ def inject_command(
 def merge_command(file: str, base: str | None, head: str | None, pretrained: bool, output: str) -> None:
     """Write blocks, base and head that come from several files to one: FILE is one of `inject`, or of save()."""
     from .checkpoint import read_checkpoint
-    from .weights import load, save
+    from .weights import load_found, save
 
-    if read_checkpoint(file).recipe is None:
+    found = read_checkpoint(file)
+    if found.recipe is None:
         raise SEInjectError(f"{file!r} does not say what its blocks are: `se-inject inject {file} -o OUT` first")
-    save(load(file, base=base, head=head, pretrained=pretrained), output)
+    save(load_found(found, file, base=base, head=head, pretrained=pretrained), output)
     click.echo(output)
 
 
@@ -282,7 +283,7 @@ def eject_command(file: str, output: str, model: str | None, **given: Any) -> No
     from .checkpoint import read_checkpoint
     from .recipe import description
     from .surgery import eject
-    from .weights import load
+    from .weights import load_found
     from .writing import write_safetensors
 
     found = read_checkpoint(file)
@@ -292,7 +293,7 @@ def eject_command(file: str, output: str, model: str | None, **given: Any) -> No
         prefixes = tuple(f"{p}." for p in found.recipe.sites)
         tensors, said = {k: t for k, t in found.tensors.items() if not k.startswith(prefixes)}, {}
     else:
-        net = eject(load(file, model, **options))
+        net = eject(load_found(found, file, model, **options))
         tensors, said = net.state_dict(), description(net)
     write_safetensors(output, tensors, said)
     _say(f"{len(tensors)} base tensors written, {len(found.tensors) - len(tensors)} SE tensors left out")

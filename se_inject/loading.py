@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -31,7 +33,8 @@ def keep_absent_base(
 ) -> None:  # fmt: skip
     """Before an injected model loads: where only keys of blocks, or of blocks and the head, are there, the base keeps
     its values. Says what is loaded."""
-    parts = Parts.of(model)
+    at_hand = _at_hand.get()
+    parts = at_hand[1] if at_hand is not None and at_hand[0] is model else Parts.of(model)
     found = {key[len(prefix):]: t for key, t in state_dict.items() if key.startswith(prefix)}
     kept = {k: t for k, t in {**parts.base, **parts.head}.items() if k not in found} if parts.is_adapter(found) else {}
     state_dict.update({prefix + k: t for k, t in kept.items()})
@@ -59,15 +62,15 @@ class Parts:
 
     @classmethod
     def of(cls, model: nn.Module) -> Parts:
-        def keys_of(path: str) -> list[str]:
-            return [f"{path}.{key}" for key in model.get_submodule(path).state_dict()]
-
-        parts = cls({}, {}, {}, {path: keys_of(path) for path in block_paths(model)})
-        of_se = {key for keys in parts.blocks.values() for key in keys}
-        of_head = {key for path in head_paths(model) for key in keys_of(path)}
+        parts = cls({}, {}, {}, {path: [] for path in block_paths(model)})
+        heads = dict.fromkeys(head_paths(model))
         for key, tensor in _tensors(model).items():
-            part = parts.se if key in of_se else parts.head if key in of_head else parts.base
-            part[key] = tensor
+            path = _holder(key, parts.blocks)
+            if path is not None:
+                parts.blocks[path].append(key)
+                parts.se[key] = tensor
+            else:
+                (parts.base if _holder(key, heads) is None else parts.head)[key] = tensor
         return parts
 
     def everything(self) -> dict[str, torch.Tensor]:
@@ -81,6 +84,19 @@ class Parts:
     def is_adapter(self, keys: Collection[str]) -> bool:
         """The same, but with blocks: a head alone may as well be what is left of a broken file."""
         return self.is_partial(keys) and any(key in self.se for key in keys)
+
+
+def _holder(key: str, paths: Collection[str]) -> str | None:
+    """Which of the modules at `paths` has the tensor of this name."""
+    path = key
+    while path:
+        path = path.rpartition(".")[0]
+        if path in paths:
+            return path
+    return None
+
+
+_at_hand: contextvars.ContextVar[tuple[nn.Module, Parts] | None] = contextvars.ContextVar("se_inject_parts", default=None)
 
 
 def around_blocks(filter_fn: Callable[..., Any] | None) -> Callable[..., Any]:
@@ -120,13 +136,13 @@ def parts_of_blocks(parts: Parts, tensors: Mapping[str, torch.Tensor]) -> list[s
     return missing
 
 
-def load_strictly(model: nn.Module, tensors: Mapping[str, torch.Tensor], source: object) -> None:
-    """Load all of `tensors` in place, or raise and leave the model as it was.
+def load_strictly(model: nn.Module, tensors: Mapping[str, torch.Tensor], source: object, parts: Parts | None = None) -> None:
+    """Load all of `tensors` in place, or raise and leave the model as it was. `parts` are the model's, where at hand.
 
     Raises:
-        WeightsError: Keys are missing or unknown, shapes differ, or values are NaN.
+        WeightsError: Keys are missing or unknown, shapes differ, or a tensor begins with NaN.
     """
-    parts = Parts.of(model)
+    parts = parts or Parts.of(model)
     own = parts.everything()
     wrong = [
         f"{k}: {tuple(t.shape)} in the file, {tuple(own[k].shape)} in the model"
@@ -151,11 +167,27 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, torch.Tensor], source:
         raise WeightsError(
             f"{source}: {len(integers)} tensors are of another type than the model's ({integers[0]}: "
             f"{tensors[integers[0]].dtype} for {own[integers[0]].dtype}), as in quantized weights; save them in floating point")
-    bad = [k for k, t in tensors.items() if t.is_floating_point() and t.isnan().any()]
+    bad = _not_numbers(tensors)
     if bad:
         raise WeightsError(f"{source}: {len(bad)} tensors hold NaN ({', '.join(bad[:3])}); save a sound model")
     alone = parts.is_partial(tensors) and not parts.is_adapter(tensors)  # a head, as was asked for
-    model.load_state_dict(dict(tensors), strict=not alone)
+    token = _at_hand.set((model, parts))
+    try:
+        model.load_state_dict(dict(tensors), strict=not alone)
+    finally:
+        _at_hand.reset(token)
+
+
+def _not_numbers(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """The tensors that hold NaN, if one of them begins with it: training that diverged leaves it everywhere, and to read
+    all would take several times as long as to load it."""
+    starts: dict[torch.dtype, list[torch.Tensor]] = defaultdict(list)
+    for t in tensors.values():
+        if t.is_floating_point() and t.numel():
+            starts[t.dtype].append(t.detach().as_strided((1,), (1,)))
+    if not any(bool(torch.cat(few).isnan().any()) for few in starts.values()):
+        return []
+    return [k for k, t in tensors.items() if t.is_floating_point() and t.isnan().any()]
 
 
 def block_paths(model: nn.Module) -> list[str]:
@@ -167,9 +199,7 @@ def block_paths(model: nn.Module) -> list[str]:
 
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     """What `module`'s state dict holds, by the same names, but the very parameters and buffers."""
-    everything = {
-        **dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers(remove_duplicate=False))}
-    return {k: everything.get(k, t) for k, t in module.state_dict().items()}
+    return dict(module.state_dict(keep_vars=True))
 
 
 def head_paths(model: nn.Module) -> list[str]:

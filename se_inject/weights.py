@@ -116,7 +116,18 @@ def load(
             then as it was.
         ConfigError: An option is wrong, or the file has its own recipe.
     """
-    found = read_checkpoint(path)
+    return load_found(
+        read_checkpoint(path), path, model, base=base, head=head, pretrained=pretrained, model_args=model_args,
+        device=device, dtype=dtype, **options)
+
+
+def load_found(
+    found: Checkpoint, path: str | os.PathLike[str], model: nn.Module | str | None = None, *,
+    base: str | os.PathLike[str] | None = None, head: str | os.PathLike[str] | None = None, pretrained: bool = False,
+    model_args: Mapping[str, Any] | None = None, device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None, **options: Any,
+) -> nn.Module:  # fmt: skip
+    """`load` for a file that was read already, so that none is read twice."""
     found = dataclasses.replace(found, model_args={**found.model_args, **(model_args or {})})
     _check_request(found, path, model, base, pretrained, model_args, options)
     below = None if base is None else _read_base(base, found, path, model)
@@ -129,19 +140,21 @@ def load(
         sizes = infer_model_args(base_architecture(found, model, path), everything) if below or top else {}
         args = {**found.model_args, **sizes}  # classes and channels are those of the weights that are taken
         net = base_of(dataclasses.replace(found, tensors=everything, model_args=args), model, path, pretrained=pretrained)
-        net.to(device=device, dtype=dtype)
+        if device is not None or dtype is not None:
+            net.to(device=device, dtype=dtype)
     mine = not injections_of(net)
     try:
         if mine:
             _inject_as_said(net, found, options, path)
         elif found.recipe is not None:
             _check_blocks(net, found.recipe, path)
-        tensors = _joined(net, found, below, base, top, head)
-        if not given and not pretrained and Parts.of(net).is_partial(tensors):  # what was built has random weights
+        parts = Parts.of(net)
+        tensors = _joined(net, parts, found, below, base, top, head)
+        if not given and not pretrained and parts.is_partial(tensors):  # what was built has random weights
             raise WeightsError(
                 f"{', '.join(repr(str(p)) for p in (path, base, head) if p is not None)}: no weights of the base are there, "
                 "only those of blocks or head: add base=FILE with them, pretrained=True, or model=a model with weights")
-        load_strictly(net, tensors, path)
+        load_strictly(net, tensors, path, parts)
     except BaseException:
         if given and mine and injections_of(net):
             eject(net)
@@ -198,14 +211,14 @@ def _read_base(
 
 
 def _joined(
-    net: nn.Module, found: Checkpoint, below: Checkpoint | None, base: object, top: Mapping[str, torch.Tensor], head: object
-) -> dict[str, torch.Tensor]:
+    net: nn.Module, parts: Parts, found: Checkpoint, below: Checkpoint | None, base: object,
+    top: Mapping[str, torch.Tensor], head: object,
+) -> dict[str, torch.Tensor]:  # fmt: skip
     """The tensors of all files: the base's, those of the file over them, and the classifier of `head` over those.
 
     Raises:
         WeightsError: `head` has not the whole classifier, or the base's file has blocks of another kind that would count.
     """
-    parts = Parts.of(net)
     lacks = [key for key in parts.head if key not in top and not key.endswith("num_batches_tracked")]
     if top and (lacks or not parts.head):
         raise WeightsError(
