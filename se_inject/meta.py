@@ -123,7 +123,7 @@ def _in_place(func: Any, first: torch.Tensor, args: Sequence[Any], kwargs: dict[
 
 
 def _like_first(func: Any, first: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    return torch.empty_like(first) if all(_as(a, first) for a in (*args[1:], *kwargs.values())) else None
+    return _like(first) if all(_as(a, first) for a in (*args[1:], *kwargs.values())) else None
 
 
 def _broadcast(func: Any, first: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -143,7 +143,7 @@ def _norm(func: Any, first: torch.Tensor, args: Sequence[Any], kwargs: dict[str,
 
 
 def _batch_norm(at: int, func: Any, first: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    return (torch.empty_like(first), first, first) if args[at] is False else None
+    return (_like(first), first, first) if args[at] is False else None
 
 
 def _reduction(at: int, func: Any, first: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -174,7 +174,7 @@ def _addmm(func: Any, first: torch.Tensor, args: Sequence[Any], kwargs: dict[str
 
 
 def _roll(func: Any, first: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    return torch.empty_like(first) if _is_plain(first) else None
+    return _like(first) if _is_plain(first) else None
 
 
 def _cat(tensors: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor | None:
@@ -187,6 +187,10 @@ def _cat(tensors: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor | None:
         return None
     rest[0].insert(dim % first.dim(), width)
     return first.new_empty(rest[0])
+
+
+def _like(t: torch.Tensor) -> torch.Tensor:
+    return t.new_empty(t.shape) if _is_plain(t) else torch.empty_like(t)  # which torch answers in Python, on meta
 
 
 def _is_plain(t: torch.Tensor) -> bool:
