@@ -15,6 +15,7 @@ from torch import nn
 
 from .config import SEConfig
 from .errors import ConfigError
+from .scale import scale, squeeze
 
 
 class SqueezeExcite(nn.Module):
@@ -43,7 +44,7 @@ class SqueezeExcite(nn.Module):
         self.channels = channels
         self.layout = layout
         self.gain = gain
-        self.dims = {"NCHW": (2, 3), "NHWC": (1, 2), "NLC": (1,)}[layout]
+        self.dims = {"NCHW": [2, 3], "NHWC": [1, 2], "NLC": [1]}[layout]
         factory = {"bias": bias, "device": device, "dtype": dtype}
         if layout == "NCHW":
             self.fc1: nn.Module = nn.Conv2d(channels, rd_channels, 1, **factory)
@@ -55,12 +56,12 @@ class SqueezeExcite(nn.Module):
         self.gate = create_act_layer(gate_layer)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        s = x.mean(self.dims, keepdim=True)
+        s = squeeze(x, self.dims)
         s = self.fc2(self.act(self.fc1(s)))
         g: torch.Tensor = self.gate(s)
         if self.gain != 1.0:
             g = g * self.gain
-        return x * g
+        return scale(x, g, self.dims)
 
     def first_layer(self) -> nn.Module:
         return self.fc1
@@ -87,12 +88,12 @@ class EfficientNetSqueezeExcite(SqueezeExcite):
         modules.update(renamed)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        s = x.mean(self.dims, keepdim=True)
+        s = squeeze(x, self.dims)
         s = self.conv_expand(self.act1(self.conv_reduce(s)))
         g: torch.Tensor = self.gate(s)
         if self.gain != 1.0:
             g = g * self.gain
-        return x * g
+        return scale(x, g, self.dims)
 
     def first_layer(self) -> nn.Module:
         return self.get_submodule("conv_reduce")
