@@ -1,4 +1,5 @@
-"""The command: `se-inject list | plan | inject | merge | info | eject | to-native | run | zoo | bench | demo`.
+"""The command: `se-inject list | plan | inject | merge | info | eject | to-native | optimize | export |
+run | zoo | bench | demo`.
 
 Results go to stdout and talk to stderr, so that output pipes. Exit codes: 0 done, 1 it could not be
 done, 2 it was asked wrongly. torch is imported by the commands that need it, not by ``--help``.
@@ -317,6 +318,87 @@ def to_native_command(file: str, output: str, model: str | None, **given: Any) -
     weights = to_native(load(file, model, **options), output)
     _say(f"{len(weights)} tensors of {weights.architecture} written to {output}")
     click.echo(json.dumps({"architecture": weights.architecture, "model_args": weights.model_args, "file": output}))
+
+
+def _saved(file: str, model: str | None, model_kwargs: tuple[tuple[str, Any], ...]) -> Any:
+    """The model of a file, with its blocks where it has some."""
+    from .checkpoint import read_checkpoint
+    from .weights import base_of, load_found, said_blocks
+
+    found, args = read_checkpoint(file), _arguments(model_kwargs)
+    if found.recipe is not None or said_blocks(found, file)[0]:
+        return load_found(found, file, model, model_args=args)
+    net = base_of(dataclasses.replace(found, model_args={**found.model_args, **args}), model, file)
+    try:
+        net.load_state_dict(found.tensors)
+    except RuntimeError as error:
+        raise SEInjectError(f"{file!r} does not fit {type(net).__name__}: {error}") from error
+    return net
+
+
+_export_options = [
+    click.argument("file", metavar="FILE"),
+    click.option("-o", "--output", metavar="OUT", help="A file for torch.export.load (.pt2) or ONNX (.onnx)."),
+    click.option("--model", metavar="NAME", help="The architecture of a FILE that does not say it."),
+    _model_args,
+    click.option("--img-size", type=int, metavar="H", help="Height and width; default the model's own."),
+    click.option("--dynamic-batch/--one-image", default=True, show_default=True, help="Images that OUT takes."),
+]
+
+
+def _takes_export_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(_export_options):
+        command = option(command)
+    return command
+
+
+@main.command("optimize")
+@_takes_export_options
+@click.option("--json", "as_json", is_flag=True, help="What was done, as JSON.")
+def optimize_command(
+    file: str, output: str | None, model: str | None, model_kwargs: tuple[tuple[str, Any], ...], img_size: int | None,
+    dynamic_batch: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Make a saved model quicker for inference, say what was done, and write it to OUT as a program, where that is given.
+
+    FILE may hold an injected model, one of timm's with SE, or one without.
+    """
+    _export(file, output, model, model_kwargs, img_size, dynamic_batch, True, as_json)
+
+
+@main.command("export")
+@_takes_export_options
+@click.option("--optimize/--no-optimize", default=False, show_default=True, help="As `se-inject optimize` does.")
+def export_command(
+    file: str, output: str | None, model: str | None, model_kwargs: tuple[tuple[str, Any], ...], img_size: int | None,
+    dynamic_batch: bool, optimize: bool,
+) -> None:  # fmt: skip
+    """Write a saved model to OUT as a program that runs without its Python."""
+    if output is None:
+        raise click.UsageError("Missing option '-o' / '--output'.")
+    _export(file, output, model, model_kwargs, img_size, dynamic_batch, optimize, None)
+
+
+def _export(
+    file: str, output: str | None, model: str | None, model_kwargs: tuple[tuple[str, Any], ...], img_size: int | None,
+    dynamic_batch: bool, optimize: bool, as_json: bool | None,
+) -> None:  # fmt: skip
+    """`as_json` is None where nothing is to be said of what was done."""
+    from .export import FORMATS, export
+    from .inference import optimize_for_inference
+    from .surgery import input_sizes
+
+    if output is not None and os.path.splitext(output)[1] not in FORMATS:
+        raise click.UsageError(f"{output!r}: OUT ends in {' or '.join(FORMATS)}")
+    net = _saved(file, model, model_kwargs)
+    size = (input_sizes(net)[0][0], img_size, img_size) if img_size else None
+    if optimize:
+        net = optimize_for_inference(net, input_size=size)
+    if as_json is not None:
+        click.echo(json.dumps(net.se_report.to_dict()) if as_json else str(net.se_report))
+    if output is not None:
+        export(net, output, input_size=size, dynamic_batch=dynamic_batch)
+        _say(f"written to {output}")
 
 
 @main.command("run", context_settings={"allow_interspersed_args": False})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,12 @@ class OptimisedModel:
         moved = sum(b.moved for b in self.blocks)
         return (f"{moved} of {len(self.blocks)} squeezes moved upstream, {len(self.norms_folded)} of "
                 f"{len(self.norms_folded) + len(self.norms_kept)} batch norms folded, {self.sums} sums in place")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON types."""
+        return {
+            "blocks": [dataclasses.asdict(b) for b in self.blocks], "norms_folded": dict(self.norms_folded),
+            "norms_kept": dict(self.norms_kept), "sums": self.sums, "kept": dict(self.kept)}
 
     def __str__(self) -> str:
         rows = [(b.path, f"squeezes {b.source}, {b.channels} channels" if b.moved else

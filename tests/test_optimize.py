@@ -2,14 +2,18 @@
 
 import copy
 import io
+import json
 import pickle
 
 import pytest
 import timm
 import torch
+from click.testing import CliRunner
+from safetensors.torch import save_file
 from torch import nn
 
 import se_inject
+from se_inject.cli import main
 from se_inject.excitation import Excitation
 from se_inject.surgery import input_sizes
 
@@ -232,6 +236,44 @@ def test_onnx(tmp_path):
     (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     with torch.no_grad():
         assert deviation(fast(x), torch.from_numpy(out)) < 1e-5
+
+
+def call(*args):
+    return CliRunner().invoke(main, args)
+
+
+def test_the_command_writes_programs(tmp_path):
+    model = randomise(se_inject.inject(made("test_resnet"))).eval()
+    se_inject.save(model, tmp_path / "model.safetensors")
+    x = image(model, batch=3)
+    with torch.no_grad():
+        expected = model(x)
+    told = call("optimize", str(tmp_path / "model.safetensors"))
+    assert told.exit_code == 0, told.output
+    assert "1 of 4 squeezes moved upstream, 15 of 15 batch norms folded, 4 sums in place" in told.stdout
+    for command in (["optimize"], ["export"], ["export", "--optimize"]):
+        out = tmp_path / f"{len(command)}{command[0]}.pt2"
+        done = call(*command, str(tmp_path / "model.safetensors"), "-o", str(out))
+        assert done.exit_code == 0, done.output
+        program = torch.export.load(out)
+        norms = [n for n in program.graph.nodes if "batch_norm" in str(n.target)]
+        assert bool(norms) == (command == ["export"])
+        with torch.no_grad():
+            assert deviation(expected, program.module()(x)) < 1e-5
+    base = made("test_resnet")
+    save_file(base.state_dict(), tmp_path / "base.safetensors")
+    done = call("optimize", str(tmp_path / "base.safetensors"), "--model", "test_resnet", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["sums"] == 4
+    for args, said in (
+            (["export", str(tmp_path / "base.safetensors"), "--model", "test_resnet"], "--output"),
+            (["optimize", str(tmp_path / "base.safetensors"), "-o", "out.pt"], ".pt2 or .onnx"),
+            (["optimize", str(tmp_path / "base.safetensors")], "does not say its architecture"),
+            (["optimize", str(tmp_path / "base.safetensors"), "--model", "test_vit"], "does not fit")):
+        done = call(*args)
+        assert done.exit_code in (1, 2) and said in done.stderr, done.stderr
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "model.safetensors", "base.safetensors", "1optimize.pt2", "1export.pt2", "2export.pt2"}
 
 
 def test_refusals():
