@@ -79,6 +79,7 @@ class _Scale(Function):
         of_gate = product.sum(ctx.dims, keepdim=True)
         if not ctx.needs_input_grad[0]:
             return None, of_gate, None
-        if torch.is_grad_enabled() or _transformed():  # the product is needed again, or is a batch of products
+        batched = _transformed() or torch._C._functorch.is_legacy_batchedtensor(grad)  # of gradients: no out= there
+        if torch.is_grad_enabled() or batched:  # in the first, the product is needed again
             return grad * gate, of_gate, None
         return torch.mul(grad, gate, out=product), of_gate, None

@@ -25,13 +25,6 @@ PAGE = Path(__file__).parent.parent / "docs" / "cost.md"
 ONCE = ["--rounds", "1", "--threads", "1"]
 
 
-@pytest.fixture(autouse=True)
-def _stand_in(monkeypatch):
-    """A copy, until there is an optimisation."""
-    if "optimize_for_inference" not in se_inject.__all__:
-        monkeypatch.setattr(se_inject, "optimize_for_inference", lambda m: copy.deepcopy(m).eval(), raising=False)
-
-
 def measured(*args):
     return json.loads(call("bench", *args, "--json")[0])
 
