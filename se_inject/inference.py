@@ -361,28 +361,18 @@ class _Planner:
 
     # regions
 
-    def _merged(self, regions: list[_Region]) -> list[_Region]:
-        """Regions that have no call in common: those that had are one."""
+    @staticmethod
+    def _merged(regions: list[_Region]) -> list[_Region]:
+        """Regions that have no call in common: those that had are one. The way from a root to each call inside is inside."""
         of: dict[Call, _Region] = {}
         for region in regions:
-            for call in [region.root, *region.inside]:
-                other = of.get(call)
-                if other is None or other is region:
-                    continue
-                region = self._one(region, other)
-            for call in (region.root, *region.inside):
-                of[call] = region
+            others = {of[c] for c in (region.root, *region.inside) if c in of}
+            together = [region, *others]
+            root = min((r.root for r in together), key=lambda c: c.begin)
+            calls = {c for r in together for c in (r.root, *r.inside)}
+            merged = _Region(root, calls - {root}, [b for r in together for b in r.blocks])
+            of.update(dict.fromkeys(calls, merged))
         return list(dict.fromkeys(of.values()))
-
-    def _one(self, a: _Region, b: _Region) -> _Region:
-        root, _ = min((a.root, b.root), key=lambda c: c.begin), None
-        inside = a.inside | b.inside | {a.root, b.root}
-        for r in (a.root, b.root):
-            while r is not root:
-                inside.add(r)
-                assert r.parent is not None
-                r = r.parent
-        return _Region(root, inside - {root}, [*a.blocks, *b.blocks])
 
     def _rewrite(self, region: _Region, changes: _Changes) -> None:
         flat = flatten(self.flow, region.root, region.inside, self.persistent)
