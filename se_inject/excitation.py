@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .axes import batch_is_first, channel_axis
-from .errors import TraceError
+from .errors import SEInjectError, TraceError
 from .factors import CONVS, DIVISIONS, MEANS, conv_arguments, spelled
 from .flow import Flow
 from .graph import ADDS, LAYOUTS, MULS, View, is_tensor, shape
@@ -23,6 +24,9 @@ _ELEMENTWISE = {
     F.relu, F.relu_, F.relu6, F.silu, F.gelu, F.hardswish, F.hardsigmoid, F.hardtanh, F.leaky_relu, F.elu, F.mish, F.softplus,
     F.sigmoid, F.tanh, torch.relu, torch.sigmoid, torch.tanh, "relu", "sigmoid", "sigmoid_", "tanh", "tanh_", "clamp"} | (
         MULS | ADDS | DIVISIONS)
+_METHODS: dict[Any, str] = {
+    **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), "relu_"),
+    **dict.fromkeys((F.sigmoid, torch.sigmoid, torch.sigmoid_, "sigmoid", "sigmoid_"), "sigmoid_")}
 _BATCH_NORMS = {F.batch_norm, torch.batch_norm}
 Values = Callable[[str], torch.Tensor]  # the tensor of that name, with its values
 
@@ -32,63 +36,75 @@ class NotLinear(Exception):
 
 
 class Excitation(nn.Module):
-    """The gate of a squeeze-and-excitation block, from the mean over positions of a tensor.
+    """The weights of a gate; the forward of the module around computes it, see `put_in`.
+
+    At one image the layers take less time than to call them, so they are calls of functions there. Weights are (in, out),
+    as a product of one row by a matrix is quicker so.
 
     Args:
-        dims: The axes of the positions.
+        dims: The axes of the positions, of which the mean is taken.
         layers: From the mean (N, C_in) to the gate (N, C).
         shape: The gate's shape without the batch, such as (C, 1, 1); it is broadcast to what it gates.
-
-    Shape: (N, C_in, H, W), or as `dims` says; the output is (N, *shape).
+        like: A tensor of the device and dtype to have.
     """
 
-    def __init__(self, dims: tuple[int, ...], layers: list[nn.Module], shape: tuple[int, ...]) -> None:
+    def __init__(self, dims: tuple[int, ...], layers: list[Layer], shape: tuple[int, ...], like: torch.Tensor) -> None:
         super().__init__()
         self.dims = dims
-        self.layers = nn.ModuleList(layers)
         self.shape = shape
+        self.sums = like.dtype is not torch.float16  # which sums over positions overflow
+        self.steps: list[str | float] = []
+        for layer in layers:
+            i = 1 + sum(isinstance(step, str) and step.startswith("weight") for step in self.steps)
+            if isinstance(layer, Affine):
+                weight = layer.weight if layer.weight.dim() == 2 else torch.diag(layer.weight)
+                self.register_parameter(f"weight{i}", nn.Parameter(weight.T.to(like).contiguous(), requires_grad=False))
+                self.register_parameter(f"bias{i}", nn.Parameter(layer.bias.to(like), requires_grad=False))
+                self.steps.append(f"weight{i}")
+            elif isinstance(layer, nn.Module):
+                self.add_module(f"act{i}", layer)
+                self.steps.append(f"act{i}")
+            else:
+                self.steps.append(layer)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        s = x.mean(self.dims)
-        for layer in self.layers:
-            s = layer(s)
-        return s.view(-1, *self.shape)
+    def put_in(self, graph: fx.Graph, path: str, x: fx.Node) -> tuple[fx.Node, float]:
+        """Compute the gate from `x` at the graph's insert point; the gate is to be multiplied by the number.
+
+        `path` is this module's in that graph.
+        """
+        first, number = self.steps[0] if self.steps else None, 1.0
+        more: dict[str, Any] = {}
+        if self.sums and isinstance(first, str) and first.startswith("weight"):
+            s = graph.call_method("sum", (x, self.dims))  # the division goes into the first layer
+            sizes = graph.call_function(getattr, (x, "shape"))
+            count, *others = (graph.call_function(operator.getitem, (sizes, d)) for d in self.dims)
+            for other in others:
+                count = graph.call_function(operator.mul, (count, other))
+            more = {"alpha": graph.call_function(operator.truediv, (1, count))}
+        else:
+            s = graph.call_method("mean", (x, self.dims))
+        for step in self.steps:
+            if isinstance(step, float):
+                number *= step
+            elif step.startswith("weight"):
+                weight, bias = (graph.get_attr(f"{path}.{name}") for name in (step, step.replace("weight", "bias")))
+                s, more = graph.call_function(torch.addmm, (bias, s, weight), more), {}
+            elif step in self._modules:
+                s = graph.call_module(f"{path}.{step}", (s,))
+            else:
+                s = graph.call_method(step, (s,))
+        return graph.call_method("view", (s, (-1, *self.shape))), number
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        module = super()._apply(fn, recurse)
+        if self.sums and any(p.dtype is torch.float16 for p in self.parameters(recurse=False)):
+            raise SEInjectError("this copy was optimised in another dtype, and its sums may overflow in float16: convert the "
+                                "model to float16 first, then optimise it")
+        return module
 
     def extra_repr(self) -> str:
-        return f"dims={self.dims}, shape={self.shape}"
-
-
-class Scale(nn.Module):
-    """Multiplies by a constant, in place."""
-
-    def __init__(self, factor: float) -> None:
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.mul_(self.factor)
-
-    def extra_repr(self) -> str:
-        return f"{self.factor:g}"
-
-
-class Elementwise(nn.Module):
-    """An activation that the block's own forward calls as a function, or a method of its tensor."""
-
-    def __init__(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        super().__init__()
-        self.target = target
-        self.args = args
-        self.kwargs = kwargs
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        function = getattr(x, self.target) if isinstance(self.target, str) else self.target
-        y: torch.Tensor = function(*self.args, **self.kwargs) if isinstance(self.target, str) else function(
-            x, *self.args, **self.kwargs)
-        return y
-
-    def extra_repr(self) -> str:
-        return str(getattr(self.target, "__name__", self.target))
+        weights = ", ".join(f"{name}: {tuple(p.shape)}" for name, p in self._parameters.items() if p is not None)
+        return f"dims={self.dims}, shape={self.shape}, {weights}"
 
 
 @dataclasses.dataclass(eq=False)
@@ -109,13 +125,8 @@ class Affine:
             return Affine(self.weight * other.weight, self.bias + self.weight @ other.bias)
         return Affine(self.weight @ other.weight, self.bias + self.weight @ other.bias)
 
-    def linear(self, like: torch.Tensor) -> nn.Linear:
-        assert self.weight.dim() == 2
-        rows, columns = self.weight.shape
-        layer = nn.Linear(columns, rows, device="meta")
-        layer.weight = nn.Parameter(self.weight.to(like), requires_grad=False)
-        layer.bias = nn.Parameter(self.bias.to(like), requires_grad=False)
-        return layer
+
+Layer = Affine | nn.Module | str | float  # a linear one, a module, a method that works in place, a factor
 
 
 @dataclasses.dataclass(eq=False)
@@ -151,7 +162,7 @@ class Lowering:
 
     # the block
 
-    def layers_of(self, view: View, gate: fx.Node, start: fx.Node, axis: int) -> list[nn.Module | Affine]:
+    def layers_of(self, view: View, gate: fx.Node, start: fx.Node, axis: int) -> list[Layer]:
         """The layers from the mean of `start`, the block's input, to its gate; adjoining linear ones are one.
 
         `axis` is that of the channels.
@@ -159,7 +170,7 @@ class Lowering:
         Raises:
             NotLinear: The gate is computed in another way.
         """
-        found: list[nn.Module | Affine] = []
+        found: list[Layer] = []
         at: tuple[View, fx.Node] = view, gate
         while True:
             above, node = self._unmoved(*at)
@@ -178,14 +189,13 @@ class Lowering:
                 at = above, x
                 continue
             scaled = self._scalar(above, node)
-            if scaled is not None:
-                found.append(Scale(scaled[1]))
+            if scaled is not None and not found:  # it goes with the product
+                found.append(scaled[1])
                 at = above, scaled[0]
                 continue
-            if node.target in _ELEMENTWISE and isinstance(node.args[0], fx.Node) and list(node.all_input_nodes) == [
-                    node.args[0]] and above.module is view.module:
-                found.append(Elementwise(node.target, tuple(node.args[1:]), dict(node.kwargs)))
-                at = above, node.args[0]
+            if node.target in _METHODS and list(node.all_input_nodes) == [node.args[0]]:
+                found.append(_METHODS[node.target])
+                at = above, node.args[0]  # type: ignore[assignment]
                 continue
             module = above.module
             inputs = [n for n in above.nodes if n.op == "placeholder" and is_tensor(n)]

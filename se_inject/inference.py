@@ -15,7 +15,7 @@ from .attention import Gates, unexpanded
 from .block_gates import Gate
 from .edits import edited_owners
 from .errors import ConfigError, SEInjectError, TraceError
-from .excitation import Affine, Excitation, Lowering, NotLinear, Source
+from .excitation import Affine, Excitation, Layer, Lowering, NotLinear, Source
 from .flatten import cannot_flatten, flatten
 from .flow import Flow
 from .graph import ADDS, MULS, Traces, View, is_tensor, shape
@@ -216,11 +216,11 @@ class _Planner:
         source, root, inside, layers, why = self._source(view, x, axis, layers)
         key = next(iter(dict(call.module.named_parameters())), None)
         like = self.values(f"{call.path}.{key}" if key else next(iter(dict(self.model.named_parameters()))))
-        modules = [self._made(m, like) for m in layers]
+        made = [self._made(layer) for layer in layers]
         positions = tuple(d for d in range(1, len(shape(source.node))) if d != source.axis)
         report = OptimisedBlock(
             call.path, self._named(source), source.channels if source.steps else None, why)
-        return _Block(call, view, node, axis, source, root, inside, Excitation(positions, modules, out), report)
+        return _Block(call, view, node, axis, source, root, inside, Excitation(positions, made, out, like), report)
 
     def _product(self, call: Call, start: fx.Node) -> tuple[View, fx.Node, int]:
         """Where a block's input is multiplied by its gate: that forward, the gate, and the axis of the channels.
@@ -250,8 +250,8 @@ class _Planner:
         raise other
 
     def _source(
-        self, view: View, x: fx.Node, axis: int, layers: list[Any]
-    ) -> tuple[Source, Call, set[Call], list[Any], str | None]:
+        self, view: View, x: fx.Node, axis: int, layers: list[Layer]
+    ) -> tuple[Source, Call, set[Call], list[Layer], str | None]:
         """The cheapest tensor to take the mean of, the forwards to put together for it, the layers from there, and why it is
         the block's own input, or None."""
         first = layers[0] if layers and isinstance(layers[0], Affine) else None
@@ -272,9 +272,9 @@ class _Planner:
             root, inside = self._together(view.call, best.view.call)
         except NotLinear as reason:
             return (*here[:4], str(reason))
+        assert first is not None  # there is one candidate without
         merged = first
         for step in best.steps:
-            assert merged is not None
             merged = merged.behind(step())
         return best, root, inside, [merged, *layers[1:]], None
 
@@ -299,13 +299,12 @@ class _Planner:
         return root, inside
 
     @staticmethod
-    def _made(layer: nn.Module | Affine, like: torch.Tensor) -> nn.Module:
-        if isinstance(layer, Affine):
-            return layer.linear(like)
-        made = copy.deepcopy(layer)
-        if getattr(made, "inplace", None) is False:
-            made.__dict__["inplace"] = True  # a linear layer's output is its alone
-        return made
+    def _made(layer: Layer) -> Layer:
+        if isinstance(layer, nn.Module):
+            layer = copy.deepcopy(layer)
+            if getattr(layer, "inplace", None) is False:
+                layer.__dict__["inplace"] = True  # a linear layer's output is its alone
+        return layer
 
     def _named(self, source: Source) -> str:
         node, view = source.node, source.view
@@ -404,14 +403,23 @@ class _Planner:
         after = source
         if source.op == "placeholder":
             after = [n for n in graph.nodes if n.op == "placeholder"][-1]
+        path, number = str(node.target), 1.0
         with graph.inserting_after(after):
-            gate = graph.call_module(str(node.target), (source,))
+            here = graph.call_function(getattr, (source, "shape"))  # a place to put the rest before
+        with graph.inserting_before(here):
+            if isinstance(block.gate, Excitation):
+                gate, number = block.gate.put_in(graph, path, source)
+            else:
+                gate = graph.call_module(path, (source,))
+        graph.erase_node(here)
         value = node.meta["val"]
-        gate.meta = {"val": value.new_empty([n if d in (0, block.axis) else 1 for d, n in enumerate(value.shape)]),
-                     "shares": [], "pinned": False}
+        gate.meta = {"val": value.new_empty([n if d in (0, block.axis) else 1 for d, n in enumerate(value.shape)])}
         with graph.inserting_before(node):
             product = graph.call_function(torch.mul, (x, gate))
-        product.meta = {"val": value, "shares": [], "pinned": False}
+            product.meta = {"val": value}
+            if number != 1.0:
+                product = graph.call_function(torch.mul, (product, number))
+                product.meta = {"val": value}
         for user in node.users:
             user.meta["shares"] = [product if n is node else n for n in user.meta.get("shares", ())]
         node.replace_all_uses_with(product)
