@@ -144,8 +144,8 @@ def lived_in(model: nn.Module, inside: Any = None) -> nn.Module:
 def optimised(variant: Variant, images: torch.Tensor) -> Variant:
     """An optimised copy of a variant, which is compared with the plain one on `images`, in float32.
 
-    Where the plain model's own rounding is above `TOLERANCE`, both are compared with it in float64: the copy may be off by twice
-    as much.
+    Where the plain model's own rounding is above `TOLERANCE`, both are compared with it in float64: the copy may be off by
+    twice as much.
 
     Raises:
         SEInjectError: Their outputs differ by more.
