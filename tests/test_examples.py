@@ -11,6 +11,7 @@ ARGS = {
         "--data", "digits", "--train", "32", "--val", "16", "--test", "16", "--batch-size", "16", "--img-size", "32",
         "--steps", "2",
         "--lrs", "0.001", "0.01", "--seeds", "1", "2", "--methods", "head", "se"],
+    "profile_cost.py": ["test_resnet", "--rows", "3"],
 }  # fmt: skip
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 
