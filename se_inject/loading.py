@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from .blocks import is_identity
 from .errors import WeightsError
@@ -140,10 +141,15 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, torch.Tensor], source:
     """Load all of `tensors` in place, or raise and leave the model as it was. `parts` are the model's, where at hand.
 
     Raises:
-        WeightsError: Keys are missing or unknown, shapes differ, or a tensor begins with NaN.
+        WeightsError: Keys are missing or unknown, shapes differ, a tensor begins with NaN, or the model has no memory.
     """
     parts = parts or Parts.of(model)
     own = parts.everything()
+    empty = [k for k, t in own.items() if t.is_meta]
+    if empty:
+        raise WeightsError(
+            f"{source} cannot be loaded into {type(model).__name__}: {len(empty)} of its tensors are on the meta device, "
+            f"without memory ({', '.join(empty[:3])}); make it on a device, or load without model=")
     wrong = [
         f"{k}: {tuple(t.shape)} in the file, {tuple(own[k].shape)} in the model"
         for k, t in tensors.items() if k in own and own[k].shape != t.shape]
@@ -173,9 +179,31 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, torch.Tensor], source:
     alone = parts.is_partial(tensors) and not parts.is_adapter(tensors)  # a head, as was asked for
     token = _at_hand.set((model, parts))
     try:
-        model.load_state_dict(dict(tensors), strict=not alone)
+        if _loads_plainly(model, own):
+            _copy(model, own, dict(tensors))
+        else:
+            model.load_state_dict(dict(tensors), strict=not alone)
     finally:
         _at_hand.reset(token)
+
+
+def _loads_plainly(model: nn.Module, own: Mapping[str, torch.Tensor]) -> bool:
+    """Whether `load_state_dict` of a model comes to a copy of each tensor, as no module has a way of its own."""
+    usual = (nn.Module._load_from_state_dict, _NormBase._load_from_state_dict)
+    return type(model).load_state_dict is nn.Module.load_state_dict and all(
+        type(m)._load_from_state_dict in usual and type(m).set_extra_state is nn.Module.set_extra_state
+        and not m._load_state_dict_post_hooks
+        and all(hook_of(h) in (keep_absent_base, keep_absent_block) for h in m._load_state_dict_pre_hooks.values())
+        for m in model.modules()) and all(type(t) in (torch.Tensor, nn.Parameter) for t in own.values())
+
+
+@torch.no_grad()
+def _copy(model: nn.Module, own: Mapping[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> None:
+    """What `load_state_dict` does to such a model, without its walk, which takes as long as the copies of small tensors."""
+    keep_absent_base(model, tensors, "", {}, True, [], [], [])
+    for key, tensor in own.items():
+        if key in tensors:
+            tensor.copy_(tensors[key])
 
 
 def _not_numbers(tensors: Mapping[str, torch.Tensor]) -> list[str]:

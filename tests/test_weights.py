@@ -617,6 +617,8 @@ def test_options_of_several_injections_belong_to_their_sites(tmp_path):
     assert torch.equal(out(se_inject.load(tmp_path / "m.safetensors", net("silu", "relu"))), out(model))
     with pytest.raises(WeightsError, match="blocks were made with"):
         se_inject.load(tmp_path / "m.safetensors", net("relu", "silu"))
+
+
 def test_a_base_file_without_base_weights_is_an_error(tmp_path):
     """Else the base would be the random one that was built for the weights."""
     net = se_inject.inject(timm.create_model("resnet18"))
@@ -632,3 +634,33 @@ def test_a_base_file_without_base_weights_is_an_error(tmp_path):
             se_inject.load(tmp_path / "plain.pth", "resnet18")
         into = se_inject.load(tmp_path / "plain.pth", se_inject.inject(timm.create_model("resnet18")))  # it has weights
         assert all(torch.equal(into.state_dict()[k], t) for k, t in tensors.items())
+
+
+class _Loads(nn.Sequential):
+    def _load_from_state_dict(self, *args):
+        self.said.append(1)
+        super()._load_from_state_dict(*args)
+
+
+@pytest.mark.parametrize("own", [
+    lambda m: m.layer2.register_load_state_dict_post_hook(lambda module, _: module.said.append(1)),
+    lambda m: m.layer2.register_load_state_dict_pre_hook(lambda module, *_: module.said.append(1)),
+    lambda m: setattr(m.layer2, "__class__", _Loads)], ids=["post hook", "pre hook", "method"])
+def test_a_module_with_its_own_way_to_load_is_asked(tmp_path, own):
+    written = randomise(se_inject.inject(timm.create_model("resnet18")))
+    se_inject.save(written, tmp_path / "m.safetensors")
+    model = se_inject.inject(timm.create_model("resnet18"))
+    model.layer2.said = []
+    own(model)
+    se_inject.load(tmp_path / "m.safetensors", model)
+    assert model.layer2.said
+    assert all(torch.equal(t, model.state_dict()[k]) for k, t in written.state_dict().items())
+
+
+def test_a_model_without_memory_is_refused(tmp_path):
+    se_inject.save(se_inject.inject(timm.create_model("resnet18")), tmp_path / "m.safetensors")
+    with torch.device("meta"):
+        model = timm.create_model("resnet18")
+    with pytest.raises(WeightsError, match="on the meta device, without memory"):
+        se_inject.load(tmp_path / "m.safetensors", model)
+    assert not block_paths(model)
