@@ -24,7 +24,7 @@ from .inference_report import OptimisedBlock, OptimisedModel
 from .loading import block_paths, remove_hooks
 from .meta import storage
 from .norms import apply_folds, find_folds
-from .optimized import optimised_class, refuse_optimised
+from .optimized import become, optimised_class, refuse_optimised
 from .record import Call, abstract
 from .rewrite import regenerate
 from .surgery import record_model
@@ -143,8 +143,7 @@ class _Changes:
                 module.graph = code
                 module.recompile()
             else:
-                module.__dict__.pop("_se_edits", None) if "_get_item_by_idx" not in code.__dict__ else None
-                module.__class__ = code
+                become(module, code)
         return OptimisedModel(tuple(self.reports), norms.folded, norms.kept, self.sums, self.kept)
 
 

@@ -46,6 +46,14 @@ def _class_of(base: type[nn.Module], source: str, names: dict[str, Any], counts:
     return _classes[key]
 
 
+def become(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Make `module` one of its `optimised_class`, in place. Its edits go; a Sequential's stay, as they say which of its
+    children are blocks."""
+    if not cls._se_code[2]:  # type: ignore[attr-defined]
+        module.__dict__.pop("_se_edits", None)
+    module.__class__ = cls
+
+
 def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
     """Pickle by the original class and the code: a class made at run time has no name to import."""
     cls: Any = type(self)
