@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,11 +12,14 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .axes import batch_is_first, channel_axis
-from .errors import SEInjectError, TraceError
+from .errors import TraceError
 from .factors import CONVS, DIVISIONS, MEANS, conv_arguments, spelled
 from .flow import Flow
 from .graph import ADDS, LAYOUTS, MULS, View, is_tensor, shape
+from .memory import storages
+from .meta import storage
 from .patterns import argument
+from .record import Call
 
 _MEANS = {t for t in MEANS if "mean" in str(t)}
 _POOLS = {F.adaptive_avg_pool2d, F.adaptive_avg_pool1d, torch.adaptive_avg_pool1d}
@@ -28,11 +31,27 @@ _METHODS: dict[Any, str] = {
     **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), "relu_"),
     **dict.fromkeys((F.sigmoid, torch.sigmoid, torch.sigmoid_, "sigmoid", "sigmoid_"), "sigmoid_")}
 _BATCH_NORMS = {F.batch_norm, torch.batch_norm}
-Values = Callable[[str], torch.Tensor]  # the tensor of that name, with its values
 
 
 class NotLinear(Exception):
     """Why a squeeze stays where it is."""
+
+
+def pool(x: torch.Tensor, dims: list[int]) -> tuple[torch.Tensor, float]:
+    """A tensor and a number, whose product is the mean of `x` over `dims`: the layer behind does the division.
+
+    Not where a sum could overflow, in float16, nor where a program is made, which may serve other sizes.
+    """
+    if torch.jit.is_scripting():  # what is behind it is not compiled
+        return x.mean(dims), 1.0
+    else:
+        if (isinstance(x, fx.Proxy) or torch.compiler.is_compiling() or torch.jit.is_tracing() or x.dtype is torch.float16
+                or torch.is_autocast_enabled(x.device.type)):
+            return x.mean(dims), 1.0
+        count = 1
+        for d in dims:
+            count *= x.shape[d]
+        return x.sum(dims), 1 / count
 
 
 class Excitation(nn.Module):
@@ -52,7 +71,6 @@ class Excitation(nn.Module):
         super().__init__()
         self.dims = dims
         self.shape = shape
-        self.sums = like.dtype is not torch.float16  # which sums over positions overflow
         self.steps: list[str | float] = []
         for layer in layers:
             i = 1 + sum(isinstance(step, str) and step.startswith("weight") for step in self.steps)
@@ -72,17 +90,17 @@ class Excitation(nn.Module):
 
         `path` is this module's in that graph.
         """
-        first, number = self.steps[0] if self.steps else None, 1.0
+        number = 1.0
         more: dict[str, Any] = {}
-        if self.sums and isinstance(first, str) and first.startswith("weight"):
-            s = graph.call_method("sum", (x, self.dims))  # the division goes into the first layer
-            sizes = graph.call_function(getattr, (x, "shape"))
-            count, *others = (graph.call_function(operator.getitem, (sizes, d)) for d in self.dims)
-            for other in others:
-                count = graph.call_function(operator.mul, (count, other))
-            more = {"alpha": graph.call_function(operator.truediv, (1, count))}
-        else:
+        linear = str(self.steps[0] if self.steps else "").startswith("weight")
+        if self.dims and linear:
+            pooled = graph.call_function(pool, (x, list(self.dims)))
+            s, alpha = (graph.call_function(operator.getitem, (pooled, i)) for i in (0, 1))
+            more = {"alpha": alpha}
+        elif self.dims:
             s = graph.call_method("mean", (x, self.dims))
+        else:  # no positions
+            s = x if linear else graph.call_method("clone", (x,))
         for step in self.steps:
             if isinstance(step, float):
                 number *= step
@@ -94,13 +112,6 @@ class Excitation(nn.Module):
             else:
                 s = graph.call_method(step, (s,))
         return graph.call_method("view", (s, (-1, *self.shape))), number
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        module = super()._apply(fn, recurse)
-        if self.sums and any(p.dtype is torch.float16 for p in self.parameters(recurse=False)):
-            raise SEInjectError("this copy was optimised in another dtype, and its sums may overflow in float16: convert the "
-                                "model to float16 first, then optimise it")
-        return module
 
     def extra_repr(self) -> str:
         weights = ", ".join(f"{name}: {tuple(p.shape)}" for name, p in self._parameters.items() if p is not None)
@@ -156,7 +167,7 @@ class Source:
 class Lowering:
     """Makes excitations of blocks. Use it inside `abstract`; `values` gives the tensors as they are outside."""
 
-    def __init__(self, flow: Flow, values: Values) -> None:
+    def __init__(self, flow: Flow, values: Mapping[str, torch.Tensor]) -> None:
         self.flow = flow
         self.values = values
 
@@ -263,9 +274,26 @@ class Lowering:
             except TraceError as error:
                 return found, str(error)
             view, node = self.flow.outward(view, x)
-            if view.is_written_after(node):
+            if self._is_written_before(start.view.call, view, node):
                 return found, f"{spelled(node, view)} is changed in place later"
             found.append(Source(view, node, at, last.steps if step is None else (*last.steps, step)))
+
+    def _is_written_before(self, end: Call, view: View, node: fx.Node) -> bool:
+        """Whether something writes into the memory of a value after it was computed, until the call `end` is over."""
+        written, at = {storage(node.meta["val"])}, view.index[node]
+        while True:
+            if any(written & n.meta["writes"] for n in view.nodes[at + 1:]):
+                return True
+            above = None if view.call.begin <= end.begin < view.call.end else self.flow.caller(view)
+            if above is None:
+                return False
+            given = self.flow.bound(view.module, above[1])
+            seen: list[tuple[object, object]] = [(view.nodes[-1].args[0], above[1])]  # here, and the same there
+            seen += [(n, given.get(str(n.target))) for n in view.nodes if n.op == "placeholder"]
+            written = set[int]().union(*(
+                storages(there.meta["val"]) for here, there in seen
+                if isinstance(here, fx.Node) and isinstance(there, fx.Node) and written & storages(here.meta["val"])))
+            view, at = above[0], above[0].index[above[1]]
 
     def _step(self, view: View, node: fx.Node, axis: int) -> tuple[fx.Node, int, Callable[[], Affine] | None]:
         """Through one operator that maps each position's channels alike: its input, the channels' axis, and the map.
@@ -345,7 +373,10 @@ class Lowering:
         if not isinstance(node, fx.Node):
             return node  # type: ignore[no-any-return]
         if node.op == "get_attr":
-            return self.values(f"{view.path}.{node.target}" if view.path else str(node.target))
+            name = f"{view.path}.{node.target}" if view.path else str(node.target)
+            if name not in self.values:
+                raise NotLinear(f"{name} is neither a parameter nor a buffer")
+            return self.values[name]
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.value(view, n))
         if node.op == "call_function":
             return node.target(*args, **kwargs)  # type: ignore[no-any-return, operator]

@@ -1,4 +1,4 @@
-"""One graph of a module's forward with those of some of the modules that it calls put in, and who shares memory in it."""
+"""One graph of a module's forward with those of some of the modules that it calls put in."""
 
 from __future__ import annotations
 
@@ -6,24 +6,17 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import fx
-from torch.utils._pytree import tree_leaves
 
-from .flow import Flow, other_ways
-from .graph import View
-from .meta import storage
+from .flow import Flow, branches
+from .memory import describe
 from .record import Call
 from .trace import Unpacked
 
 
 @dataclasses.dataclass(eq=False)
 class Flat:
-    """The graph, and its values by the forward and the node that they were in.
-
-    Each node's ``meta`` has ``val``, its value in the recorded run; ``shares``, the inputs whose memory its value is in; and
-    ``pinned`` where that memory is not the graph's own: a parameter's, or the caller's.
-    """
+    """The graph, and its values by the forward and the node that they were in; each node's ``meta`` is that of `describe`."""
 
     graph: fx.Graph
     nodes: dict[tuple[Call, fx.Node], Any]
@@ -37,7 +30,11 @@ def cannot_flatten(flow: Flow, call: Call, inside: bool) -> str | None:
         return flow.traces.failures.get(call.module, f"{name} is torch's own")
     if len(flow.traces.calls[call.module]) > 1:
         return f"{call.path or type(call.module).__name__} is called more than once"
-    if other_ways(view):
+    if "forward" in call.module.__dict__:
+        return f"{call.path or type(call.module).__name__} has a forward of its own, which is not its class's"
+    if inside and call.module in (flow.barriers or ()):
+        return f"{call.path} has hooks"
+    if branches(view):
         return f"{name} branches on sizes"
     constants = view.forward.constants.values()
     if inside and any(isinstance(v, Unpacked) for v in constants):
@@ -80,34 +77,10 @@ def flatten(flow: Flow, root: Call, inside: Iterable[Call], persistent: set[int]
                 new = flat.graph.node_copy(node, env.__getitem__)
                 if node.op in ("get_attr", "call_module"):
                     new.target = f"{prefix}{node.target}"
-                new.meta = _memory(view, node, env, persistent)
+                new.meta = describe(flow, view, node, env, persistent)
                 env[node] = new
             flat.nodes[call, node] = env[node]
         return None
 
     flat.graph.output(put(root, "", None))
     return flat
-
-
-def _memory(view: View, node: fx.Node, env: dict[fx.Node, Any], persistent: set[int]) -> dict[str, Any]:
-    """The meta of a node that was copied."""
-    if node.op == "call_module":
-        call = view.call_of(node)
-        mine = storages(call.output)
-        given = list(zip(_leaves((node.args, node.kwargs)), _leaves((call.args, call.kwargs))))
-    else:
-        mine = storages(node.meta["val"])
-        given = [(n, n.meta["val"]) for n in node.all_input_nodes]
-    shares = [env[n] for n, value in given if isinstance(n, fx.Node) and isinstance(env[n], fx.Node) and (
-        mine & storages(value))]
-    pinned = node.op in ("placeholder", "get_attr") or bool(mine & persistent)
-    return {"val": node.meta["val"], "shares": shares, "pinned": pinned}
-
-
-def _leaves(value: Any) -> list[Any]:
-    return tree_leaves(value)
-
-
-def storages(value: Any) -> set[int]:
-    """The memory of the tensors in a value."""
-    return {storage(t) for t in tree_leaves(value) if isinstance(t, torch.Tensor)}

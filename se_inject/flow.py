@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import fx, nn
@@ -15,11 +15,17 @@ from .record import Call
 
 
 class Flow:
-    """Follows values between the traced forwards of one recorded run."""
+    """Follows values between the traced forwards of one recorded run.
 
-    def __init__(self, traces: Traces) -> None:
+    With `barriers`, those of one way alone: not into a call of one of these modules, whose hooks may see or change what it
+    is given and returns, nor of one whose forward branches on sizes.
+    """
+
+    def __init__(self, traces: Traces, barriers: Collection[nn.Module] | None = None) -> None:
         self.traces = traces
+        self.barriers = barriers
         self._nodes: dict[Call, dict[Call, fx.Node]] = {}
+        self._keeps: dict[Call, bool] = {}
 
     def caller(self, view: View) -> tuple[View, fx.Node] | None:
         """The forward that calls `view`'s module, and the node that does; None for the model itself.
@@ -64,6 +70,8 @@ class Flow:
                 inside = self.traces.inside(call)
             except TraceError:
                 return view, node
+            if self.barriers is not None and (call.module in self.barriers or branches(inside)):
+                return view, node
             result = inside.nodes[-1].args[0]
             if not isinstance(result, fx.Node):
                 return view, node
@@ -71,10 +79,37 @@ class Flow:
 
     def passes(self, call: Call) -> bool:
         """Whether a call returns its input, at any size: an identity, and in eval mode dropout and drop path."""
+        if not call.passes:
+            return False
         try:
-            return call.passes and not other_ways(self.traces.inside(call))
+            if self.barriers is None:
+                return not other_ways(self.traces.inside(call))
+            return not any(c.module in self.barriers or branches(self.traces.inside(c)) for c in call.walk())
         except TraceError:
             return False
+
+    def keeps(self, call: Call) -> bool:
+        """Whether tensors that a call is given or returns may be kept by something: hooks, or a forward that sets attributes
+        or that cannot be traced."""
+        if call not in self._keeps:
+            module = call.module
+            self._keeps[call] = module in (self.barriers or ()) or (
+                self.traces.view(module) is None and module in self.traces.failures) or any(map(self.keeps, call.children))
+        return self._keeps[call]
+
+
+def branches(view: View) -> bool:
+    """Whether a forward has another way, which does something else, or which fx cannot follow."""
+    return bool(view.forward.decisions) and view.shared("branches", lambda: _branches(view))
+
+
+def _branches(view: View) -> bool:
+    try:
+        paths = trace_paths(view.module, view.forward.constants, reading=True)
+    except TraceError:
+        return True
+    (taken,) = (p for p in paths if p.outcomes == view.forward.decisions)
+    return any(not p.refused and p is not taken and not same_work(taken, p) for p in paths)
 
 
 def other_ways(view: View) -> list[dict[fx.Node, fx.Node]]:

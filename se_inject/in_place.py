@@ -3,54 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from typing import Any
 
 import torch
 from torch import fx
 
 from .graph import ADDS, MULS, is_tensor, shape
-
-
-class Memory:
-    """Which values of a flat graph share memory, and when it is read last."""
-
-    def __init__(self, graph: fx.Graph) -> None:
-        self.index = {node: i for i, node in enumerate(graph.nodes)}
-        self._group: dict[fx.Node, list[fx.Node]] = {}
-        self._pinned: dict[int, bool] = {}
-        for node in graph.nodes:
-            if node.op != "output":
-                self.add(node, node.meta.get("shares", ()), node.meta.get("pinned", False))
-
-    def add(self, node: fx.Node, shares: Any, pinned: bool = False) -> None:
-        group = [node]
-        for other in shares:
-            more = self._group[other]
-            if more is not group:
-                group += more
-                pinned = pinned or self._pinned[id(more)]
-                for n in more:
-                    self._group[n] = group
-        self._group[node] = group
-        self._pinned[id(group)] = pinned
-
-    def is_free(self, node: fx.Node, at: fx.Node) -> bool:
-        """Whether nothing reads the memory of a value after `at`, and it is the graph's own and dense."""
-        group = self._group[node]
-        value = node.meta["val"]
-        dense = all(n == 1 or s != 0 for n, s in zip(value.shape, value.stride()))
-        return dense and not self._pinned[id(group)] and self.last_reader(node) <= self.index[at]
-
-    def last_reader(self, node: fx.Node, but: Any = ()) -> int:
-        """The position of the last node that reads the memory of a value, `but` those left out."""
-        return max((self.index[u] for n in self._group[node] for u in n.users if u not in but), default=-1)
-
-    def replace(self, old: fx.Node, new: fx.Node, into: fx.Node | None) -> None:
-        """Let `new`, which writes into the memory of `into` or makes its own, stand for `old`."""
-        self.index[new] = self.index[old]
-        new.meta = {"val": old.meta["val"]}
-        self.add(new, [old] if into is None else [old, into])
-        old.replace_all_uses_with(new)
+from .memory import Memory
 
 
 @dataclasses.dataclass(eq=False)
@@ -90,8 +50,14 @@ def _is_sum(node: fx.Node) -> bool:
 
 
 def _like(a: Any, node: fx.Node) -> bool:
+    """Whether an operand has the result's shape at any size of image: an axis of one may be one that is broadcast."""
     x, y = a.meta["val"], node.meta["val"]
-    return bool(x.shape == y.shape and x.dtype == y.dtype and y.is_floating_point())
+    return bool(x.shape == y.shape and 1 not in y.shape and x.dtype == y.dtype and y.is_floating_point())
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether it is the author's own operator in place, which also has an effect on who else has that memory."""
+    return node.target in (operator.iadd, operator.imul) or str(node.target).endswith("_")
 
 
 def _split(node: fx.Node) -> tuple[fx.Node, fx.Node | float] | None:
@@ -124,8 +90,8 @@ def _product(memory: Memory, node: fx.Node) -> _Product:
         if parts is None:
             break
         full, k = parts
-        others = [full, *([k] if isinstance(k, fx.Node) else [])]
-        if any(memory.last_reader(n, (found.full,)) > memory.index[found.full] for n in others):
+        operands = [full, *([k] if isinstance(k, fx.Node) else [])]
+        if any(memory.is_read_after(n, found.full) for n in operands) or (_writes(found.full) and memory.is_pinned(full)):
             break
         found.nodes.append(found.full)
         found.full = full
@@ -139,12 +105,14 @@ def _product(memory: Memory, node: fx.Node) -> _Product:
 def _sum(graph: fx.Graph, memory: Memory, node: fx.Node) -> fx.Node | None:
     a, b = node.args
     assert isinstance(a, fx.Node) and isinstance(b, fx.Node)
+    if _writes(node) and not memory.is_free(a, node, (b,)):
+        return None
     products = [(_product(memory, x), s) for x, s in ((a, b), (b, a)) if x is not s and list(x.users) == [node]]
     products = sorted((p for p in products if p[0].nodes), key=lambda p: -len(p[0].factors))
     if products:
         product, s = products[0]
         x = product.full
-        into = next((t for t in (x, s) if memory.is_free(t, node)), None)
+        into = next((t for t in (x, s) if memory.is_free(t, node, (x, s, *product.factors))), None)
         out = {} if into is None else {"out": into}
         with graph.inserting_before(node):
             if product.factors:
@@ -160,7 +128,7 @@ def _sum(graph: fx.Graph, memory: Memory, node: fx.Node) -> fx.Node | None:
                 graph.erase_node(n)
         return new
     for t, other in ((a, b), (b, a)):
-        if memory.is_free(t, node) and t is not other:
+        if t is not other and memory.is_free(t, node, (other,)):
             with graph.inserting_before(node):
                 new = graph.call_method("add_", (t, other))
             memory.replace(node, new, t)
@@ -186,8 +154,8 @@ def _scaled(graph: fx.Graph, memory: Memory, node: fx.Node) -> fx.Node | None:
     if not product.nodes:
         return None
     x = product.full
-    free = memory.is_free(x, node)
-    if not free and len(product.nodes) == 1:
+    free = memory.is_free(x, node, product.factors)
+    if not free and (len(product.nodes) == 1 or _writes(node)):
         return None
     with graph.inserting_before(node):
         k: Any = _times(graph, memory, node, product.factors) if product.factors else product.number

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import fx, nn
@@ -16,16 +15,16 @@ from .block_gates import Gate
 from .edits import edited_owners
 from .errors import ConfigError, SEInjectError, TraceError
 from .excitation import Affine, Excitation, Layer, Lowering, NotLinear, Source
-from .flatten import cannot_flatten, flatten
-from .flow import Flow
+from .flatten import Flat, cannot_flatten, flatten
+from .flow import Flow, branches
 from .graph import ADDS, MULS, Traces, View, is_tensor, shape
 from .in_place import write_in_place
 from .inference_report import OptimisedBlock, OptimisedModel
 from .loading import block_paths, remove_hooks
 from .meta import storage
-from .norms import apply_folds, find_folds
+from .norms import Norms, apply_folds, find_folds
 from .optimized import become, optimised_class, refuse_optimised
-from .record import Call, abstract
+from .record import HOOKS, Call, abstract
 from .rewrite import regenerate
 from .surgery import record_model
 
@@ -65,19 +64,50 @@ def optimize_for_inference(model: nn.Module, *, input_size: tuple[int, ...] | No
     for owner in edited_owners(model):
         regenerate(owner)
     blocks = set(block_paths(model))
-    fast = copy.deepcopy(model).eval().requires_grad_(False)
+    fast = copied(model).eval().requires_grad_(False)
     remove_hooks(fast)
     fast.__dict__.pop("_se_injections", None)
+    hooked = {m for m in fast.modules() if any(m.__dict__[kind] for kind in HOOKS)}
     with abstract(fast):
-        folds, norms = find_folds(Traces(record_model(fast, input_size)))
+        others = [call for call in (_run_of(fast, method, input_size) for method in _METHODS) if call is not None]
+        folds, norms = find_folds(Flow(Traces(record_model(fast, input_size)), hooked), others)
     apply_folds(fast, folds)
     values = {**dict(fast.named_parameters(remove_duplicate=False)), **dict(fast.named_buffers(remove_duplicate=False))}
     with abstract(fast):
-        found = _Planner(fast, Traces(record_model(fast, input_size)), values.__getitem__).plan(blocks)
-    report = found.apply(norms)
-    fast.__dict__["se_report"] = dataclasses.replace(report, norms_folded=norms.folded, norms_kept=norms.kept)
+        changes = _Planner(fast, Flow(Traces(record_model(fast, input_size)), hooked), values).plan(blocks)
+    report = changes.apply(norms)
+    fast.__dict__["se_report"] = report
     _logger.info("%s", report.summary())
     return fast
+
+
+_METHODS = ("forward_features", "forward_intermediates")  # timm's, which call the same modules in their own ways
+
+
+def _run_of(model: nn.Module, method: str, input_size: tuple[int, ...] | None) -> Call | None:
+    """The recorded run of another method of a model; None where it has none, or where that fails. Use it inside `abstract`."""
+    if not hasattr(model, method):
+        return None
+    model.__dict__["forward"] = getattr(model, method)
+    try:
+        return record_model(model, input_size)
+    except TraceError:
+        return None
+    finally:
+        del model.__dict__["forward"]
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """
+    Raises:
+        SEInjectError: Python cannot copy the model.
+    """
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise SEInjectError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}): take off what it holds besides "
+            "modules and parameters, as torch.nn.utils.prune.remove and remove_weight_norm do") from error
 
 
 def _refuse(model: object) -> None:
@@ -126,17 +156,16 @@ class _Changes:
 
     model: nn.Module
     reports: list[OptimisedBlock]
-    gates: list[tuple[str, Excitation | Gate]]
+    gates: list[tuple[nn.Module, str, Excitation | Gate]]
     classes: list[tuple[nn.Module, type[nn.Module] | fx.Graph]]
     sums: int = 0
     kept: dict[str, str] = dataclasses.field(default_factory=dict)
 
-    def apply(self, norms: Any) -> OptimisedModel:
-        """Put gates and classes into the model."""
-        for path, gate in self.gates:
-            parent, _, name = path.rpartition(".")
+    def apply(self, norms: Norms) -> OptimisedModel:
+        """Put gates and classes into the model. A gate is a child of its block, which stays for who calls it in other ways."""
+        for block, name, gate in self.gates:
             module = gate.function() if isinstance(gate, Gate) else gate
-            self.model.get_submodule(parent)._modules[name] = module.eval().requires_grad_(False)
+            block._modules[name] = module.eval().requires_grad_(False)
         for module, code in self.classes:
             if isinstance(code, fx.Graph):
                 assert isinstance(module, fx.GraphModule)
@@ -148,10 +177,10 @@ class _Changes:
 
 
 class _Planner:
-    def __init__(self, model: nn.Module, traces: Traces, values: Any) -> None:
+    def __init__(self, model: nn.Module, flow: Flow, values: Mapping[str, torch.Tensor]) -> None:
         self.model = model
-        self.traces = traces
-        self.flow = Flow(traces)
+        self.traces = flow.traces
+        self.flow = flow
         self.lowering = Lowering(self.flow, values)
         self.values = values
         self.persistent = {storage(t) for t in (*model.parameters(), *model.buffers())}
@@ -190,6 +219,14 @@ class _Planner:
         """
         if len(self.traces.calls[call.module]) > 1:
             raise NotLinear("it is called more than once")
+        if any(c.module in (self.flow.barriers or ()) or "forward" in c.module.__dict__ for c in call.walk()):
+            raise NotLinear("it has hooks, or a forward that is not its class's")
+        if call.writes:
+            raise NotLinear("it writes into its input")
+        if branches(self.traces.inside(call)):
+            raise NotLinear("it branches on sizes")
+        if isinstance(call.module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+            raise NotLinear("it is a container")
         above = self.flow.caller(self.traces.inside(call))
         if above is None:
             raise NotLinear("it is the model itself")
@@ -214,7 +251,7 @@ class _Planner:
             return _Block(call, view, node, axis, source, view.call, set(), as_is, report)
         source, root, inside, layers, why = self._source(view, x, axis, layers)
         key = next(iter(dict(call.module.named_parameters())), None)
-        like = self.values(f"{call.path}.{key}" if key else next(iter(dict(self.model.named_parameters()))))
+        like = self.values[f"{call.path}.{key}" if key else next(iter(dict(self.model.named_parameters())))]
         made = [self._made(layer) for layer in layers]
         positions = tuple(d for d in range(1, len(shape(source.node))) if d != source.axis)
         report = OptimisedBlock(
@@ -374,14 +411,15 @@ class _Planner:
 
     def _rewrite(self, region: _Region, changes: _Changes) -> None:
         flat = flatten(self.flow, region.root, region.inside, self.persistent)
-        gated: list[tuple[_Block, fx.Node]] = []
         for block in sorted(region.blocks, key=lambda b: b.call.begin):
-            gated.append((block, self._put_gate(flat, block)))
+            name = "optimised"
+            while hasattr(block.call.module, name):
+                name += "_"
+            _put_gate(flat, block, name)
+            changes.gates.append((block.call.module, name, block.gate))
         done = write_in_place(flat.graph)
         changes.sums += sum(1 for n in done if n.target in ADDS)
-        for block, _ in gated:
-            changes.gates.append((block.call.path, block.gate))
-        if not gated and not done:
+        if not region.blocks and not done:
             return
         view = self.traces.view(region.root.module)
         assert view is not None
@@ -391,37 +429,40 @@ class _Planner:
         else:
             changes.classes.append((region.root.module, optimised_class(region.root.module, flat.graph, constants)))
 
-    @staticmethod
-    def _put_gate(flat: Any, block: _Block) -> fx.Node:
-        """Compute the gate from its source, and multiply where the block was called."""
-        graph: fx.Graph = flat.graph
-        node: fx.Node = flat.nodes[block.view.call, block.node]
-        source: fx.Node = flat.nodes[block.source.view.call, block.source.node]
-        x = node.args[0]
-        assert isinstance(x, fx.Node)
-        after = source
-        if source.op == "placeholder":
-            after = [n for n in graph.nodes if n.op == "placeholder"][-1]
-        path, number = str(node.target), 1.0
-        with graph.inserting_after(after):
-            here = graph.call_function(getattr, (source, "shape"))  # a place to put the rest before
-        with graph.inserting_before(here):
-            if isinstance(block.gate, Excitation):
-                gate, number = block.gate.put_in(graph, path, source)
-            else:
-                gate = graph.call_module(path, (source,))
-        graph.erase_node(here)
-        value = node.meta["val"]
-        gate.meta = {"val": value.new_empty([n if d in (0, block.axis) else 1 for d, n in enumerate(value.shape)])}
-        with graph.inserting_before(node):
-            product = graph.call_function(torch.mul, (x, gate))
+
+def _put_gate(flat: Flat, block: _Block, name: str) -> None:
+    """Compute the gate from its source, by the block's child of this name, and multiply where the block was called."""
+    graph = flat.graph
+    node: fx.Node = flat.nodes[block.view.call, block.node]
+    source: fx.Node = flat.nodes[block.source.view.call, block.source.node]
+    x = node.args[0]
+    assert isinstance(x, fx.Node)
+    path, number = f"{node.target}.{name}", 1.0
+    with graph.inserting_before(node if not block.source.steps else _next(source)):
+        if isinstance(block.gate, Excitation):
+            gate, number = block.gate.put_in(graph, path, source)
+        else:
+            gate = graph.call_module(path, (source,))
+    value = node.meta["val"]
+    gate.meta = {"val": value.new_empty([n if d in (0, block.axis) else 1 for d, n in enumerate(value.shape)])}
+    with graph.inserting_before(node):
+        product = graph.call_function(torch.mul, (x, gate))
+        product.meta = {"val": value}
+        if number != 1.0:
+            product = graph.call_function(torch.mul, (product, number))
             product.meta = {"val": value}
-            if number != 1.0:
-                product = graph.call_function(torch.mul, (product, number))
-                product.meta = {"val": value}
-        for user in node.users:
-            user.meta["shares"] = [product if n is node else n for n in user.meta.get("shares", ())]
-        node.replace_all_uses_with(product)
-        graph.erase_node(node)
-        flat.nodes[block.view.call, block.node] = product
-        return product
+    for user in node.users:
+        user.meta["shares"] = [product if n is node else n for n in user.meta.get("shares", ())]
+    node.replace_all_uses_with(product)
+    graph.erase_node(node)
+    for key, other in flat.nodes.items():  # calls that pass their input on are the same node
+        if other is node:
+            flat.nodes[key] = product
+
+
+def _next(node: fx.Node) -> fx.Node:
+    """The place behind a node where others can be put; placeholders stay first."""
+    after = node.next
+    while after.op == "placeholder":
+        after = after.next
+    return after

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +12,13 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from .axes import channel_axis
 from .errors import TraceError
-from .factors import CONVS, conv_arguments
-from .flow import Flow, other_ways
+from .factors import CONVS, conv_arguments, spelled
+from .flow import Flow, branches
 from .graph import LAYOUTS, Traces, View, is_tensor, shape
+from .memory import storages
 from .paths import trace_paths
 from .patterns import argument
+from .record import Call
 
 _BATCH_NORMS = {F.batch_norm, torch.batch_norm}
 _TRANSPOSED = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
@@ -50,14 +53,22 @@ class NotFolded(Exception):
     """Why a norm cannot be folded."""
 
 
-def find_folds(traces: Traces) -> tuple[list[_Fold], Norms]:
-    """The batch norms that can be folded, and all of them by path. Use it inside `abstract`; nothing is changed."""
-    flow, folds, found = Flow(traces), [], Norms({}, {})
+def find_folds(flow: Flow, others: list[Call]) -> tuple[list[_Fold], Norms]:
+    """The batch norms that can be folded, and all of them by path. Use it inside `abstract`; nothing is changed.
+
+    `others` are recorded runs of other methods of the model, in which the same norms must come behind the same layers.
+    """
+    traces, folds, found = flow.traces, [], Norms({}, {})
+    read = set(_read_from_above(traces))
     for module, calls in traces.calls.items():
         if not {"running_mean", "running_var"} <= module._buffers.keys():
             continue
         try:
-            fold = _fold(flow, module, calls[0].path)
+            fold = _fold(flow, module)
+            if fold.layer in read or module in read:
+                raise NotFolded("another module reads its weights, or those of the layer before it")
+            for other in others:
+                _check_pairs(other, module, fold.layer)
             folds.append(fold)
             found.folded[calls[0].path] = traces.calls[fold.layer][0].path
         except (NotFolded, TraceError) as reason:
@@ -65,15 +76,16 @@ def find_folds(traces: Traces) -> tuple[list[_Fold], Norms]:
     return folds, found
 
 
-def _fold(flow: Flow, norm: nn.Module, path: str) -> _Fold:
+def _fold(flow: Flow, norm: nn.Module) -> _Fold:
     traces = flow.traces
-    view = _only_view(traces, norm, "it")
+    view = _only_view(flow, norm, "it")
     nodes = [n for n in view.nodes if n.target in _BATCH_NORMS]
     if len(nodes) != 1:
         raise NotFolded(f"{type(norm).__name__}.forward is no batch norm")
     (node,) = nodes
-    if argument(node, 5, "training", False) or not all(_is_own(argument(node, i, name), name) for i, name in (
-            (1, "running_mean"), (2, "running_var"), (3, "weight"), (4, "bias"))):
+    if argument(node, 5, "training", False) or not all(
+            _is_own(norm, argument(node, i, name), name) for i, name in (
+                (1, "running_mean"), (2, "running_var"), (3, "weight"), (4, "bias"))):
         raise NotFolded("it normalises by other than its own statistics and weights")
     rest = _chain(flow, view, node)
     above, value = _from_layer(flow, view, node)
@@ -82,18 +94,47 @@ def _fold(flow: Flow, norm: nn.Module, path: str) -> _Fold:
         raise NotFolded("the layer before it is called more than once")
     linear = value.target is F.linear
     if not linear and value.target not in CONVS | _TRANSPOSED:
-        raise NotFolded(f"it comes behind {_spelled(value)}")
+        raise NotFolded(f"it comes behind {spelled(value, above)}")
     if linear and channel_axis(value.meta["val"]) != len(shape(value)) - 1:
         raise NotFolded("the linear layer before it has its channels on another axis")
-    _, weight, bias, _ = conv_arguments(value)
-    if not _is_own(weight, "weight") or not _is_own(bias, "bias"):
+    _, weight, bias, groups = conv_arguments(value)
+    if value.target in _TRANSPOSED and groups > 1:
+        raise NotFolded("the layer before it is a transposed convolution with groups")
+    if weight is None or not _is_own(layer, weight, "weight") or not _is_own(layer, bias, "bias"):
         raise NotFolded(f"{traces.calls[layer][0].path or 'the layer before it'} computes its weight")
-    if not all(_ends_in_layer(g, value) for g in _graphs(above)):
+    if not all(_ends_in_layer(layer, g, value) for g in _graphs(above)):
         raise NotFolded("the layer before it does more than a convolution")
     tensors = [id(p) for _, p in traces.root.module.named_parameters(remove_duplicate=False)]
     if any(tensors.count(id(p)) > 1 for p in layer._parameters.values() if p is not None):
         raise NotFolded("the layer before it shares its weight")
     return _Fold(norm, layer, argument(node, 7, "eps", 1e-5), linear, value.target in _TRANSPOSED, rest)
+
+
+def _read_from_above(traces: Traces) -> Iterator[nn.Module]:
+    """The modules whose tensors are read by the forward of a module around them."""
+    for module in traces.calls:
+        view = traces.view(module)
+        for node in view.nodes if view is not None else ():
+            path = str(node.target).rpartition(".")[0]
+            if node.op == "get_attr" and path:
+                yield module.get_submodule(path)
+
+
+def _check_pairs(root: Call, norm: nn.Module, layer: nn.Module) -> None:
+    """That in another run the norm comes behind the layer, and nothing else reads what the layer returns.
+
+    Raises:
+        NotFolded: It does not, or something does.
+    """
+    calls = list(root.walk())
+    norms, layers = ([c for c in calls if c.module is m] for m in (norm, layer))
+    values = [storages(c.output) for c in layers]
+    given = [storages(c.args) for c in norms]
+    around = {c for c in calls for n in norms if c.begin <= n.begin < c.end}
+    readers = [c for c in calls if c not in around and not c.passes]
+    if len(values) != len(given) or any(v != g for v, g in zip(values, given)) or any(
+            v & storages((root.output, [(c.args, c.kwargs) for c in readers])) for v in values):
+        raise NotFolded("another method of the model reads what comes before it")
 
 
 def _graphs(view: View) -> list[fx.Graph]:
@@ -103,31 +144,39 @@ def _graphs(view: View) -> list[fx.Graph]:
     return [p.graph for p in trace_paths(view.module, view.forward.constants, reading=True) if p.graph is not None]
 
 
-def _ends_in_layer(graph: fx.Graph, like: fx.Node) -> bool:
+def _ends_in_layer(layer: nn.Module, graph: fx.Graph, like: fx.Node) -> bool:
     """Whether a forward returns what the same operator with the same weights makes of something."""
     (node,) = list(graph.nodes)[-1].args
     if not isinstance(node, fx.Node) or node.target is not like.target:
         return False
     _, weight, bias, _ = conv_arguments(node)
-    return _is_own(weight, "weight") and _is_own(bias, "bias")
+    return _is_own(layer, weight, "weight") and _is_own(layer, bias, "bias")
 
 
-def _only_view(traces: Traces, module: nn.Module, what: str) -> View:
-    calls = traces.calls[module]
+def _only_view(flow: Flow, module: nn.Module, what: str) -> View:
+    calls = flow.traces.calls[module]
     if len(calls) > 1:
         raise NotFolded(f"{what} is called more than once")
-    view = traces.inside(calls[0])
-    if other_ways(view):
+    _check_plain(flow, module, what)
+    view = flow.traces.inside(calls[0])
+    if branches(view):
         raise NotFolded(f"{what} branches on sizes")
     return view
 
 
-def _is_own(node: object, name: str) -> bool:
-    return node is None or (isinstance(node, fx.Node) and node.op == "get_attr" and node.target == name)
+def _check_plain(flow: Flow, module: nn.Module, what: str) -> None:
+    if module in (flow.barriers or ()):
+        raise NotFolded(f"{what} has hooks")
+    if "forward" in module.__dict__:
+        raise NotFolded(f"{what} has a forward that is not its class's")
 
 
-def _spelled(node: fx.Node) -> str:
-    return str(getattr(node.target, "__name__", node.target))
+def _is_own(module: nn.Module, node: object, name: str) -> bool:
+    """Whether an argument is the module's own parameter, or a norm's statistic, of that name; or None, as it is there."""
+    own = module._buffers if name.startswith("running_") else module._parameters
+    if node is None:
+        return own.get(name) is None
+    return isinstance(node, fx.Node) and node.op == "get_attr" and node.target == name and own.get(name) is not None
 
 
 def _chain(flow: Flow, view: View, node: fx.Node) -> tuple[str, ...]:
@@ -150,6 +199,7 @@ def _from_layer(flow: Flow, view: View, node: fx.Node) -> tuple[View, fx.Node]:
     channels = shape(x)[1]
     if channel_axis(x.meta["val"]) != 1:
         raise NotFolded("it normalises another axis than the channels")
+    crossed: list[View] = []
     while True:
         readers = [u for u in x.users if u.op == "output" or (view.carries_data(u) and not _reads_shape(u, x))]
         if len(readers) != 1:
@@ -159,17 +209,26 @@ def _from_layer(flow: Flow, view: View, node: fx.Node) -> tuple[View, fx.Node]:
             if above is None:
                 raise NotFolded("it normalises the model's input")
             given = flow.bound(view.module, above[1]).get(str(x.target))
+            _check_plain(flow, view.module, view.path)
             view = above[0]
+            crossed.append(view)
         elif x.op == "call_module":
             call = view.call_of(x)
             if flow.passes(call):
                 given = x.args[0]
             else:
+                _check_plain(flow, call.module, call.path)
                 view = flow.traces.inside(call)
                 given = view.nodes[-1].args[0]
+                crossed.append(view)
         elif x.target in LAYOUTS and _keeps_channels(x, channels):
             given = x.args[0]
         else:
+            for other in crossed:  # that of the layer is looked at on all its ways
+                if other is not view and branches(other):
+                    raise NotFolded(f"{type(other.module).__name__}.forward branches on sizes")
+                if "forward" in other.module.__dict__:
+                    raise NotFolded(f"{type(other.module).__name__} has a forward that is not its class's")
             return view, x
         if not isinstance(given, fx.Node):
             raise NotFolded("what comes before it comes together with others")

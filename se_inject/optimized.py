@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from .edits import base_class
 from .errors import SEInjectError
-from .rewrite import derived, guarded
+from .rewrite import derived, guarded, sequential_class
 from .sequential import MEMBERS
 
 _classes: dict[tuple[Any, ...], type[nn.Module]] = {}
@@ -29,7 +29,8 @@ def optimised_class(module: nn.Module, graph: fx.Graph, fixed: dict[str, Any]) -
     base = base_class(module)
     source, names = guarded(code.src, fixed, f"{base.__name__}.forward was optimised for one value of {{name}}: "
                             "optimise the model in the way it is called")
-    return _class_of(base, source, {**code.globals, **names}, "_get_item_by_idx" in type(module).__dict__)
+    counts = isinstance(module, nn.Sequential) and "_se_edits" in module.__dict__
+    return _class_of(base, source, {**code.globals, **names}, counts)
 
 
 def _class_of(base: type[nn.Module], source: str, names: dict[str, Any], counts: bool) -> type[nn.Module]:
@@ -40,9 +41,9 @@ def _class_of(base: type[nn.Module], source: str, names: dict[str, Any], counts:
         linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
         namespace = dict(names)
         exec(compile(source, filename, "exec"), namespace)
+        members = {**(MEMBERS if counts else {}), **({"__getitem__": _getitem} if issubclass(base, nn.Sequential) else {})}
         _classes[key] = derived(base, {
-            **(MEMBERS if counts else {}), "forward": namespace["forward"], "__reduce_ex__": _reduce,
-            "_se_code": (source, names, counts)})
+            **members, "forward": namespace["forward"], "__reduce_ex__": _reduce, "_se_code": (source, names, counts)})
     return _classes[key]
 
 
@@ -52,6 +53,15 @@ def become(module: nn.Module, cls: type[nn.Module]) -> None:
     if not cls._se_code[2]:  # type: ignore[attr-defined]
         module.__dict__.pop("_se_edits", None)
     module.__class__ = cls
+
+
+def _getitem(self: nn.Module, idx: Any) -> Any:
+    """Of a Sequential: its parts are those that it had before, as the new forward is that of the whole."""
+    cls: Any = type(self)
+    base = sequential_class(cls._se_base) if cls._se_code[2] else cls._se_base
+    before = base.__new__(base)
+    before.__dict__.update(self.__dict__)
+    return before[idx]
 
 
 def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
@@ -77,7 +87,7 @@ def refuse_optimised(model: nn.Module, what: str) -> None:
     Raises:
         SEInjectError: The model came out of `optimize_for_inference`.
     """
-    if "se_report" in model.__dict__:
+    if any("se_report" in m.__dict__ or "_se_code" in type(m).__dict__ for m in model.modules()):
         raise SEInjectError(
             f"{what}: this model was optimised for inference, and its weights are no longer those of its architecture; "
             "use the model that it was made from")

@@ -18,13 +18,15 @@ MOST = 32  # ways through one forward
 class Path:
     """One way through a forward: the outcomes of its conditions in order, and the graph, or why there is none.
 
-    `conditions` are nodes of `graph`, or of what was traced of it.
+    `conditions` are nodes of `graph`, or of what was traced of it. `refused` says that the author's code raised there: no
+    input goes that way.
     """
 
     outcomes: tuple[bool, ...]
     conditions: tuple[fx.Node, ...]
     graph: fx.Graph | None
     error: str = ""
+    refused: bool = False
 
 
 def trace_paths(module: nn.Module, constants: dict[str, Any], reading: bool = False) -> list[Path]:
@@ -45,18 +47,29 @@ def trace_paths(module: nn.Module, constants: dict[str, Any], reading: bool = Fa
             conditions.append(node)  # noqa: B023
             return outcomes[-1]  # noqa: B023
 
-        graph, error = None, ""
+        graph, error, refused = None, "", False
         try:
             graph = trace_forward(module, constants, decide, reading)
         except TraceError as e:
             if not conditions:
                 raise
-            error = str(e)
-        paths.append(Path(tuple(outcomes), tuple(conditions), graph, error))
+            error, refused = str(e), _is_authors(e.__cause__)
+        paths.append(Path(tuple(outcomes), tuple(conditions), graph, error, refused))
         todo += [(*outcomes[:i], False) for i in range(len(prefix), len(outcomes))]
         if len(paths) + len(todo) > MOST:
             raise TraceError(f"{type(module).__name__}.forward branches on sizes in more than {MOST} ways")
     return paths
+
+
+def _is_authors(error: BaseException | None) -> bool:
+    """Whether an error is one that the traced code means to raise, and not one of tracing it."""
+    if isinstance(error, AssertionError):
+        return True
+    at = None if error is None else error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    return at is not None and isinstance(error, (ValueError, RuntimeError)) and not str(
+        at.tb_frame.f_globals.get("__name__")).startswith(("torch.fx.", "se_inject."))
 
 
 def known_path(graph: fx.Graph) -> Path:

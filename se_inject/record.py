@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .errors import TraceError
 from .meta import MetaOps, storage
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 
 
@@ -109,7 +109,7 @@ def abstract(model: nn.Module) -> Iterator[None]:
             for key in ("_parameters", "_buffers"):
                 d[key] = {name: meta(t) for name, t in d[key].items()}
             d["_modules"] = dict(d["_modules"])
-            for key in (*_HOOKS, *_HOOK_FLAGS):
+            for key in (*HOOKS, *_HOOK_FLAGS):
                 if d[key]:
                     d[key] = OrderedDict()
             d["training"] = False

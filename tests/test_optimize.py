@@ -84,8 +84,8 @@ def test_a_squeeze_is_taken_before_the_last_convolution():
     assert len(report.norms_folded) == 53 and not report.norms_kept
     assert report.sums == 16
     block = fast.layer1[1]
-    assert isinstance(block.se, Excitation)
-    assert [tuple(p.shape) for p in block.se.parameters()] == [(64, 16), (16,), (16, 256), (256,)]
+    assert isinstance(block.se.optimised, Excitation)
+    assert [tuple(p.shape) for p in block.se.optimised.parameters()] == [(64, 16), (16,), (16, 256), (256,)]
     assert isinstance(block, type(timm.create_model("resnet50").layer1[1]))
     assert "squeezes layer1.0.act2, 64 channels" in str(report)
 
