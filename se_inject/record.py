@@ -10,7 +10,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections import OrderedDict
+import operator
+import sys
+import threading
+import types
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -62,13 +66,75 @@ class Call:
             self.output is self.args[0])
 
 
+alone = threading.RLock()  # all threads share `nn.Module`, which is patched, and models, whose tensors are swapped
+
+_DEPTH = 5  # how far objects inside objects are followed from a module's attributes
+_LARGE = 1000  # a container with more items holds data, and its items are not followed
+_PLAIN = frozenset({type(None), bool, int, float, str})
+_OF_TORCH = frozenset(vars(nn.Module()))
+
+
+@functools.lru_cache(maxsize=4096)
+def _kind(cls: Any) -> Any:
+    """What values of a class are for `untouched`: a container, a tuple, an object with attributes, or nothing."""
+    if issubclass(cls, (nn.Module, torch.Tensor, type)):
+        return None
+    for kind in (dict, list, set, deque, tuple):
+        if issubclass(cls, kind):
+            return kind
+    library = cls.__module__.partition(".")[0]
+    own = library != "torch" and library not in sys.stdlib_module_names
+    return object if cls is types.SimpleNamespace or (own and getattr(cls, "__dictoffset__", None)) else None
+
+
+def _kept(values: list[Any]) -> list[tuple[Any, Any]]:
+    """The containers among values, and among what they and plain objects hold, each with a copy of what is in it."""
+    kept: dict[int, tuple[Any, Any]] = {}
+    for _ in range(_DEPTH):
+        inner: list[Any] = []
+        for holder in values:
+            cls: Any = type(holder)
+            kind = None if cls in _PLAIN else _kind(cls)
+            if kind is object:
+                holder, kind = holder.__dict__, dict
+            if kind is None or id(holder) in kept:
+                continue
+            items = holder if kind is tuple else kind(holder)
+            kept[id(holder)] = holder, items
+            if len(items) <= _LARGE:
+                inner += items.values() if kind is dict else items
+        values = inner
+    return list(kept.values())
+
+
+def _put_back(holder: Any, items: Any) -> None:
+    """Let a container hold what it held; compared by identity: what a trace left there cannot be asked whether it is equal."""
+    if isinstance(holder, dict):
+        if len(holder) != len(items) or not all(map(operator.is_, holder, items)) or not all(
+                map(operator.is_, holder.values(), items.values())):
+            base = OrderedDict if isinstance(holder, OrderedDict) else dict
+            base.clear(holder)
+            base.update(holder, items)
+    elif holder is not items and (len(holder) != len(items) or not all(map(operator.is_, holder, items))):
+        holder.clear()
+        holder.update(items) if isinstance(holder, set) else holder.extend(items)
+
+
 @contextlib.contextmanager
 def untouched(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Whatever happens inside, each module's class and attributes are afterwards the very objects they were.
 
-    Lists and dicts among them are copies inside: a forward may keep a cache there.
+    Lists and dicts among them are copies inside: a forward may keep a cache there. What is deeper, in containers and
+    plain objects, is put back.
     """
     saved = [(m, m.__class__, dict(m.__dict__)) for m in modules]
+    deeper: list[Any] = []
+    for _, _, attributes in saved:
+        for key, value in attributes.items():
+            if type(value) not in _PLAIN and key not in _OF_TORCH:
+                deeper += (
+                    value.values() if type(value) is dict else value if type(value) in (list, tuple) else (value,))
+    kept = _kept(deeper)
     try:
         for m, _, attributes in saved:
             for key, value in attributes.items():
@@ -80,11 +146,22 @@ def untouched(modules: Iterable[nn.Module]) -> Iterator[None]:
             m.__class__ = cls
             m.__dict__.clear()
             m.__dict__.update(attributes)
+        for holder, items in kept:
+            _put_back(holder, items)
 
 
 @contextlib.contextmanager
 def abstract(model: nn.Module) -> Iterator[None]:
-    """Inside, `model` is in eval mode, without hooks, and its tensors are on the meta device."""
+    """Inside, `model` is in eval mode, without hooks, and its tensors are on the meta device.
+
+    One thread at a time: another waits. Inference mode is off, as its tensors do not say whether they were written into.
+    """
+    with alone, torch.inference_mode(False), _abstract(model):
+        yield
+
+
+@contextlib.contextmanager
+def _abstract(model: nn.Module) -> Iterator[None]:
     modules = list(model.modules())
     twins: dict[int, torch.Tensor] = {}
 
@@ -193,22 +270,23 @@ def record(model: nn.Module, inputs: torch.Tensor) -> tuple[Call, int]:
         call.changes_list = call.args is not args and not alike((args, kwargs), (call.args, call.kwargs))
         count += 1
 
-    original = nn.Module.__call__
+    with alone:
+        original, thread = nn.Module.__call__, threading.get_ident()
 
-    @functools.wraps(original)
-    def recorded(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if module not in paths:
-            return original(module, *args, **kwargs)
-        enter(module, args, kwargs)
-        output = original(module, *args, **kwargs)
-        leave(module, args, kwargs, output)
-        return output
+        @functools.wraps(original)
+        def recorded(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != thread or module not in paths:
+                return original(module, *args, **kwargs)
+            enter(module, args, kwargs)
+            output = original(module, *args, **kwargs)
+            leave(module, args, kwargs, output)
+            return output
 
-    try:
-        nn.Module.__call__ = recorded  # type: ignore[method-assign]
-        macs = run(model, inputs, ops)
-    finally:
-        nn.Module.__call__ = original  # type: ignore[method-assign]
+        try:
+            nn.Module.__call__ = recorded  # type: ignore[method-assign]
+            macs = run(model, inputs, ops)
+        finally:
+            nn.Module.__call__ = original  # type: ignore[method-assign]
     return root[0], macs
 
 

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import itertools
 import linecache
-import threading
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from .edits import OwnerEdits, base_class, moved, put_in
 from .errors import SEInjectError, TraceError
 from .paths import Path, known_path, same_graph, same_paths, trace_paths
 from .recompute import checkpoints, keep_checkpoints, outline
-from .record import abstract
+from .record import abstract, alone
 from .sequential import MEMBERS
 from .trace import Unpacked, copy_graph
 
@@ -108,16 +107,13 @@ def regenerate(module: nn.Module) -> None:
     Raises:
         TraceError: The place of a block is not in the forward as it is now.
     """
-    with _lock:  # fx patches nn.Module for all threads
+    with alone:
         if "_se_stale" in type(module).__dict__:
             _regenerate(module)
         elif hasattr(type(module), "_se_stale"):
             raise TraceError(
                 f"{base_class(module).__name__}: an attribute of it was set, and before its next call its class was changed "
                 "(by fully_shard, say): run the model once in between")
-
-
-_lock = threading.RLock()
 
 
 def _regenerate(module: nn.Module) -> None:

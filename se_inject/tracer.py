@@ -15,6 +15,7 @@ import functools
 import inspect
 import math
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,6 +23,8 @@ from typing import Any
 from torch import fx, nn
 from torch.fx import _symbolic_trace as _fx
 from torch.fx.proxy import Attribute
+
+from .record import alone
 
 _MISSING = object()
 _PLAIN = {type(None), bool, int, float, str}
@@ -164,22 +167,31 @@ _open: _Patches | None = None
 
 @contextlib.contextmanager
 def patched() -> Iterator[_Patches]:
-    """Inside, `nn.Module` is patched for all traces; one inside another is the same. No other thread may run a model."""
+    """Inside, `nn.Module` is patched for all traces of this thread; one inside another is the same. Another thread that
+    traces waits, and one that runs a model does not see it."""
+    with alone:
+        if _open is not None:
+            yield _open
+        else:
+            with _patched() as patches:
+                yield patches
+
+
+@contextlib.contextmanager
+def _patched() -> Iterator[_Patches]:
     global _open
-    if _open is not None:
-        yield _open
-        return
     patches = _Patches()
     module: Any = nn.Module
-    was = module.__getattr__, module.__call__
+    was, thread = (module.__getattr__, module.__call__), threading.get_ident()
 
     @functools.wraps(_fx._orig_module_getattr)
     def get(self: nn.Module, name: str) -> Any:
-        return patches.attribute(name, _fx._orig_module_getattr(self, name))
+        value = _fx._orig_module_getattr(self, name)
+        return value if threading.get_ident() != thread else patches.attribute(name, value)
 
     @functools.wraps(_fx._orig_module_call)
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if patches.tracer is None:
+        if patches.tracer is None or threading.get_ident() != thread:
             return _fx._orig_module_call(self, *args, **kwargs)
         patches.wrap_in(getattr(getattr(self, "forward", self), "__globals__", {}))
         return patches.tracer.call_module(self, functools.partial(_fx._orig_module_call, self), args, kwargs)
