@@ -23,7 +23,7 @@ POOLS = {
 MEANS = {"mean", torch.mean, "sum", torch.sum, "amax", torch.amax}
 CONVS = {F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d}
 SIZES = {getattr, "size", "dim"}
-DIVISIONS = {operator.truediv, torch.div, torch.true_divide, "div"}
+DIVISIONS = {operator.truediv, operator.itruediv, torch.div, torch.true_divide, "div"}
 
 
 class Unabsorbed(Exception):

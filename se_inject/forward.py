@@ -13,9 +13,10 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
 from .errors import TraceError
-from .meta import MetaOps, storage
+from .meta import MetaOps
 from .record import Call, alike, untouched
 from .trace import Unpacked, signature_of, trace_forward
+from .tracer import IN_PLACE, READ_AGAIN
 
 
 @dataclasses.dataclass(eq=False)
@@ -83,7 +84,8 @@ def own_forward(call: Call, marker: str | None = None, reading: bool = False) ->
             else:
                 try:
                     if node.op == "call_function":
-                        value = node.target(*args, **kwargs)
+                        list_or_number = node.target in IN_PLACE and not isinstance(args[0], torch.Tensor)
+                        value = (IN_PLACE[node.target] if list_or_number else node.target)(*args, **kwargs)
                     else:
                         value = getattr(args[0], node.target)(*args[1:], **kwargs)
                 except Exception as error:
@@ -92,27 +94,24 @@ def own_forward(call: Call, marker: str | None = None, reading: bool = False) ->
             node.meta["writes"] = calls[node].writes if node.op == "call_module" else frozenset(
                 s._cdata for s in ops.written[before:])
     _no_more(call, children)
-    _check_rereads(graph, call)
+    _check_writes(graph, call)
     return Forward(graph, constants, marker, tuple(decisions)), calls
 
 
-_ALSO_IN_PLACE = {operator.add, operator.sub, operator.mul, operator.truediv}
-
-
-def _check_rereads(graph: fx.Graph, call: Call) -> None:
-    """Where fx has made ``x = x + y`` of ``x += y``: that nothing reads the memory that was written into.
+def _check_writes(graph: fx.Graph, call: Call) -> None:
+    """That the trace writes into the tensors that the module's own forward has written into.
 
     Raises:
-        TraceError: Something does.
+        TraceError: It does not.
     """
-    written = {s._cdata for s in call.own_writes}
-    index = {node: i for i, node in enumerate(graph.nodes)} if written else {}
-    for node in graph.nodes if written else ():
-        first = node.args[0] if node.op == "call_function" and node.target in _ALSO_IN_PLACE else None
-        value = first.meta["val"] if isinstance(first, fx.Node) else None
-        if isinstance(value, torch.Tensor) and storage(value) in written and any(
-                index[u] > index[node] for u in first.users):  # type: ignore[union-attr]
-            raise TraceError(f"{type(call.module).__name__}.forward reads a tensor again that it has changed in place")
+    name = f"{type(call.module).__name__}.forward"
+    traced = 0
+    for node in graph.nodes:
+        if READ_AGAIN in node.meta and isinstance(node.args[0].meta["val"], torch.Tensor):
+            raise TraceError(f"{name} reads a tensor again that it has changed in place")
+        traced += 0 if node.op == "call_module" else len(node.meta["writes"])
+    if traced < len({s._cdata for s in call.own_writes}):
+        raise TraceError(f"{name} changes a tensor in place in a way which a trace does not hold")
 
 
 def _evaluate(node: fx.Node, module: nn.Module, values: dict[str, Any], known: dict[fx.Node, Any]) -> Any:

@@ -29,7 +29,8 @@ LAYOUTS = {
 _T = TypeVar("_T")
 SLICES = {operator.getitem, "narrow", torch.narrow}
 _LINEAR_FUNCTIONS = ADDS | MULS | CATS | LAYOUTS | SLICES | {
-    operator.sub, operator.isub, torch.sub, "sub", "sub_", operator.neg, operator.truediv, operator.floordiv, "div",
+    operator.sub, operator.isub, torch.sub, "sub", "sub_", operator.neg, operator.truediv,
+    operator.itruediv, operator.floordiv, operator.ifloordiv, "div",
     "size", "mean", "sum", "chunk", "split", "roll", "clone", "dim", torch.mean,
     torch.sum, torch.chunk, torch.split, torch.roll, torch.stack,
     F.pad, F.avg_pool2d, F.adaptive_avg_pool2d, F.interpolate, F.conv1d, F.conv2d, F.linear, F.batch_norm,
@@ -194,11 +195,12 @@ class View:
         return {s: i for i, n in enumerate(self.nodes) for s in n.meta.get("writes", ())}
 
     def is_read_elsewhere(self, node: fx.Node) -> bool:
-        """Whether the memory of `node`'s value is written, and read later through an earlier node, which a gate would
-        not reach."""
+        """Whether the memory of `node`'s value is written, and read later through an earlier node, or by the caller whose
+        memory it is, which a gate would not reach."""
         mine = storage(node.meta["val"])
         return mine in self.shared("last writes", self._last_writes) and any(
-            is_tensor(n) and storage(n.meta["val"]) == mine and any(self.index[u] > self.index[node] for u in n.users)
+            is_tensor(n) and storage(n.meta["val"]) == mine and (any(self.index[u] > self.index[node] for u in n.users) or (
+                n.op == "placeholder" and self.is_written_after(node)))
             for n in self.members(self.ancestors[self.index[node]]) if n is not node)
 
     @property

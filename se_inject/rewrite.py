@@ -20,6 +20,7 @@ from .recompute import checkpoints, keep_checkpoints, outline
 from .record import abstract, alone
 from .sequential import MEMBERS
 from .trace import Unpacked, copy_graph
+from .tracer import IN_PLACE
 
 _ERROR = "_se_error"
 
@@ -220,6 +221,7 @@ def _condition(node: fx.Node, base: type[nn.Module]) -> fx.Graph:
     for n in node.graph.nodes:
         if n in needed or n.op == "placeholder":
             copies[n] = graph.node_copy(n, copies.__getitem__)
+            copies[n].target = IN_PLACE.get(n.target, n.target)  # the way that is taken does it
     graph.output(copies[node])
     return graph
 

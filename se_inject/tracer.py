@@ -14,6 +14,7 @@ import dis
 import functools
 import inspect
 import math
+import operator
 import sys
 import threading
 import types
@@ -27,6 +28,13 @@ from torch.fx.proxy import Attribute
 from .record import alone
 
 _MISSING = object()
+READ_AGAIN = "read again"  # in the meta of ``x + y`` that the author wrote as ``x += y``
+IN_PLACE = {
+    operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
+    operator.itruediv: operator.truediv, operator.ifloordiv: operator.floordiv, operator.imod: operator.mod,
+    operator.ipow: operator.pow, operator.iand: operator.and_, operator.ior: operator.or_, operator.ixor: operator.xor,
+    operator.ilshift: operator.lshift, operator.irshift: operator.rshift,
+}  # fmt: skip
 _PLAIN = {type(None), bool, int, float, str}
 
 
@@ -56,6 +64,7 @@ class QuickTracer(fx.Tracer):
                 patches.wrap_in(namespace)
                 returns = inspect.get_annotations(inspect.unwrap(forward)).get("return")
                 self.create_node("output", "output", (self.create_arg(forward(*args)),), {}, type_expr=returns)
+            _where_read_again(self.graph)
             self.submodule_paths = None
         finally:
             _fx._set_is_fx_tracing(was_tracing)
@@ -81,8 +90,21 @@ class QuickTracer(fx.Tracer):
         return id(function) in self._autowrap_function_ids and callable(function)
 
 
+def _where_read_again(graph: fx.Graph) -> None:
+    """Where a value is read again after ``x += y``, write ``x + y``, as fx does, and mark it.
+
+    A number is not changed by it, and by the code that fx prints it would be; that a tensor is, `own_forward` finds.
+    """
+    changes = [n for n in graph.nodes if n.op == "call_function" and n.target in IN_PLACE and isinstance(n.args[0], fx.Node)]
+    index = {node: i for i, node in enumerate(graph.nodes)} if changes else {}
+    for node in changes:
+        if any(index[user] > index[node] for user in node.args[0].users):
+            node.target = IN_PLACE[node.target]
+            node.meta[READ_AGAIN] = True
+
+
 class _Quick:
-    """A proxy that is unpacked without a look through all the bytecode of whoever does it."""
+    """A proxy that is unpacked without a look through all the bytecode of whoever does it, and knows ``+=`` from ``+``."""
 
     def __iter__(self: Any) -> Iterator[Any]:
         caller = sys._getframe(1)
@@ -93,6 +115,17 @@ class _Quick:
 
     def __getattr__(self: Any, k: str) -> Any:
         return _Attribute(self, k)
+
+
+def _in_place(target: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    def change(self: Any, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", target, (self, other), {}, name=plain.__name__)
+
+    return change
+
+
+for _target, _plain in IN_PLACE.items():
+    setattr(_Quick, f"__{_target.__name__}__", _in_place(_target, _plain))
 
 
 class _Proxy(_Quick, fx.Proxy):

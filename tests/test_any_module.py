@@ -337,6 +337,97 @@ def test_memory_that_is_written_in_place(unit):
         assert "changed in place" in str(error) or "cannot be traced" in str(error)
 
 
+class IntoItsInput(NormEnd):
+    def forward(self, x):
+        x += self.b(self.a(x))
+        return x
+
+
+class IntoItsInputByParts(NormEnd):
+    """Also with numbers, of which one is read again."""
+
+    def forward(self, x):
+        height = x.shape[2]
+        height *= 2
+        more = height
+        more += 2
+        x -= self.b(self.a(x)) * 0.5 * (more - height)
+        x /= 2
+        x *= height / x.shape[2]
+        return x
+
+
+class IntoItsChildsOutput(NormEnd):
+    """What is gated lies in the input's memory, into which is written after it."""
+
+    def __init__(self):
+        super().__init__()
+        self.c, self.unit = nn.Conv2d(16, 16, 1), IntoItsInput()
+
+    def forward(self, x):
+        z = self.c(x)
+        y = self.unit(x)
+        y += z
+        return y
+
+
+class Caller(Net):
+    """Reads what it gave to its unit, instead of the result or beside it."""
+
+    def __init__(self, unit, both):
+        super().__init__(unit)
+        self.both = both
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.units(x)
+        return self.head((torch.cat([x, y]) if self.both else x).mean((2, 3)))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated:FutureWarning")
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("unit", [IntoItsInput, IntoItsInputByParts])
+def test_what_is_written_into_an_argument_is_seen_by_the_caller(unit, both):
+    base = randomise(Caller(unit(), both)).eval()
+    x = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = base(x)
+        model = se_inject.inject(copy.deepcopy(base), input_size=(3, 16, 16))
+        assert torch.equal(model(x), expected)
+        assert torch.equal(pickle.loads(pickle.dumps(model))(x), expected)
+        shut = copy.deepcopy(model)
+        for path in block_paths(shut):
+            shut.get_submodule(path).gain = 0.0
+        assert not torch.allclose(shut(x), expected)
+        exported = torch.export.export(model, (x,)).module()
+        assert torch.equal(exported(x), expected)
+        scripted = torch.jit.script(model)
+        assert torch.equal(scripted(x), expected)
+
+
+def test_a_gate_on_the_callers_memory_is_refused():
+    with pytest.raises(se_inject.NoSitesError, match="changed in place"):
+        se_inject.inject(Caller(IntoItsChildsOutput(), False), input_size=(3, 16, 16))
+
+
+class ChangesNames(NormEnd):
+    """Grows a list and numbers by operators; no tensor that is read again."""
+
+    def forward(self, x):
+        height, parts = x.shape[2], []
+        half = height
+        half //= 2
+        parts += [x[:, :, :half], x[:, :, half:height]]
+        y = self.b(self.a(x))
+        y += torch.cat(parts, 2)
+        return y
+
+
+def test_operators_that_change_numbers_and_lists():
+    check_identity(Net(ChangesNames()), (3, 16, 16))
+    check_identity(Net(ChangesNames(), ChangesNames()), (3, 16, 16), placement="post")
+
+
 class PreActivation(nn.Module):
     def __init__(self):
         super().__init__()
