@@ -141,9 +141,10 @@ def apply(model: nn.Module, prepared: Prepared) -> nn.Module:
     config = prepared.plan.config
     if not prepared.jobs:
         raise NoSitesError(no_sites_message(prepared.plan))
-    blocks: list[dict[str, nn.Module]] = [
-        {s.site.slot: _block(s, job.module, model, config) for s in job.found} for job in prepared.jobs
-    ]
+    with torch.inference_mode(False):  # whose tensors could not be trained or loaded into
+        blocks: list[dict[str, nn.Module]] = [
+            {s.site.slot: _block(s, job.module, model, config) for s in job.found} for job in prepared.jobs
+        ]
     done: list[nn.Module] = []
     try:
         for job, named in zip(prepared.jobs, blocks):
@@ -223,7 +224,8 @@ def prepare(
     model: nn.Module, config: SEConfig, input_size: tuple[int, ...] | None, name: str
 ) -> Prepared:
     """Find the sites and make everything that can fail, without changing the model."""
-    _refuse(model, config)
+    with torch.inference_mode(False):  # a block is made to see whether it can be
+        _refuse(model, config)
     asked = None if input_size is None else _checked(input_size)
     for owner in edited_owners(model):
         regenerate(owner)
@@ -264,9 +266,10 @@ def record_model(model: nn.Module, size: tuple[int, ...] | None = None) -> Call:
     """The recorded run of a model on an input of this (C, H, W), or of its own size. Use it inside `abstract`.
 
     Raises:
+        ConfigError: It is no (C, H, W).
         TraceError: The model does not take it.
     """
-    return _record(model, input_sizes(model) if size is None else [size], _dtype(model))[0]
+    return _record(model, input_sizes(model) if size is None else [_checked(size)], _dtype(model))[0]
 
 
 def _jobs(found: list[PlacedSite], traces: Traces) -> list[Job]:

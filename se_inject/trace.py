@@ -80,7 +80,9 @@ def _state(module: nn.Module) -> tuple[object, ...]:
     own = {
         key: (id(value), tuple(map(id, value.values() if isinstance(value, dict) else value)))
         if type(value) in (dict, list) else id(value) for key, value in module.__dict__.items()}
-    versions = tuple(t._version for d in (module._parameters, module._buffers) for t in d.values() if t is not None)
+    versions = tuple(
+        t._version for d in (module._parameters, module._buffers) for t in d.values()
+        if t is not None and not t.is_inference())
     modes = tuple(m.training for m in module.modules())
     return own, versions, modes, random.getstate()[1], torch.get_rng_state().numpy().tobytes()
 

@@ -18,7 +18,7 @@ from torchvision.models.feature_extraction import NodePathTracer
 
 import se_inject
 from se_inject import surgery
-from se_inject.errors import SEInjectError
+from se_inject.errors import ConfigError, SEInjectError
 
 from .util import randomise
 
@@ -169,6 +169,31 @@ def test_flags_device_and_dtype_follow():
     with torch.device("meta"):
         skeleton = timm.create_model("resnet18")
     assert se_inject.inject(skeleton).layer1[0].se.fc1.weight.is_meta
+
+
+@pytest.mark.parametrize("outside", [False, True])
+def test_inference_mode(outside):
+    """Weights that were made in it, and surgery in it or not: the blocks are made so that they can be trained."""
+    with torch.inference_mode():
+        model = timm.create_model("convnext_atto", depths=(1, 1, 1, 1)).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        expected = model(x)
+    with torch.inference_mode(not outside):
+        assert se_inject.plan(model).sites
+        se_inject.inject(model)
+        fast = se_inject.optimize_for_inference(model, input_size=(3, 64, 64))
+    assert not any(p.is_inference() for p in se_inject.se_parameters(model))
+    with torch.inference_mode():
+        assert torch.equal(model(x), expected)
+        assert torch.allclose(fast(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", ["x", (3, 64), 224])
+def test_a_wrong_input_size_is_said_wherever_a_model_is_run(size):
+    model = timm.create_model("test_resnet").eval()
+    with pytest.raises(ConfigError, match=r"expected \(C, H, W\)"):
+        se_inject.optimize_for_inference(model, input_size=size)
 
 
 def test_a_second_inject_finds_every_site_taken():
