@@ -77,6 +77,8 @@ def optimize_for_inference(model: nn.Module, *, input_size: tuple[int, ...] | No
         changes = _Planner(fast, Flow(Traces(record_model(fast, input_size)), hooked), values).plan(blocks)
     report = changes.apply(norms)
     fast.__dict__["se_report"] = report
+    if isinstance(fast, fx.GraphModule):  # whose copies have what is named there
+        fast.meta.setdefault("_user_preserved_attributes", {})["se_report"] = report
     _logger.info("%s", report.summary())
     return fast
 

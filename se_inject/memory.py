@@ -23,10 +23,10 @@ _NEW = CONVS | ADDS | MULS | CATS | DIVISIONS | {
     F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm, F.rms_norm, F.normalize, F.scaled_dot_product_attention,
     F.relu, F.relu_, F.relu6, F.gelu, F.silu, F.elu, F.mish, F.softplus, F.leaky_relu, F.hardswish, F.hardsigmoid, F.hardtanh,
     F.sigmoid, F.tanh, F.prelu, F.softmax, F.dropout, F.avg_pool2d, F.max_pool2d, F.adaptive_avg_pool2d, F.interpolate, F.pad,
-    operator.sub, operator.neg, operator.pow, torch.sub, torch.addcmul, torch.stack, torch.where, torch.roll, torch.mean,
-    torch.sum, torch.sigmoid, torch.tanh, torch.relu, torch.softmax, torch.clamp, "matmul", "bmm", "sub", "sub_", "neg", "pow",
-    "clone", "repeat", "roll", "mean", "sum", "norm", "softmax", "sigmoid", "sigmoid_", "tanh", "relu", "relu_", "clamp",
-    "exp", "sqrt", "rsqrt",
+    operator.sub, operator.isub, operator.itruediv, operator.neg, operator.pow, torch.sub, torch.addcmul, torch.stack,
+    torch.where, torch.roll, torch.mean, torch.sum, torch.sigmoid, torch.tanh, torch.relu, torch.softmax, torch.clamp,
+    "matmul", "bmm", "sub", "sub_", "neg", "pow", "clone", "repeat", "roll", "mean", "sum", "norm", "softmax", "sigmoid",
+    "sigmoid_", "tanh", "relu", "relu_", "clamp", "exp", "sqrt", "rsqrt",
 }  # fmt: skip
 # Those whose result is a view of their input, or may be, by its strides, its dtype or its size.
 _VIEWS = (LAYOUTS - {"expand", "expand_as"}) | SLICES | {
