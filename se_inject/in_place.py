@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import fx
 
 from .graph import ADDS, MULS, is_tensor, shape
 from .memory import Memory
+from .tracer import IN_PLACE
 
 
 @dataclasses.dataclass(eq=False)
@@ -57,7 +57,7 @@ def _like(a: Any, node: fx.Node) -> bool:
 
 def _writes(node: fx.Node) -> bool:
     """Whether it is the author's own operator in place, which also has an effect on who else has that memory."""
-    return node.target in (operator.iadd, operator.imul) or str(node.target).endswith("_")
+    return node.target in IN_PLACE or str(node.target).endswith("_")
 
 
 def _split(node: fx.Node) -> tuple[fx.Node, fx.Node | float] | None:

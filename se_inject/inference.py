@@ -24,7 +24,7 @@ from .loading import block_paths, remove_hooks
 from .meta import storage
 from .norms import Norms, apply_folds, find_folds
 from .optimized import become, optimised_class, refuse_optimised
-from .record import HOOKS, Call, abstract
+from .record import HOOKS, Call, abstract, alone
 from .rewrite import regenerate
 from .surgery import record_model
 
@@ -105,7 +105,8 @@ def copied(model: nn.Module) -> nn.Module:
         SEInjectError: Python cannot copy the model.
     """
     try:
-        return copy.deepcopy(model)
+        with alone:  # else another thread's injection may have its tensors on the meta device
+            return copy.deepcopy(model)
     except Exception as error:
         raise SEInjectError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}): take off what it holds besides "
