@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 import torch
@@ -59,7 +60,8 @@ def find_folds(flow: Flow, others: list[Call]) -> tuple[list[_Fold], Norms]:
     `others` are recorded runs of other methods of the model, in which the same norms must come behind the same layers.
     """
     traces, folds, found = flow.traces, [], Norms({}, {})
-    read = set(_read_from_above(traces))
+    read, runs = set(_read_from_above(traces)), [_Run(root) for root in others]
+    names = Counter(id(p) for _, p in traces.root.module.named_parameters(remove_duplicate=False))
     for module, calls in traces.calls.items():
         if not {"running_mean", "running_var"} <= module._buffers.keys():
             continue
@@ -67,8 +69,10 @@ def find_folds(flow: Flow, others: list[Call]) -> tuple[list[_Fold], Norms]:
             fold = _fold(flow, module)
             if fold.layer in read or module in read:
                 raise NotFolded("another module reads its weights, or those of the layer before it")
-            for other in others:
-                _check_pairs(other, module, fold.layer)
+            if any(names[id(p)] > 1 for p in fold.layer._parameters.values()):
+                raise NotFolded("the layer before it shares its weight")
+            if not all(run.pairs(module, fold.layer) for run in runs):
+                raise NotFolded("another method of the model reads what comes before it")
             folds.append(fold)
             found.folded[calls[0].path] = traces.calls[fold.layer][0].path
         except (NotFolded, TraceError) as reason:
@@ -104,9 +108,6 @@ def _fold(flow: Flow, norm: nn.Module) -> _Fold:
         raise NotFolded(f"{traces.calls[layer][0].path or 'the layer before it'} computes its weight")
     if not all(_ends_in_layer(layer, g, value) for g in _graphs(above)):
         raise NotFolded("the layer before it does more than a convolution")
-    tensors = [id(p) for _, p in traces.root.module.named_parameters(remove_duplicate=False)]
-    if any(tensors.count(id(p)) > 1 for p in layer._parameters.values() if p is not None):
-        raise NotFolded("the layer before it shares its weight")
     return _Fold(norm, layer, argument(node, 7, "eps", 1e-5), linear, value.target in _TRANSPOSED, rest)
 
 
@@ -120,21 +121,30 @@ def _read_from_above(traces: Traces) -> Iterator[nn.Module]:
                 yield module.get_submodule(path)
 
 
-def _check_pairs(root: Call, norm: nn.Module, layer: nn.Module) -> None:
-    """That in another run the norm comes behind the layer, and nothing else reads what the layer returns.
+class _Run:
+    """Another recorded run of the model: who reads what."""
 
-    Raises:
-        NotFolded: It does not, or something does.
-    """
-    calls = list(root.walk())
-    norms, layers = ([c for c in calls if c.module is m] for m in (norm, layer))
-    values = [storages(c.output) for c in layers]
-    given = [storages(c.args) for c in norms]
-    around = {c for c in calls for n in norms if c.begin <= n.begin < c.end}
-    readers = [c for c in calls if c not in around and not c.passes]
-    if len(values) != len(given) or any(v != g for v, g in zip(values, given)) or any(
-            v & storages((root.output, [(c.args, c.kwargs) for c in readers])) for v in values):
-        raise NotFolded("another method of the model reads what comes before it")
+    def __init__(self, root: Call) -> None:
+        self.returned = storages(root.output)
+        self.calls: dict[nn.Module, list[Call]] = defaultdict(list)
+        self.readers: dict[int, list[Call]] = defaultdict(list)
+        for call in root.walk():
+            self.calls[call.module].append(call)
+            for value in () if call.passes else storages((call.args, call.kwargs)):
+                self.readers[value].append(call)
+
+    def pairs(self, norm: nn.Module, layer: nn.Module) -> bool:
+        """Whether the norm comes behind the layer, and nothing else reads what the layer returns."""
+        norms, layers = self.calls[norm], self.calls[layer]
+        around: set[Call] = set()
+        for call in norms:
+            at: Call | None = call
+            while at is not None:
+                around.add(at)
+                at = at.parent
+        return len(norms) == len(layers) and all(
+            storages(n.args) == storages(c.output) and not self.returned & storages(c.output)
+            and all(around.issuperset(self.readers[value]) for value in storages(c.output)) for n, c in zip(norms, layers))
 
 
 def _graphs(view: View) -> list[fx.Graph]:
