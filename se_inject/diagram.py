@@ -9,6 +9,7 @@ from torch import fx, nn
 from .graph import CATS, LAYOUTS, SLICES, View
 from .patterns import argument
 from .places import Place
+from .tracer import IN_PLACE
 
 _SILENT = LAYOUTS | SLICES | {getattr, "size", "dim"}
 
@@ -73,7 +74,8 @@ def _chain(
         elif at.op == "call_module":
             names.append(str(at.target))
         elif at.op in ("call_function", "call_method") and at.target not in _SILENT:
-            name = at.target if isinstance(at.target, str) else getattr(at.target, "__name__", str(at.target))
+            target = IN_PLACE.get(at.target, at.target)
+            name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
             names.append(name.strip("_"))
         sources = [s for s in view.sources(at) if view.moves(s)]
         if not sources:

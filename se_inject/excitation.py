@@ -46,7 +46,7 @@ def pool(x: torch.Tensor, dims: list[int]) -> tuple[torch.Tensor, float]:
         return x.mean(dims), 1.0
     else:
         if (isinstance(x, fx.Proxy) or torch.compiler.is_compiling() or torch.jit.is_tracing() or x.dtype is torch.float16
-                or torch.is_autocast_enabled(x.device.type)):
+                or (not x.is_meta and torch.is_autocast_enabled(x.device.type))):
             return x.mean(dims), 1.0
         count = 1
         for d in dims:

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .errors import TraceError
-from .meta import MetaOps
+from .meta import MetaOps, storage
 from .record import Call, alike, untouched
 from .trace import Unpacked, signature_of, trace_forward
 from .tracer import IN_PLACE, READ_AGAIN
@@ -77,8 +77,8 @@ def own_forward(call: Call, marker: str | None = None, reading: bool = False) ->
             elif node.op == "get_attr":
                 value = operator.attrgetter(node.target)(call.module)
             elif node.op == "call_module":
-                calls[node] = _child_call(call, node, args, kwargs, children, marker)
-                value = calls[node].output
+                child = calls[node] = _child_call(call, node, args, kwargs, children, marker)
+                value, writes = _in_memory_of(child, args, kwargs)
             elif node.op == "output":
                 value = args[0]
             else:
@@ -91,11 +91,29 @@ def own_forward(call: Call, marker: str | None = None, reading: bool = False) ->
                 except Exception as error:
                     raise TraceError(f"{type(call.module).__name__}.forward, node {node}: {error}") from error
             env[node] = node.meta["val"] = value
-            node.meta["writes"] = calls[node].writes if node.op == "call_module" else frozenset(
-                s._cdata for s in ops.written[before:])
+            node.meta["writes"] = writes if node.op == "call_module" else frozenset(s._cdata for s in ops.written[before:])
     _no_more(call, children)
     _check_writes(graph, call)
     return Forward(graph, constants, marker, tuple(decisions)), calls
+
+
+def _in_memory_of(call: Call, args: Any, kwargs: Any) -> tuple[Any, frozenset[int]]:
+    """What a recorded call returned, and the storages that it wrote into, as if it had been given these arguments, which the
+    trace has computed anew."""
+    pairs = zip(tree_leaves((call.args, call.kwargs)), tree_leaves((args, kwargs)))
+    memory = {storage(a): b for a, b in pairs if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and (
+        storage(a) != storage(b))}
+    if not memory:
+        return call.output, call.writes
+
+    def moved(t: Any) -> Any:
+        if not isinstance(t, torch.Tensor) or storage(t) not in memory:
+            return t
+        new = memory[storage(t)].as_strided(t.shape, t.stride(), t.storage_offset())
+        new.__dict__.update(t.__dict__)  # which axis is which
+        return new
+
+    return tree_map(moved, call.output), frozenset(storage(memory[w]) if w in memory else w for w in call.writes)
 
 
 def _check_writes(graph: fx.Graph, call: Call) -> None:

@@ -199,9 +199,10 @@ class View:
         memory it is, which a gate would not reach."""
         mine = storage(node.meta["val"])
         return mine in self.shared("last writes", self._last_writes) and any(
-            is_tensor(n) and storage(n.meta["val"]) == mine and (any(self.index[u] > self.index[node] for u in n.users) or (
-                n.op == "placeholder" and self.is_written_after(node)))
-            for n in self.members(self.ancestors[self.index[node]]) if n is not node)
+            is_tensor(n) and storage(n.meta["val"]) == mine and (
+                (n.op == "placeholder" and self.is_written_after(node))
+                or (n is not node and any(self.index[u] > self.index[node] for u in n.users)))
+            for n in self.members(self.ancestors[self.index[node]]))
 
     @property
     def path(self) -> str:

@@ -24,7 +24,7 @@ from .loading import block_paths, remove_hooks
 from .meta import storage
 from .norms import Norms, apply_folds, find_folds
 from .optimized import become, optimised_class, refuse_optimised
-from .record import HOOKS, Call, abstract, alone
+from .record import HOOKS, Call, abstract, alone, untouched
 from .rewrite import regenerate
 from .surgery import record_model
 
@@ -90,13 +90,12 @@ def _run_of(model: nn.Module, method: str, input_size: tuple[int, ...] | None) -
     """The recorded run of another method of a model; None where it has none, or where that fails. Use it inside `abstract`."""
     if not hasattr(model, method):
         return None
-    model.__dict__["forward"] = getattr(model, method)
-    try:
-        return record_model(model, input_size)
-    except TraceError:
-        return None
-    finally:
-        del model.__dict__["forward"]
+    with untouched([model]):
+        model.__dict__["forward"] = getattr(model, method)
+        try:
+            return record_model(model, input_size)
+        except TraceError:
+            return None
 
 
 def copied(model: nn.Module) -> nn.Module:

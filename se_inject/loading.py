@@ -190,11 +190,17 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, torch.Tensor], source:
 def _loads_plainly(model: nn.Module, own: Mapping[str, torch.Tensor]) -> bool:
     """Whether `load_state_dict` of a model comes to a copy of each tensor, as no module has a way of its own."""
     usual = (nn.Module._load_from_state_dict, _NormBase._load_from_state_dict)
-    return type(model).load_state_dict is nn.Module.load_state_dict and all(
-        type(m)._load_from_state_dict in usual and type(m).set_extra_state is nn.Module.set_extra_state
-        and not m._load_state_dict_post_hooks
-        and all(hook_of(h) in (keep_absent_base, keep_absent_block) for h in m._load_state_dict_pre_hooks.values())
-        for m in model.modules()) and all(type(t) in (torch.Tensor, nn.Parameter) for t in own.values())
+    names = ("load_state_dict", "_load_from_state_dict")
+    if type(model).load_state_dict is not nn.Module.load_state_dict:
+        return False
+    tensors: set[int] = set()
+    for m in model.modules():
+        if (type(m)._load_from_state_dict not in usual or type(m).set_extra_state is not nn.Module.set_extra_state
+                or m._load_state_dict_post_hooks or any(name in m.__dict__ for name in names)
+                or any(hook_of(h) not in (keep_absent_base, keep_absent_block) for h in m._load_state_dict_pre_hooks.values())):
+            return False
+        tensors.update(map(id, m._parameters.values()), map(id, m._buffers.values()))
+    return all(type(t) in (torch.Tensor, nn.Parameter) and id(t) in tensors for t in own.values())
 
 
 @torch.no_grad()

@@ -60,7 +60,7 @@ def _is_new(flow: Flow, view: View, node: fx.Node) -> bool | None:
     known."""
     if node.op != "call_module":
         return True if node.target in _NEW else False if node.target in _VIEWS else None
-    call = view.call_of(node)
+    call, moved = view.call_of(node), False
     while True:
         view, node = flow.origin(view, node)
         if not call.begin <= view.call.begin < call.end:
@@ -68,11 +68,11 @@ def _is_new(flow: Flow, view: View, node: fx.Node) -> bool | None:
         if node.op not in ("call_function", "call_method"):
             return None
         if node.target in _NEW:
-            return True
+            return not (moved and node.meta["writes"])  # in place, and then perhaps a view: of what, the run may not show
         source = node.args[0] if node.args else None
         if node.target not in _VIEWS or not isinstance(source, fx.Node):
             return None
-        node = source
+        node, moved = source, True
 
 
 def storages(value: Any) -> set[int]:

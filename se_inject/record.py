@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import operator
+import os
 import sys
 import threading
 import types
@@ -68,6 +69,9 @@ class Call:
 
 alone = threading.RLock()  # all threads share `nn.Module`, which is patched, and models, whose tensors are swapped
 
+if hasattr(os, "register_at_fork"):  # a thread that held it is not there any more
+    os.register_at_fork(after_in_child=alone._at_fork_reinit)  # type: ignore[attr-defined]
+
 _DEPTH = 5  # how far objects inside objects are followed from a module's attributes
 _LARGE = 1000  # a container with more items holds data, and its items are not followed
 _PLAIN = frozenset({type(None), bool, int, float, str})
@@ -82,7 +86,7 @@ def _kind(cls: Any) -> Any:
     for kind in (dict, list, set, deque, tuple):
         if issubclass(cls, kind):
             return kind
-    library = cls.__module__.partition(".")[0]
+    library = str(cls.__module__).partition(".")[0]
     own = library != "torch" and library not in sys.stdlib_module_names
     return object if cls is types.SimpleNamespace or (own and getattr(cls, "__dictoffset__", None)) else None
 
@@ -99,7 +103,7 @@ def _kept(values: list[Any]) -> list[tuple[Any, Any]]:
                 holder, kind = holder.__dict__, dict
             if kind is None or id(holder) in kept:
                 continue
-            items = holder if kind is tuple else kind(holder)
+            items = holder if kind is tuple else dict(_dict_of(holder).items(holder)) if kind is dict else kind.copy(holder)
             kept[id(holder)] = holder, items
             if len(items) <= _LARGE:
                 inner += items.values() if kind is dict else items
@@ -107,14 +111,21 @@ def _kept(values: list[Any]) -> list[tuple[Any, Any]]:
     return list(kept.values())
 
 
+def _dict_of(holder: dict[Any, Any]) -> type[dict[Any, Any]]:
+    """The class whose methods see what a dict holds, whatever a subclass gives out."""
+    return OrderedDict if isinstance(holder, OrderedDict) else dict
+
+
 def _put_back(holder: Any, items: Any) -> None:
     """Let a container hold what it held; compared by identity: what a trace left there cannot be asked whether it is equal."""
     if isinstance(holder, dict):
-        if len(holder) != len(items) or not all(map(operator.is_, holder, items)) or not all(
-                map(operator.is_, holder.values(), items.values())):
-            base = OrderedDict if isinstance(holder, OrderedDict) else dict
+        base = _dict_of(holder)
+        now = dict(base.items(holder))
+        if len(now) != len(items) or not all(map(operator.is_, now, items)) or not all(
+                map(operator.is_, now.values(), items.values())):
             base.clear(holder)
-            base.update(holder, items)
+            for key, value in items.items():
+                base.__setitem__(holder, key, value)
     elif holder is not items and (len(holder) != len(items) or not all(map(operator.is_, holder, items))):
         holder.clear()
         holder.update(items) if isinstance(holder, set) else holder.extend(items)
@@ -132,8 +143,8 @@ def untouched(modules: Iterable[nn.Module]) -> Iterator[None]:
     for _, _, attributes in saved:
         for key, value in attributes.items():
             if type(value) not in _PLAIN and key not in _OF_TORCH:
-                deeper += (
-                    value.values() if type(value) is dict else value if type(value) in (list, tuple) else (value,))
+                items = value.values() if type(value) is dict else value if type(value) in (list, tuple) else (value,)
+                deeper += items if len(items) <= _LARGE else ()
     kept = _kept(deeper)
     try:
         for m, _, attributes in saved:

@@ -365,11 +365,16 @@ def _set_state(module: nn.Module, state: dict[str, Any]) -> None:
 def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     new = type(self).__new__(type(self))
     memo[id(self)] = new
-    new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+    new.__dict__.update(copy.deepcopy(_state(self), memo))
     return new
 
 
 def _copy(self: nn.Module) -> nn.Module:
     new = type(self).__new__(type(self))
-    new.__dict__.update(self.__dict__)
+    new.__dict__.update(_state(self))
     return new
+
+
+def _state(self: nn.Module) -> dict[str, Any]:
+    """Without what `Module.compile` made, which calls this very module."""
+    return {key: value for key, value in self.__dict__.items() if key != "_compiled_call_impl"}

@@ -29,7 +29,7 @@ from .record import alone
 
 _MISSING = object()
 READ_AGAIN = "read again"  # in the meta of ``x + y`` that the author wrote as ``x += y``
-IN_PLACE = {
+IN_PLACE: dict[Any, Any] = {
     operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
     operator.itruediv: operator.truediv, operator.ifloordiv: operator.floordiv, operator.imod: operator.mod,
     operator.ipow: operator.pow, operator.iand: operator.and_, operator.ior: operator.or_, operator.ixor: operator.xor,
