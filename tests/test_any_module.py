@@ -337,6 +337,20 @@ def test_memory_that_is_written_in_place(unit):
         assert "changed in place" in str(error) or "cannot be traced" in str(error)
 
 
+class InPlaceOfASum(InPlaceModule):
+    def forward(self, x):
+        h = x + self.a(x)
+        return h + self.b(self.act(h))
+
+
+@pytest.mark.parametrize("placement", ["auto", "pre", "identity"])
+def test_a_child_that_writes_into_what_its_owner_computed(placement):
+    try:
+        check_identity(Net(InPlaceOfASum()), (3, 16, 16), placement=placement)
+    except se_inject.NoSitesError as error:
+        assert "changed in place" in str(error)
+
+
 class IntoItsInput(NormEnd):
     def forward(self, x):
         x += self.b(self.a(x))

@@ -94,6 +94,11 @@ def test_an_input_changed_in_place_is_squeezed_after_that(case):
     check(net(*case))
 
 
+def test_a_child_returns_a_view_of_what_it_writes_into():
+    check(net(lambda m, x: last(h := m.stem(x), v := m.child(h), v[:, :, :1, :1] * h),
+              lambda m, x: x.mul_(0.7).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)))
+
+
 @cases({
     "add_": lambda m, x: last(h := m.stem(x), h.add_(m.other(x)), h.sin()),
     "add_ of a product": lambda m, x: last(h := m.stem(x), h.add_(m.gain * m.other(x)), h.sin()),
@@ -114,6 +119,8 @@ def test_what_is_written_in_place_is_read_after_that(case):
     "dropped": lambda m, x: last(y := m.stem(x), m.child(y), y),
     "in a sum": lambda m, x: last(y := m.stem(x), z := m.other(x) + m.child(y), z.sin() + y),
     "before a block": lambda m, x: last(y := m.stem(x), m.child(y), m.wide_se(m.wide(y))),
+    "of a sum": lambda m, x: last(y := m.stem(x) + m.other(x), z := m.child(y), h := y + m.point(y), h.sin() + z),
+    "of a sum, dropped": lambda m, x: last(y := m.stem(x) + m.other(x), m.child(y), m.wide_se(m.wide(y))),
 })
 def test_what_a_child_writes_into_its_input_is_still_written(case, child):
     check(net(*case, child))
@@ -390,6 +397,14 @@ def test_a_forward_of_an_instance_is_the_one_that_counts(where):
     else:
         model.child.forward = types.MethodType(lambda m, x: x - m.se(m.point(x)), model.child)
     check(model)
+
+
+@torch.no_grad()
+def test_a_forward_of_an_instance_with_timms_other_methods():
+    model = randomise(timm.create_model("test_resnet")).eval()
+    model.forward = types.MethodType(lambda m, x: last(h := m.conv1(x), m.bn1(h).mean((2, 3)) + h.mean((2, 3))), model)
+    x = image(2, 32)
+    assert deviation(model(x), se_inject.optimize_for_inference(model)(x)) < 1e-5
 
 
 def test_a_copy_inside_another_model_is_refused():

@@ -645,7 +645,10 @@ class _Loads(nn.Sequential):
 @pytest.mark.parametrize("own", [
     lambda m: m.layer2.register_load_state_dict_post_hook(lambda module, _: module.said.append(1)),
     lambda m: m.layer2.register_load_state_dict_pre_hook(lambda module, *_: module.said.append(1)),
-    lambda m: setattr(m.layer2, "__class__", _Loads)], ids=["post hook", "pre hook", "method"])
+    lambda m: setattr(m.layer2, "__class__", _Loads),
+    lambda m: m.register_state_dict_post_hook(
+        lambda module, state, *_: module.layer2.said.append(state.update({k: t.clone() for k, t in state.items()})))],
+    ids=["post hook", "pre hook", "method", "copies"])
 def test_a_module_with_its_own_way_to_load_is_asked(tmp_path, own):
     written = randomise(se_inject.inject(timm.create_model("resnet18")))
     se_inject.save(written, tmp_path / "m.safetensors")
