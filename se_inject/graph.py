@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, TypeVar
@@ -197,12 +198,18 @@ class View:
     def is_read_elsewhere(self, node: fx.Node) -> bool:
         """Whether the memory of `node`'s value is written, and read later through an earlier node, or by the caller whose
         memory it is, which a gate would not reach."""
-        mine = storage(node.meta["val"])
+        mine, here = storage(node.meta["val"]), self.index[node]
         return mine in self.shared("last writes", self._last_writes) and any(
-            is_tensor(n) and storage(n.meta["val"]) == mine and (
-                (n.op == "placeholder" and self.is_written_after(node))
-                or (n is not node and any(self.index[u] > self.index[node] for u in n.users)))
-            for n in self.members(self.ancestors[self.index[node]]))
+            (n.op == "placeholder" and self.is_written_after(node)) or (
+                self.index[n] < here and any(self.index[u] > here for u in n.users))
+            for n in self.shared("by storage", self._by_storage)[mine])
+
+    def _by_storage(self) -> dict[int, list[fx.Node]]:
+        found: dict[int, list[fx.Node]] = defaultdict(list)
+        for n in self.nodes:
+            if is_tensor(n):
+                found[storage(n.meta["val"])].append(n)
+        return found
 
     @property
     def path(self) -> str:
