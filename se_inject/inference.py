@@ -27,6 +27,7 @@ from .optimized import become, optimised_class, refuse_optimised
 from .record import HOOKS, Call, abstract, alone, untouched
 from .rewrite import regenerate
 from .surgery import record_model
+from .trace import copy_graph
 
 _logger = logging.getLogger("se_inject")
 
@@ -429,7 +430,8 @@ class _Planner:
         if isinstance(region.root.module, fx.GraphModule):
             changes.classes.append((region.root.module, flat.graph))
         else:
-            changes.classes.append((region.root.module, optimised_class(region.root.module, flat.graph, constants)))
+            plain = copy_graph(view.forward.graph)
+            changes.classes.append((region.root.module, optimised_class(region.root.module, flat.graph, plain, constants)))
 
 
 def _put_gate(flat: Flat, block: _Block, name: str) -> None:

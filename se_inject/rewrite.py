@@ -157,7 +157,7 @@ def _generate(
     if len(paths) == 1 and not checkpoints(paths[0].graph):
         assert paths[0].graph is not None
         code = put_in(paths[0].graph, edits.edits).python_code("self")
-        return _class_of(base, _with_guards(code.src, guards), {**code.globals, **names}, main, edits.decisions)
+        return _class_of(base, with_guards(code.src, guards), {**code.globals, **names}, main, edits.decisions)
     functions: list[str] = []
     head, call = _head(main)
 
@@ -242,10 +242,10 @@ def _guards(fixed: dict[str, Any], message: str) -> tuple[str, dict[str, Any]]:
 def guarded(source: str, fixed: dict[str, Any], message: str) -> tuple[str, dict[str, Any]]:
     """The source of a function that raises where an argument is not as it was fixed, and the names that it needs."""
     guards, names = _guards(fixed, message)
-    return _with_guards(source, guards), names if fixed else {}
+    return with_guards(source, guards), names if fixed else {}
 
 
-def _with_guards(source: str, guards: str) -> str:
+def with_guards(source: str, guards: str) -> str:
     if not guards:
         return source
     head, sep, body = source.partition("):\n")

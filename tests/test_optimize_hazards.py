@@ -399,6 +399,26 @@ def test_a_forward_of_an_instance_is_the_one_that_counts(where):
     check(model)
 
 
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext"])
+def test_gradients_and_autocast_take_the_authors_forward(name):
+    model = randomise(se_inject.inject(timm.create_model(name))).eval()
+    fast, grads = se_inject.optimize_for_inference(model), []
+    for m in (model, fast):
+        x = image(1, 160).requires_grad_()
+        m(x).sum().backward()
+        grads.append(x.grad)
+    assert deviation(*grads) < 1e-4
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(image(2, 160).double())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert deviation(exact, fast(image(2, 160))) < 2 * deviation(exact, model(image(2, 160)))
+            block = next(m for m in fast.modules() if "_se_code" in type(m).__dict__ and m is not fast)
+            args = []
+            block.register_forward_pre_hook(lambda _, given: args.extend(given))
+            fast(image(2, 160))
+            assert block(args[0]).dtype == type(block)._se_plain(block, args[0]).dtype
+
+
 @torch.no_grad()
 def test_a_forward_of_an_instance_with_timms_other_methods():
     model = randomise(timm.create_model("test_resnet")).eval()
