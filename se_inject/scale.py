@@ -3,7 +3,8 @@
 The plain backward of ``x * gate(x.mean(...))`` writes three maps of the size of ``x`` beside the gradient itself: the
 product whose sum is the gate's gradient, the mean's gradient spread out, and the scaled gradient. Here the mean's
 gradient stays a view of one value per channel, which autograd adds in place, and product and scaled gradient share
-one buffer.
+one buffer. And where ``x`` comes out of a batch norm it is not kept for the backward: the norm keeps its own input, of
+which ``x`` is computed again, up to rounding.
 """
 
 from __future__ import annotations
@@ -32,8 +33,23 @@ def scale(x: torch.Tensor, gate: torch.Tensor, dims: list[int]) -> torch.Tensor:
     if torch.jit.is_scripting():
         return x * gate
     else:
-        y: torch.Tensor = _Scale.apply(x, gate, dims) if _trains_eagerly(x, gate) else x * gate
+        if not _trains_eagerly(x, gate):
+            return x * gate
+        norm = _norm_of(x)
+        y: torch.Tensor = _Scale.apply(x, gate, dims) if norm is None else _ScaleOfNorm.apply(x, gate, dims, *norm)
         return y
+
+
+def _norm_of(x: torch.Tensor) -> tuple[Any, ...] | None:
+    """What autograd keeps of the batch norm in train mode that `x` is the output of: its input, weight, bias, mean,
+    1/deviation, eps; None where `x` is something else, or where what autograd keeps is not in its hands alone."""
+    fn: Any = x.grad_fn
+    if type(fn).__name__ != "NativeBatchNormBackward0" or x._version or not fn._saved_training or (
+            torch._C._autograd._top_saved_tensors_default_hooks(True) is not None):
+        return None
+    bias = getattr(fn.next_functions[2][0], "variable", None)  # a leaf's
+    norm = (fn._saved_input, fn._saved_weight, bias, fn._saved_result1, fn._saved_result2)
+    return (*norm, fn._saved_eps) if all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in norm) else None
 
 
 def _trains_eagerly(x: Any, gate: Any) -> bool:
@@ -75,11 +91,52 @@ class _Scale(Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, None]:
         x, gate = ctx.saved_tensors
-        product = grad * x
-        of_gate = product.sum(ctx.dims, keepdim=True)
-        if not ctx.needs_input_grad[0]:
-            return None, of_gate, None
-        batched = _transformed() or torch._C._functorch.is_legacy_batchedtensor(grad)  # of gradients: no out= there
-        if torch.is_grad_enabled() or batched:  # in the first, the product is needed again
-            return grad * gate, of_gate, None
-        return torch.mul(grad, gate, out=product), of_gate, None
+        return *_gradients(ctx, grad, gate, grad * x), None
+
+
+class _ScaleOfNorm(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, gate: torch.Tensor, dims: list[int], given: torch.Tensor, weight: torch.Tensor,
+        bias: torch.Tensor, mean: torch.Tensor, invstd: torch.Tensor, eps: float,
+    ) -> torch.Tensor:  # fmt: skip
+        factor = weight * invstd
+        ctx.save_for_backward(gate, given, weight, bias, factor, bias - mean * factor)
+        ctx.dims, ctx.eps = dims, eps
+        return x * gate
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gate, given, weight, bias, factor, shift = ctx.saved_tensors
+        if torch.is_grad_enabled():  # as a function of what the norm was given, for a gradient of this gradient
+            product = grad * torch.batch_norm(given, weight, bias, None, None, True, 0.0, ctx.eps, False)
+        else:
+            x = _normed(given, factor, shift)
+            product = grad * x if _is_batched(grad) else torch.mul(grad, x, out=x)
+        return *_gradients(ctx, grad, gate, product), *(None,) * 7
+
+
+def _normed(x: torch.Tensor, factor: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """The output of a batch norm, as it computes it."""
+    if x.dtype is not factor.dtype:  # half precision by autocast
+        mean, var = torch.zeros_like(factor), torch.ones_like(factor)
+        return torch.native_batch_norm(x, factor, shift, mean, var, False, 0.0, 0.0)[0]
+    channels = [-1] + [1] * (x.dim() - 2)
+    return torch.addcmul(shift.view(channels), x, factor.view(channels))
+
+
+def _gradients(
+    ctx: Any, grad: torch.Tensor, gate: torch.Tensor, product: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor]:  # fmt: skip
+    """Those of ``x`` and of the gate, from ``grad * x``, whose buffer is used."""
+    of_gate = product.sum(ctx.dims, keepdim=True)
+    if not ctx.needs_input_grad[0]:
+        return None, of_gate
+    if torch.is_grad_enabled() or _is_batched(grad):  # in the first, the product is needed again
+        return grad * gate, of_gate
+    return torch.mul(grad, gate, out=product), of_gate
+
+
+def _is_batched(grad: torch.Tensor) -> bool:
+    """Whether these are several gradients at a time, for which there is no ``out=``."""
+    return _transformed() or torch._C._functorch.is_legacy_batchedtensor(grad)

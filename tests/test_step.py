@@ -1,10 +1,12 @@
 """The squeeze and the scale in a training step: values and gradients of the plain expressions, with fewer maps kept."""
 
 import copy
+import weakref
 
 import pytest
 import timm
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 import se_inject
@@ -68,6 +70,74 @@ def test_the_function_is_what_runs(small):
         assert block("NCHW")(x).grad_fn is None
 
 
+class Normed(nn.Sequential):
+    """A block behind a batch norm, as in a bottleneck."""
+
+    def __init__(self, dtype=torch.float32):
+        torch.manual_seed(1)
+        super().__init__(nn.Conv2d(3, 8, 3, dtype=dtype), nn.BatchNorm2d(8, dtype=dtype), block("NCHW", dtype))
+        nn.init.uniform_(self[1].weight, 0.5, 1.5)
+        nn.init.uniform_(self[1].bias, -0.5, 0.5)
+
+
+def freed(model, x):
+    """Whether the block's input is gone while its gradient can still be asked for."""
+    seen = []
+    model[2].register_forward_pre_hook(lambda _, given: seen.append(weakref.ref(given[0])))
+    y = model(x)
+    gone = seen[0]() is None
+    y.sum().backward()
+    return gone
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_what_a_norm_made_is_computed_again(layout, dtype, small, monkeypatch):
+    model = Normed().to(memory_format=layout)
+    x = torch.randn(4, 3, 11, 9).contiguous(memory_format=layout)
+    grads = []
+    for has_norm in (True, False):
+        if not has_norm:
+            monkeypatch.setattr(scale_room, "_norm_of", lambda x: None)
+        with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+            y = model(x)
+        assert type(y.grad_fn).__name__ == ("_ScaleOfNormBackward" if has_norm else "_ScaleBackward")
+        model.zero_grad()
+        (y.float() * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    close(*grads, 1e-5 if dtype is torch.float32 else 2e-2)
+
+
+def close(mine, theirs, most):
+    for a, b in zip(mine, theirs, strict=True):
+        assert (a - b).norm() <= most * b.norm() + 1e-5
+
+
+def test_what_a_norm_made_is_not_kept(small):
+    x = torch.randn(2, 3, 8, 8)
+    assert freed(Normed(), x)
+    frozen, still = Normed(), Normed()
+    frozen[1].bias.requires_grad_(False)
+    still[1].eval()
+    assert not freed(frozen, x) and not freed(still, x)  # which do not say what x is made of
+    model = Normed()
+    torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False).sum().backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model(x).sum().backward()
+    close([p.grad for p in model.parameters()], expected, 1e-5)
+
+
+def test_gradients_of_gradients_behind_a_norm(small):
+    model = Normed(torch.float64)
+    x = torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(model, (x,))
+    assert torch.autograd.gradgradcheck(model, (x,))
+    weights = tuple(model[1].parameters())
+    assert torch.autograd.gradgradcheck(lambda *w: torch.func.functional_call(
+        model, dict(zip(("1.weight", "1.bias"), w)), (x.detach(),)), weights)
+
+
 def test_autocast(small, monkeypatch):
     module = block("NCHW")
     x = torch.randn(2, 8, 6, 5)
@@ -128,7 +198,7 @@ def test_a_step_of_an_injected_model_is_that_of_its_native_twin():
             m.register_forward_hook(see)
     a, b = mine(x), native(x)
     assert torch.equal(a, b)
-    assert kinds == {"_ScaleBackward", "MulBackward0"}  # large maps and small ones
+    assert kinds == {"_ScaleOfNormBackward", "MulBackward0"}  # large maps and small ones
     for y in (a, b):
         nn.functional.cross_entropy(y, torch.tensor([0, 1, 2, 0])).backward()
     for (name, p), q in zip(mine.named_parameters(), native.parameters(), strict=True):
