@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +15,7 @@ from torch import fx, nn
 
 from .axes import batch_is_first, channel_axis
 from .errors import TraceError
-from .factors import CONVS, DIVISIONS, MEANS, conv_arguments, spelled
+from .factors import BATCH_NORMS, CONVS, DIVISIONS, MEANS, conv_arguments, spelled
 from .flow import Flow
 from .graph import ADDS, LAYOUTS, MULS, View, is_tensor, shape
 from .memory import storages
@@ -30,7 +32,6 @@ _ELEMENTWISE = {
 _METHODS: dict[Any, str] = {
     **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), "relu_"),
     **dict.fromkeys((F.sigmoid, torch.sigmoid, torch.sigmoid_, "sigmoid", "sigmoid_"), "sigmoid_")}
-_BATCH_NORMS = {F.batch_norm, torch.batch_norm}
 
 
 class NotLinear(Exception):
@@ -48,10 +49,7 @@ def pool(x: torch.Tensor, dims: list[int]) -> tuple[torch.Tensor, float]:
         if (isinstance(x, fx.Proxy) or torch.compiler.is_compiling() or torch.jit.is_tracing() or x.dtype is torch.float16
                 or (not x.is_meta and torch.is_autocast_enabled(x.device.type))):
             return x.mean(dims), 1.0
-        count = 1
-        for d in dims:
-            count *= x.shape[d]
-        return x.sum(dims), 1 / count
+        return x.sum(dims), 1 / math.prod(x.shape[d] for d in dims)
 
 
 class Excitation(nn.Module):
@@ -282,14 +280,15 @@ class Lowering:
         """Whether something writes into the memory of a value after it was computed, until the call `end` is over."""
         written, at = {storage(node.meta["val"])}, view.index[node]
         while True:
-            if any(written & n.meta["writes"] for n in view.nodes[at + 1:]):
+            if view.writes_after(at, written):
                 return True
             above = None if view.call.begin <= end.begin < view.call.end else self.flow.caller(view)
             if above is None:
                 return False
             given = self.flow.bound(view.module, above[1])
             seen: list[tuple[object, object]] = [(view.nodes[-1].args[0], above[1])]  # here, and the same there
-            seen += [(n, given.get(str(n.target))) for n in view.nodes if n.op == "placeholder"]
+            inputs = itertools.takewhile(lambda n: n.op == "placeholder", view.nodes)
+            seen += [(n, given.get(str(n.target))) for n in inputs]
             written = set[int]().union(*(
                 storages(there.meta["val"]) for here, there in seen
                 if isinstance(here, fx.Node) and isinstance(there, fx.Node) and written & storages(here.meta["val"])))
@@ -309,7 +308,7 @@ class Lowering:
             if not self._is_pointwise(view, node) or axis != (len(shape(node)) - 1 if node.target is F.linear else 1):
                 raise other
             return x, axis, lambda: self._layer(view, node)
-        if node.target in _BATCH_NORMS and axis == 1 and not argument(node, 5, "training", False):
+        if node.target in BATCH_NORMS and axis == 1 and not argument(node, 5, "training", False):
             return x, 1, lambda: self._norm(view, node)
         if node.target in (F.dropout, F.dropout2d) and not argument(node, 2, "training", True):
             return x, axis, None

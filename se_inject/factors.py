@@ -22,6 +22,7 @@ POOLS = {
     torch.max_pool2d, torch.nn.functional.upsample}
 MEANS = {"mean", torch.mean, "sum", torch.sum, "amax", torch.amax}
 CONVS = {F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d}
+BATCH_NORMS = {F.batch_norm, torch.batch_norm}
 SIZES = {getattr, "size", "dim"}
 DIVISIONS = {operator.truediv, operator.itruediv, torch.div, torch.true_divide, "div"}
 

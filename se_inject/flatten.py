@@ -20,6 +20,14 @@ class Flat:
 
     graph: fx.Graph
     nodes: dict[tuple[Call, fx.Node], Any]
+    replaced: dict[fx.Node, fx.Node] = dataclasses.field(default_factory=dict)
+
+    def at(self, call: Call, node: fx.Node) -> fx.Node:
+        """What stands now for a node of a call's forward."""
+        found: fx.Node = self.nodes[call, node]
+        while found in self.replaced:
+            found = self.replaced[found]
+        return found
 
 
 def cannot_flatten(flow: Flow, call: Call, inside: bool) -> str | None:

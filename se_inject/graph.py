@@ -189,8 +189,12 @@ class View:
 
     def is_written_after(self, node: fx.Node) -> bool:
         """Whether something later in the forward writes into the memory of `node`'s value."""
+        return self.writes_after(self.index[node], {storage(node.meta["val"])})
+
+    def writes_after(self, place: int, memory: set[int]) -> bool:
+        """Whether a node behind this place writes into one of these storages."""
         last = self.shared("last writes", self._last_writes)
-        return last.get(storage(node.meta["val"]), -1) > self.index[node]
+        return any(last.get(s, -1) > place for s in memory)
 
     def _last_writes(self) -> dict[int, int]:
         return {s: i for i, n in enumerate(self.nodes) for s in n.meta.get("writes", ())}

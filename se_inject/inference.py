@@ -65,7 +65,7 @@ def optimize_for_inference(model: nn.Module, *, input_size: tuple[int, ...] | No
     for owner in edited_owners(model):
         regenerate(owner)
     blocks = set(block_paths(model))
-    fast = copied(model).eval().requires_grad_(False)
+    fast = _copied(model).eval().requires_grad_(False)
     remove_hooks(fast)
     fast.__dict__.pop("_se_injections", None)
     hooked = {m for m in fast.modules() if any(m.__dict__[kind] for kind in HOOKS)}
@@ -99,7 +99,7 @@ def _run_of(model: nn.Module, method: str, input_size: tuple[int, ...] | None) -
             return None
 
 
-def copied(model: nn.Module) -> nn.Module:
+def _copied(model: nn.Module) -> nn.Module:
     """
     Raises:
         SEInjectError: Python cannot copy the model.
@@ -437,8 +437,8 @@ class _Planner:
 def _put_gate(flat: Flat, block: _Block, name: str) -> None:
     """Compute the gate from its source, by the block's child of this name, and multiply where the block was called."""
     graph = flat.graph
-    node: fx.Node = flat.nodes[block.view.call, block.node]
-    source: fx.Node = flat.nodes[block.source.view.call, block.source.node]
+    node = flat.at(block.view.call, block.node)
+    source = flat.at(block.source.view.call, block.source.node)
     x = node.args[0]
     assert isinstance(x, fx.Node)
     path, number = f"{node.target}.{name}", 1.0
@@ -459,9 +459,7 @@ def _put_gate(flat: Flat, block: _Block, name: str) -> None:
         user.meta["shares"] = [product if n is node else n for n in user.meta.get("shares", ())]
     node.replace_all_uses_with(product)
     graph.erase_node(node)
-    for key, other in flat.nodes.items():  # calls that pass their input on are the same node
-        if other is node:
-            flat.nodes[key] = product
+    flat.replaced[node] = product
 
 
 def _next(node: fx.Node) -> fx.Node:

@@ -13,7 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from .axes import channel_axis
 from .errors import TraceError
-from .factors import CONVS, conv_arguments, spelled
+from .factors import BATCH_NORMS, CONVS, conv_arguments, spelled
 from .flow import Flow, branches
 from .graph import LAYOUTS, Traces, View, is_tensor, shape
 from .memory import storages
@@ -21,7 +21,6 @@ from .paths import trace_paths
 from .patterns import argument
 from .record import Call
 
-_BATCH_NORMS = {F.batch_norm, torch.batch_norm}
 _TRANSPOSED = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
 
 
@@ -83,7 +82,7 @@ def find_folds(flow: Flow, others: list[Call]) -> tuple[list[_Fold], Norms]:
 def _fold(flow: Flow, norm: nn.Module) -> _Fold:
     traces = flow.traces
     view = _only_view(flow, norm, "it")
-    nodes = [n for n in view.nodes if n.target in _BATCH_NORMS]
+    nodes = [n for n in view.nodes if n.target in BATCH_NORMS]
     if len(nodes) != 1:
         raise NotFolded(f"{type(norm).__name__}.forward is no batch norm")
     (node,) = nodes
