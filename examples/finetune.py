@@ -39,7 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
 
 import se_inject
-from se_inject.demo import base_model
+from se_inject.tools.demo import base_model
 
 
 @dataclasses.dataclass(frozen=True)

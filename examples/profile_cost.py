@@ -13,9 +13,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import se_inject
-from se_inject.loading import block_paths
-from se_inject.surgery import input_sizes
-from se_inject.variants import lived_in
+from se_inject.capture.inputs import input_sizes
+from se_inject.surgery.state import block_paths
+from se_inject.tools.variants import lived_in
 
 RUNS = 40
 

@@ -8,36 +8,37 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
-    from .blocks import register_block as register_block
+    from .blocks.catalogue import register_block as register_block
     from .config import SEConfig as SEConfig
     from .errors import NoSitesError as NoSitesError
     from .errors import SEInjectError as SEInjectError
-    from .fold_report import FoldReport as FoldReport
-    from .folding import fold as fold
-    from .inference import optimize_for_inference as optimize_for_inference
-    from .inference_report import OptimisedModel as OptimisedModel
-    from .native import NativeWeights as NativeWeights
-    from .native import to_native as to_native
-    from .planning import Plan as Plan
-    from .planning import Site as Site
-    from .surgery import eject as eject
-    from .surgery import inject as inject
-    from .surgery import plan as plan
-    from .training import freeze_base as freeze_base
-    from .training import se_parameters as se_parameters
-    from .training import unfreeze_base as unfreeze_base
-    from .weights import load as load
-    from .weights import save as save
+    from .find.plan import Plan as Plan
+    from .inference.optimize import optimize_for_inference as optimize_for_inference
+    from .inference.report import OptimizedModel as OptimizedModel
+    from .rescale.fold import fold as fold
+    from .rescale.native import NativeWeights as NativeWeights
+    from .rescale.native import to_native as to_native
+    from .rescale.report import FoldReport as FoldReport
+    from .site import Site as Site
+    from .surgery.freezing import freeze_base as freeze_base
+    from .surgery.freezing import se_parameters as se_parameters
+    from .surgery.freezing import unfreeze_base as unfreeze_base
+    from .surgery.pipeline import eject as eject
+    from .surgery.pipeline import inject as inject
+    from .surgery.pipeline import plan as plan
+    from .weights.files import load as load
+    from .weights.files import save as save
 
 __version__ = "0.1.0"
 
 # Loaded on first use, so that `import se_inject` and `se-inject --help` cost no import of torch.
 _HOMES = {
-    "SEConfig": "config", "SEInjectError": "errors", "NoSitesError": "errors", "plan": "surgery", "inject": "surgery",
-    "eject": "surgery", "Plan": "planning", "Site": "planning", "save": "weights", "load": "weights",
-    "register_block": "blocks", "se_parameters": "training", "freeze_base": "training", "unfreeze_base": "training",
-    "optimize_for_inference": "inference", "OptimisedModel": "inference_report",
-    "fold": "folding", "FoldReport": "fold_report", "to_native": "native", "NativeWeights": "native",
+    "SEConfig": "config", "SEInjectError": "errors", "NoSitesError": "errors", "Site": "site", "Plan": "find.plan",
+    "plan": "surgery.pipeline", "inject": "surgery.pipeline", "eject": "surgery.pipeline",
+    "se_parameters": "surgery.freezing", "freeze_base": "surgery.freezing", "unfreeze_base": "surgery.freezing",
+    "save": "weights.files", "load": "weights.files", "register_block": "blocks.catalogue",
+    "optimize_for_inference": "inference.optimize", "OptimizedModel": "inference.report", "OptimisedModel": "inference.report",
+    "fold": "rescale.fold", "FoldReport": "rescale.report", "to_native": "rescale.native", "NativeWeights": "rescale.native",
 }  # fmt: skip
 __all__ = ["__version__", *_HOMES]
 
@@ -55,7 +56,7 @@ def __dir__() -> list[str]:
 
 
 def _on_timm(timm: Any) -> None:
-    from .registry import register
+    from .timm_registry import register
 
     register(timm)
 

@@ -7,12 +7,10 @@ import difflib
 import math
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .errors import ConfigError
-
-if TYPE_CHECKING:
-    from .planning import Site
+from .site import Site
 
 PLACEMENTS = ("auto", "standard", "inner", "pre", "post", "identity")
 INITS = ("identity", "timm")

@@ -1,0 +1,7 @@
+"""A model as data: what it calls, with which shapes, and what each forward computes. Nothing here knows of SE.
+
+In: a model and an input size. Out: a `Call` tree of one recorded run, and for each module its own forward as an fx graph
+whose nodes hold their values on the meta device. The model is not changed.
+Read `snapshot` (the model on meta, then as it was), `inputs` (sizes), `recording`, `forward` (trace one module), `graphs`;
+then `meta_ops`, `tracer` and `fingerprint`, which make it quick, and `channels`, which follows axes through the run.
+"""

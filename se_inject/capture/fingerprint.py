@@ -1,0 +1,55 @@
+"""When two modules are the same but for the values of their weights, so that one trace serves both."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import nn
+
+_UNSEEN = {"_parameters", "_buffers", "_modules", "training"}
+
+
+def frozen(value: Any) -> Hashable:
+    """A hashable stand-in for a value: equal where a traced forward could not tell two values apart.
+
+    Tensors are told by shape and dtype, as on the meta device; what is no plain value is told by identity.
+    """
+    if isinstance(value, torch.Tensor):
+        return "tensor", type(value), tuple(value.shape), value.dtype, value.requires_grad
+    if value is None or isinstance(value, (bool, int, float, str, type, torch.dtype)):
+        return type(value), value
+    if isinstance(value, (list, tuple)):
+        return type(value), tuple(map(frozen, value))
+    if isinstance(value, dict):
+        return type(value), tuple((frozen(k), frozen(v)) for k, v in value.items())
+    if isinstance(value, (set, frozenset)):
+        return type(value), frozenset(map(frozen, value))
+    if isinstance(value, slice):
+        return slice, frozen((value.start, value.stop, value.step))
+    if isinstance(value, functools.partial):
+        return functools.partial, id(value.func), frozen(value.args), frozen(value.keywords)
+    return "object", id(value)
+
+
+class Fingerprints:
+    """The signatures of a model's modules; equal ones trace alike. Inside `abstract`, which takes hooks and modes away."""
+
+    def __init__(self) -> None:
+        self._known: dict[nn.Module, Hashable] = {}
+        self._numbers: dict[Hashable, int] = {}
+
+    def of(self, module: nn.Module) -> Hashable:
+        if module not in self._known:
+            own = tuple(
+                (key, frozen(value)) for key, value in module.__dict__.items()
+                if key not in _UNSEEN and not (key.endswith("hooks") or "_hooks_" in key))
+            tensors = tuple(
+                (name, frozen(t)) for d in (module._parameters, module._buffers) for name, t in d.items())
+            children = tuple(
+                (name, None if child is None else self.of(child)) for name, child in module._modules.items())
+            key = (type(module), own, tensors, children)
+            self._known[module] = self._numbers.setdefault(key, len(self._numbers))
+        return self._known[module]

@@ -1,0 +1,372 @@
+"""Trace the forward of one module, with its children as leaves, or say what in it a trace would lose."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import operator
+import random
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import fx, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..errors import TraceError
+from .graphs import copy_graph, evaluate
+from .meta_ops import MetaOps, storage
+from .recording import Call, alike
+from .snapshot import restored
+from .tracer import IN_PLACE, READ_AGAIN, QuickTracer
+
+
+@dataclasses.dataclass(frozen=True)
+class Unpacked:
+    """Stands among the constants for an argument that is a list or tuple of tensors and sizes, of fixed length.
+
+    A forward that asks whether it got a list must see one while it is traced. `items` are None, or an
+    `Unpacked` for an item that is a list itself.
+    """
+
+    kind: type
+    items: tuple[Unpacked | None, ...]
+
+    @classmethod
+    def like(cls, value: Any) -> Unpacked | None:
+        """For a list or tuple of tensors, sizes and such lists; None for anything else."""
+        if type(value) not in (list, tuple, torch.Size) or not value:
+            return None
+        items = [cls.like(v) for v in value]
+        if any(i is None and not isinstance(v, torch.Tensor) and type(v) is not int for i, v in zip(items, value)):
+            return None
+        return cls(list if type(value) is list else tuple, tuple(items))
+
+    def of(self, proxy: Any) -> Any:
+        """The items of a traced argument, in the container that the forward expects."""
+        return self.kind(proxy[i] if item is None else item.of(proxy[i]) for i, item in enumerate(self.items))
+
+
+def _modes() -> tuple[object, ...]:
+    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *(
+        (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")))
+
+
+CHECKPOINTED = "checkpointed"  # in a node's meta: in which call of `torch.utils.checkpoint` the author's code computes it
+
+
+def _packing() -> Callable[..., object] | None:
+    """What autograd does now with each tensor that it saves; None is the usual."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return None if hooks is None else hooks[0]
+
+
+@contextlib.contextmanager
+def _other_modes() -> Iterator[None]:
+    """Inside, grad and autocast are on, to a dtype that no forward asks for, so that a forward shows where it sets them."""
+    was = {d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")}
+    with torch.enable_grad():
+        try:
+            for d in was:
+                torch.set_autocast_enabled(d, True)
+                torch.set_autocast_dtype(d, torch.float64)
+            yield
+        finally:
+            for d, (enabled, dtype) in was.items():
+                torch.set_autocast_enabled(d, enabled)
+                torch.set_autocast_dtype(d, dtype)
+
+
+def _state(module: nn.Module) -> tuple[object, ...]:
+    """What a forward must leave alone to be traced: attributes, buffers, modes, and Python's and torch's random numbers."""
+    own = {
+        key: (id(value), tuple(map(id, value.values() if isinstance(value, dict) else value)))
+        if type(value) in (dict, list) else id(value) for key, value in module.__dict__.items()}
+    versions = tuple(
+        t._version for d in (module._parameters, module._buffers) for t in d.values()
+        if t is not None and not t.is_inference())
+    modes = tuple(m.training for m in module.modules())
+    return own, versions, modes, random.getstate()[1], torch.get_rng_state().numpy().tobytes()
+
+
+class _OwnTracer(QuickTracer):
+    """Traces one module; every child is a leaf, and arguments that are no tensors are constants.
+
+    Where the forward branches on a value, `decide` says which way it goes.
+    """
+
+    def __init__(self, constants: dict[str, Any], decide: Callable[[fx.Node], bool] | None, reading: bool) -> None:
+        super().__init__()
+        self.proxy_buffer_attributes = reading
+        self.constants = constants
+        self.decide = decide
+        self.decided: dict[Hashable, bool] = {}
+        self.modes = _modes()
+        self.packing = [_packing()]
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _modes() != self.modes:
+            raise TraceError("it changes the grad or autocast mode, which a trace does not hold")
+        node = super().create_node(*args, **kwargs)
+        packing = _packing()
+        if packing is not self.packing[0]:
+            if getattr(packing, "__module__", "") != torch.utils.checkpoint.__name__:
+                raise TraceError("it changes what autograd saves, which a trace does not hold")
+            if packing is not self.packing[-1]:
+                self.packing.append(packing)
+            node.meta[CHECKPOINTED] = len(self.packing)
+        return node
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        if self.decide is None:
+            return super().to_bool(obj)
+        key = self._spelled(obj.node)
+        if key not in self.decided:
+            self.decided[key] = self.decide(obj.node)
+        return self.decided[key]
+
+    def _spelled(self, node: fx.Node) -> Hashable:
+        """The same for conditions that are written again."""
+        if node.op in ("placeholder", "call_module"):
+            return node
+        arguments: list[Hashable] = [node.op, node.target]  # type: ignore[list-item]
+        fx.map_arg((node.args, node.kwargs), lambda n: arguments.append(self._spelled(n)))
+        return (*arguments, repr(fx.map_arg((node.args, node.kwargs), lambda n: None)))
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)  # every child is a leaf
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        fn, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        names = iter(signature_of(root_fn).parameters)
+        next(names)  # self
+        for i, name in enumerate(names, start=1):
+            if name in self.constants and i < len(args):
+                value = self.constants[name]
+                args[i] = value.of(args[i]) if isinstance(value, Unpacked) else value
+        return fn, args
+
+
+@functools.lru_cache(maxsize=1024)
+def signature_of(function: Any) -> inspect.Signature:
+    return inspect.signature(function)
+
+
+def is_plain_sequential(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
+def _chain(module: nn.Module) -> fx.Graph:
+    """What fx would make of a plain `nn.Sequential`, in a hundredth of the time."""
+    graph = fx.Graph()
+    value = graph.placeholder("input")
+    for name in module._modules:
+        value = graph.call_module(name, (value,))
+    graph.output(value)
+    return graph
+
+
+def trace_forward(
+    module: nn.Module, constants: dict[str, Any], decide: Callable[[fx.Node], bool] | None = None, reading: bool = False
+) -> fx.Graph:
+    """Trace `module`'s own forward with its children as leaves. `module` is not changed.
+
+    `decide` is asked, with the node of the condition, wherever the forward branches on a value. With `reading`
+    no code will be made of the trace: the forward may set attributes, and what it computes of buffers is traced, too.
+
+    Raises:
+        TraceError: The forward does something that fx cannot follow.
+    """
+    if isinstance(module, fx.GraphModule):
+        return copy_graph(module.graph)
+    if is_plain_sequential(module):
+        return _chain(module)
+    kinds = [p.kind for p in signature_of(type(module).forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL in kinds and inspect.Parameter.KEYWORD_ONLY in kinds:
+        raise TraceError(f"{type(module).__name__}.forward has keyword arguments behind *args, which fx mixes up")
+    with restored([module]), _other_modes():
+        before = _state(module)
+        try:
+            graph = _OwnTracer(constants, decide, reading).trace(module)
+        except Exception as error:  # fx raises what the traced code raises
+            raise TraceError(f"{type(module).__name__}.forward cannot be traced: {error}") from error
+        if not reading and _state(module) != before:
+            raise TraceError(
+                f"{type(module).__name__}.forward sets attributes or buffers of its module, or draws random numbers, "
+                "which a trace does not hold")
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target.startswith("_tensor_constant"):
+            raise TraceError(f"{type(module).__name__}.forward makes a tensor that the trace would freeze")
+    return graph
+
+
+@dataclasses.dataclass(eq=False)
+class Forward:
+    """A module's own forward, traced, with the shapes of one call; modules that are alike share it.
+
+    Each node's ``meta["val"]`` is its value on meta tensors. `constants` are the arguments that were not
+    tensors; `marker` names the empty slot that was filled with a `Marker`; `decisions` say which way the
+    forward went, in order, where it branches on sizes. `memo` keeps what was found out about the forward,
+    for all who share it.
+    """
+
+    graph: fx.Graph
+    constants: dict[str, Any]
+    marker: str | None = None
+    decisions: tuple[bool, ...] = ()
+    memo: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
+
+
+class Marker(nn.Module):
+    """Stands in an empty slot while its owner is traced, so that the author's code shows the slot's place."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def own_forward(call: Call, marker: str | None = None, reading: bool = False) -> tuple[Forward, dict[fx.Node, Call]]:
+    """Trace the called module alone, give every node its value in this call, and every call of a child its record.
+
+    With `marker`, the slot of that name is filled while tracing; `reading` is `trace_forward`'s.
+
+    Raises:
+        TraceError: fx cannot follow the forward, or the trace does not make the calls that were recorded.
+    """
+    constants, values = _bind(call)
+    decisions: list[bool] = []
+    known: dict[fx.Node, Any] = {}
+
+    def decide(node: fx.Node) -> bool:
+        decisions.append(bool(evaluate(node, call.module, values, known)))
+        return decisions[-1]
+
+    with restored([call.module]):
+        if marker is not None:  # past a __setattr__, ours or the author's
+            call.module.__dict__["_modules"] = {**call.module._modules, marker: Marker()}
+            call.module.__dict__.pop(marker, None)
+        graph = trace_forward(call.module, constants, decide, reading)
+    env: dict[fx.Node, Any] = {}
+    calls: dict[fx.Node, Call] = {}
+    children = iter(call.children)
+    with torch.no_grad(), MetaOps(factories=True) as ops:
+        for node in graph.nodes:
+            before = len(ops.written)
+            args = fx.map_arg(node.args, env.__getitem__)
+            kwargs = fx.map_arg(node.kwargs, env.__getitem__)
+            if node.op == "placeholder":
+                value = values.get(str(node.target).lstrip("*"))
+            elif node.op == "get_attr":
+                value = operator.attrgetter(node.target)(call.module)
+            elif node.op == "call_module":
+                child = calls[node] = _child_call(call, node, args, kwargs, children, marker)
+                value, writes = _in_memory_of(child, args, kwargs)
+            elif node.op == "output":
+                value = args[0]
+            else:
+                try:
+                    if node.op == "call_function":
+                        list_or_number = node.target in IN_PLACE and not isinstance(args[0], torch.Tensor)
+                        value = (IN_PLACE[node.target] if list_or_number else node.target)(*args, **kwargs)
+                    else:
+                        value = getattr(args[0], node.target)(*args[1:], **kwargs)
+                except Exception as error:
+                    raise TraceError(f"{type(call.module).__name__}.forward, node {node}: {error}") from error
+            env[node] = node.meta["val"] = value
+            node.meta["writes"] = writes if node.op == "call_module" else frozenset(s._cdata for s in ops.written[before:])
+    _no_more(call, children)
+    _check_writes(graph, call)
+    return Forward(graph, constants, marker, tuple(decisions)), calls
+
+
+def _in_memory_of(call: Call, args: Any, kwargs: Any) -> tuple[Any, frozenset[int]]:
+    """What a recorded call returned, and the storages that it wrote into, as if it had been given these arguments, which the
+    trace has computed anew."""
+    pairs = zip(tree_leaves((call.args, call.kwargs)), tree_leaves((args, kwargs)))
+    memory = {storage(a): b for a, b in pairs if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and (
+        storage(a) != storage(b))}
+    if not memory:
+        return call.output, call.writes
+
+    def moved(t: Any) -> Any:
+        if not isinstance(t, torch.Tensor) or storage(t) not in memory:
+            return t
+        new = memory[storage(t)].as_strided(t.shape, t.stride(), t.storage_offset())
+        new.__dict__.update(t.__dict__)  # which axis is which
+        return new
+
+    return tree_map(moved, call.output), frozenset(storage(memory[w]) if w in memory else w for w in call.writes)
+
+
+def _check_writes(graph: fx.Graph, call: Call) -> None:
+    """That the trace writes into the tensors that the module's own forward has written into.
+
+    Raises:
+        TraceError: It does not.
+    """
+    name = f"{type(call.module).__name__}.forward"
+    traced = 0
+    for node in graph.nodes:
+        if READ_AGAIN in node.meta and isinstance(node.args[0].meta["val"], torch.Tensor):
+            raise TraceError(f"{name} reads a tensor again that it has changed in place")
+        traced += 0 if node.op == "call_module" else len(node.meta["writes"])
+    if traced < len({s._cdata for s in call.own_writes}):
+        raise TraceError(f"{name} changes a tensor in place in a way which a trace does not hold")
+
+
+def bind(forward: Forward, call: Call) -> dict[fx.Node, Call]:
+    """The recorded child calls of `call`, by the nodes of a forward that a module like it was traced with.
+
+    Raises:
+        TraceError: The call took another path.
+    """
+    calls: dict[fx.Node, Call] = {}
+    children = iter(call.children)
+    for node in forward.graph.nodes:
+        if node.op == "call_module":
+            args, kwargs = (fx.map_arg(a, lambda n: n.meta["val"]) for a in (node.args, node.kwargs))
+            calls[node] = _child_call(call, node, args, kwargs, children, forward.marker)
+    _no_more(call, children)
+    return calls
+
+
+def _child_call(
+    call: Call, node: fx.Node, args: Any, kwargs: Any, children: Iterator[Call], marker: str | None
+) -> Call:
+    if node.target == marker:  # put there after the recording
+        return Call("", Marker(), args, {}, call, call.begin, call.begin, args[0])
+    target = call.module.get_submodule(str(node.target))
+    child = next(children, None)
+    if child is None or child.module is not target or not alike((args, kwargs), (child.args, child.kwargs)):
+        raise _another_path(call)
+    return child
+
+
+def _no_more(call: Call, children: Iterator[Call]) -> None:
+    if next(children, None) is not None:
+        raise _another_path(call)
+
+
+def _another_path(call: Call) -> TraceError:
+    return TraceError(f"{type(call.module).__name__}.forward took another path when traced")
+
+
+def _bind(call: Call) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split a call's arguments into constants and tensors, both by parameter name."""
+    signature = signature_of(type(call.module).forward)
+    bound = signature.bind(call.module, *call.args, **call.kwargs)
+    bound.apply_defaults()
+    constants, values = {}, {}
+    for i, (name, value) in enumerate(bound.arguments.items()):
+        if i == 0:  # self
+            continue
+        values[name] = value
+        variadic = signature.parameters[name].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        unpacked = None if variadic else Unpacked.like(value)
+        if unpacked is not None:
+            constants[name] = unpacked
+        elif not variadic and not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value)):
+            constants[name] = value
+    return constants, values

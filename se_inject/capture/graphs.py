@@ -1,0 +1,109 @@
+"""TODO"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from torch import fx, nn
+
+from ..errors import TraceError
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """The same nodes in the same order, without what is known about them."""
+    new = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        copies[node] = new.node_copy(node, copies.__getitem__)
+        copies[node].meta = {}
+    return new
+
+
+def same_graph(a: fx.Graph, b: fx.Graph, constants: dict[str, Any]) -> bool:
+    """Whether two graphs are the same; in `b` a placeholder may stand for its constant."""
+    pairs: dict[fx.Node, fx.Node] = {}
+
+    def same(x: Any, y: Any) -> bool:
+        if isinstance(x, fx.Node) and isinstance(y, fx.Node):
+            return pairs.get(x) is y
+        if isinstance(y, fx.Node):
+            if y.op != "placeholder" or y.target not in constants:
+                return False
+            return x is constants[y.target] or (type(x) is type(constants[y.target]) and x == constants[y.target])
+        if isinstance(x, (list, tuple)) and isinstance(y, (list, tuple)):
+            return len(x) == len(y) and all(map(same, x, y))
+        if isinstance(x, dict) and isinstance(y, dict):
+            return x.keys() == y.keys() and all(same(x[k], y[k]) for k in x)
+        if isinstance(x, slice) and isinstance(y, slice):
+            return same((x.start, x.stop, x.step), (y.start, y.stop, y.step))
+        return type(x) is type(y) and bool(x == y)
+
+    if len(a.nodes) != len(b.nodes):
+        return False
+    for x, y in zip(a.nodes, b.nodes):
+        if x.op != y.op or x.target != y.target or not same(x.args, y.args) or not same(x.kwargs, y.kwargs):
+            return False
+        pairs[x] = y
+    return True
+
+
+def counterparts(a: fx.Graph, b: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """The nodes of `a` that are also in `b`: computed alike from the inputs, or alike on the way to the output."""
+    numbers: dict[Any, int] = {}
+    there = {number: node for node, number in number_nodes(b, numbers).items()}
+    found = {node: there[number] for node, number in number_nodes(a, numbers).items() if number in there}
+    taken = set(found.values())
+    ways = [(output_of(a), output_of(b))]
+    while ways:
+        x, y = ways.pop()
+        found[x] = y
+        if len(x.all_input_nodes) != len(y.all_input_nodes):
+            continue
+        for n, m in zip(x.all_input_nodes, y.all_input_nodes):
+            if n not in found and m not in taken and (n.op, n.target) == (m.op, m.target):
+                taken.add(m)
+                ways.append((n, m))
+    return found
+
+
+def output_of(graph: fx.Graph) -> fx.Node:
+    out: fx.Node = next(n for n in reversed(graph.nodes) if n.op == "output")
+    return out
+
+
+def number_nodes(graph: fx.Graph, numbers: dict[Any, int]) -> dict[fx.Node, int]:
+    """A number for each node, the same for nodes of two graphs that are computed alike from the inputs."""
+    out: dict[fx.Node, int] = {}
+    seen: Counter[Any] = Counter()
+    for node in graph.nodes:
+        if node.op != "output":
+            arguments = repr(fx.map_arg((node.args, node.kwargs), lambda n: f"<{out[n]}>"))
+            what = (node.op, node.target, arguments)
+            out[node] = numbers.setdefault((*what, seen[what]), len(numbers))
+            seen[what] += 1
+    return out
+
+
+def evaluate(node: fx.Node, module: nn.Module, values: dict[str, Any], known: dict[fx.Node, Any]) -> Any:
+    """The value of a node that depends on the sizes of arguments and parameters alone.
+
+    Raises:
+        TraceError: It depends on what is in a tensor, or on a child.
+    """
+    if node not in known:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: evaluate(n, module, values, known))
+        if node.op == "placeholder":
+            known[node] = values.get(str(node.target).lstrip("*"))
+        elif node.op == "get_attr":
+            tensors = {**module._parameters, **module._buffers}  # not through fx, which is tracing
+            if node.target not in tensors:
+                raise TraceError("it branches on what its children hold")
+            known[node] = tensors[str(node.target)]
+        elif node.op == "call_function":
+            known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        elif node.op == "call_method":
+            known[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        else:
+            raise TraceError("it branches on what its layers compute")
+    return known[node]

@@ -1,0 +1,114 @@
+"""TODO"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError, TraceError
+from .channels import BATCH_AXIS, CHANNEL_AXIS, mark
+from .meta_ops import MetaOps
+from .recording import Call, record, run
+from .snapshot import on_meta
+
+BATCH = 2  # images in the recorded run; more than one, so that no size of 1 stands for two things
+
+
+def checked_size(size: object) -> tuple[int, ...]:
+    if isinstance(size, (tuple, list)) and len(size) == 3 and all(type(n) is int and n > 0 for n in size):
+        return tuple(size)
+    raise ConfigError(f"input_size={size!r}: expected (C, H, W), three whole numbers above 0, such as (3, 224, 224)")
+
+
+def record_on(model: nn.Module, sizes: list[tuple[int, ...]], dtype: torch.dtype) -> tuple[Call, int, tuple[int, ...]]:
+    """Run on the first of `sizes` that the model takes; the error is that of the first."""
+    first: TraceError | None = None
+    for size in map(tuple, sizes):
+        try:
+            images = torch.empty(BATCH, *size, device="meta", dtype=dtype)
+            mark(images, 0, BATCH_AXIS)
+            mark(images, 1, CHANNEL_AXIS)
+            return *record(model, images), size
+        except TraceError as error:
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def record_model(model: nn.Module, size: tuple[int, ...] | None = None) -> Call:
+    """The recorded run of a model on an input of this (C, H, W), or of its own size. Use it inside `abstract`.
+
+    Raises:
+        ConfigError: It is no (C, H, W).
+        TraceError: The model does not take it.
+    """
+    return record_on(model, input_sizes(model) if size is None else [checked_size(size)], dtype_of(model))[0]
+
+
+def input_sizes(model: nn.Module) -> list[tuple[int, ...]]:
+    """The (C, H, W) that a model may take, the likeliest first.
+
+    A model of timm's says its own. Of others, the first convolution says the channels, and the size is
+    ImageNet's or CIFAR's.
+    """
+    cfg = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    said = tuple(cfg.get("input_size") or ()) if hasattr(cfg, "get") else ()
+    patches = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    side = tuple(patches) if isinstance(patches, (tuple, list)) and len(patches) == 2 else said[1:]
+    channels: list[int] = []
+    for value in (getattr(model, "_model_args", {}).get("in_chans"), getattr(model, "in_chans", None), *said[:1]):
+        if isinstance(value, int):
+            channels.append(value)
+    for m in model.modules():
+        weight = m._parameters.get("weight")
+        if weight is not None and weight.dim() == 4:
+            channels.append(weight.shape[1] * getattr(m, "groups", 1))
+            break
+    sides = [side] if side else [(224, 224), (32, 32)]
+    return [(c, *s) for s in sides for c in dict.fromkeys(channels or [3])]
+
+
+def runs_on(model: nn.Module, size: tuple[int, ...]) -> bool:
+    """Whether `model` takes an input of this (C, H, W)."""
+    with on_meta(model):
+        try:
+            run(model, torch.empty(BATCH, *size, device="meta", dtype=dtype_of(model)))
+        except TraceError:
+            return False
+    return True
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+
+
+def without_values(make: Callable[[], nn.Module]) -> nn.Module:
+    """A new model on the meta device; on the CPU where its constructor asks for the values of tensors.
+
+    Older timm does, for its drop path rates, and torchvision's RegNet for its widths.
+    """
+    try:
+        with torch.device("meta"), MetaOps():
+            return make()
+    except (NotImplementedError, RuntimeError):
+        return make()
+
+
+def smallest_input(model: nn.Module) -> tuple[int, ...]:
+    """The smallest square (C, H, W), of sides that are usual, that the model takes; else its own size."""
+    own = input_sizes(model)
+    for side in (32, 64, 96, 128, 160, 192, 224, 256, 299):
+        for channels in dict.fromkeys(size[0] for size in own):
+            if side < own[0][1] and runs_on(model, (channels, side, side)):
+                return channels, side, side
+    return own[0]
+
+
+def smaller_sizes(model: nn.Module) -> Iterator[tuple[int, ...]]:
+    own = input_sizes(model)[0]
+    for side in (64, 96, 128):
+        if side < own[1]:
+            yield own[0], side, side
+    yield own

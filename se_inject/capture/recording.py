@@ -1,0 +1,167 @@
+"""Run a model once without computing, and keep every module call with its arguments and results.
+
+A whole-model graph loses module boundaries, and those are what gets rewritten. So the model is run
+once, eagerly, on meta tensors; the recorded calls give the shapes of what is traced later, module by
+module, and prove that the trace took the path that the model takes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..errors import TraceError
+from .meta_ops import MetaOps, storage
+from .snapshot import restored, surgery_lock
+
+
+@dataclasses.dataclass(eq=False)
+class Call:
+    """One call of a module during the recorded run.
+
+    `begin` and `end` number the calls in order, so that `a.begin < b.begin < a.end` says that call
+    `b` happened inside call `a`. `changes_list` says that a list among the arguments was changed, `operators`
+    how many operators ran inside, `writes` into which of its arguments' storages they wrote, and `own_writes` into
+    which storages its own forward did.
+    """
+
+    path: str
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    parent: Call | None
+    begin: int
+    end: int = -1
+    output: Any = None
+    changes_list: bool = False
+    operators: int = 0
+    writes: frozenset[int] = frozenset()
+    own_writes: tuple[torch.UntypedStorage, ...] = ()
+    children: list[Call] = dataclasses.field(default_factory=list)
+
+    def walk(self) -> Iterator[Call]:
+        """This call and all calls inside it, in the order of their beginning."""
+        yield self
+        for child in self.children:
+            yield from child.walk()
+
+    @property
+    def passes(self) -> bool:
+        """Whether the call returned the very tensor that it was given: identity, dropout and drop path in eval mode."""
+        return self.operators == 0 and isinstance(self.output, torch.Tensor) and bool(self.args) and (
+            self.output is self.args[0])
+
+
+def _as_given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments as they are now: a list among them may grow during the call."""
+    if not kwargs and all(isinstance(a, torch.Tensor) for a in args):
+        return args, kwargs
+    given: tuple[tuple[Any, ...], dict[str, Any]] = tree_map(_same, (args, kwargs))
+    return given
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def run(model: nn.Module, inputs: torch.Tensor, ops: MetaOps | None = None) -> int:
+    """Run `model` once, without computing, and return its multiply-adds. Use it inside `abstract`.
+
+    Raises:
+        TraceError: The model's own forward raised on this input.
+    """
+    ops = ops or MetaOps(factories=True)
+    try:
+        with restored(list(model.modules())), torch.no_grad(), ops:
+            model(inputs)
+            return ops.macs
+    except Exception as error:
+        raise TraceError(
+            f"{type(model).__name__} failed on an input of shape {tuple(inputs.shape)}: "
+            f"{type(error).__name__}: {error}. If the model needs another size, pass input_size=(C, H, W)."
+        ) from error
+
+
+def record(model: nn.Module, inputs: torch.Tensor) -> tuple[Call, int]:
+    """Run `model` once and return the call of its root, and its multiply-adds. Use it inside `abstract`.
+
+    Raises:
+        TraceError: The model's own forward raised on this input.
+    """
+    paths = {m: name for name, m in model.named_modules()}
+    stack: list[Call] = []
+    root: list[Call] = []
+    count = 0
+    ops = MetaOps(factories=True)
+    written: list[int] = []
+    own: list[list[torch.UntypedStorage]] = []
+    taken = 0
+
+    def take_writes() -> None:
+        nonlocal taken
+        if own:
+            own[-1] += ops.written[taken:]
+        taken = len(ops.written)
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal count
+        parent = stack[-1] if stack else None
+        args, kwargs = _as_given(args, kwargs)
+        call = Call(paths[module], module, args, kwargs, parent, count, operators=-ops.operators)
+        count += 1
+        (parent.children if parent else root).append(call)
+        take_writes()
+        stack.append(call)
+        own.append([])
+        written.append(len(ops.written))
+
+    def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        nonlocal count
+        call = stack.pop()
+        call.output, call.end = output, count
+        call.operators += ops.operators
+        since = ops.written[written.pop():]
+        if since:
+            given = {storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+            call.writes = frozenset(s._cdata for s in since) & given
+        take_writes()
+        call.own_writes = tuple(own.pop())
+        call.changes_list = call.args is not args and not alike((args, kwargs), (call.args, call.kwargs))
+        count += 1
+
+    with surgery_lock:
+        original, thread = nn.Module.__call__, threading.get_ident()
+
+        @functools.wraps(original)
+        def recorded(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != thread or module not in paths:
+                return original(module, *args, **kwargs)
+            enter(module, args, kwargs)
+            output = original(module, *args, **kwargs)
+            leave(module, args, kwargs, output)
+            return output
+
+        try:
+            nn.Module.__call__ = recorded  # type: ignore[method-assign]
+            macs = run(model, inputs, ops)
+        finally:
+            nn.Module.__call__ = original  # type: ignore[method-assign]
+    return root[0], macs
+
+
+def alike(a: Any, b: Any) -> bool:
+    """Whether two arguments have the same structure and shapes."""
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape == b.shape
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(alike(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(alike, a, b))
+    return True

@@ -1,0 +1,238 @@
+"""fx's tracer, made quick where many short forwards are traced one after another.
+
+For each trace fx patches `nn.Module`, whereupon Python forgets what it knew of all its subclasses, makes a wrapper of
+every function that it is to wrap, and reads the bytecode of whoever unpacks a value. That is most of the time of a
+short trace. Here it is done once for many.
+"""
+
+from __future__ import annotations
+
+import bisect
+import builtins
+import contextlib
+import dis
+import functools
+import inspect
+import math
+import operator
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import fx, nn
+from torch.fx import _symbolic_trace as _fx
+from torch.fx.proxy import Attribute
+
+from .snapshot import surgery_lock
+
+_MISSING = object()
+READ_AGAIN = "read again"  # in the meta of ``x + y`` that the author wrote as ``x += y``
+IN_PLACE: dict[Any, Any] = {
+    operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
+    operator.itruediv: operator.truediv, operator.ifloordiv: operator.floordiv, operator.imod: operator.mod,
+    operator.ipow: operator.pow, operator.iand: operator.and_, operator.ior: operator.or_, operator.ixor: operator.xor,
+    operator.ilshift: operator.lshift, operator.irshift: operator.rshift,
+}  # fmt: skip
+_PLAIN = {type(None), bool, int, float, str}
+
+
+class QuickTracer(fx.Tracer):
+    """An `fx.Tracer` for modules that gives the same graphs, quicker inside `patched`."""
+
+    def __init__(self) -> None:
+        from timm.models._features_fx import get_notrace_functions
+
+        super().__init__(autowrap_functions=tuple(get_notrace_functions()))
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        was_tracing = _fx._get_is_fx_tracing()
+        _fx._set_is_fx_tracing(True)
+        try:
+            self.root = root
+            self.root_module_name = root._get_name()
+            self.submodule_paths = {m: name for name, m in root.named_modules()}
+            self.graph = fx.Graph(tracer_cls=type(self))
+            self.__dict__.pop("tensor_attrs", None)
+            forward: Any = type(root).forward
+            if not isinstance(forward, types.FunctionType):
+                raise AssertionError(f"Expected FunctionType, got {type(forward)}")
+            namespace = forward.__globals__
+            forward, args = self.create_args_for_root(forward, True, concrete_args)
+            with patched() as patches, patches.tracing(self):
+                patches.wrap_in(namespace)
+                returns = inspect.get_annotations(inspect.unwrap(forward)).get("return")
+                self.create_node("output", "output", (self.create_arg(forward(*args)),), {}, type_expr=returns)
+            _where_read_again(self.graph)
+            self.submodule_paths = None
+        finally:
+            _fx._set_is_fx_tracing(was_tracing)
+        return self.graph
+
+    @functools.cached_property
+    def tensor_attrs(self) -> dict[Any, str]:  # type: ignore[override]
+        """The names of tensors that are plain attributes, which few forwards ask for."""
+        return {
+            value: f"{path}.{key}" if path else key for path, m in self.root.named_modules(remove_duplicate=False)
+            for key, value in m.__dict__.items() if isinstance(value, _fx._constant_attribute_types)}
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        if type(a) in _PLAIN:
+            return a
+        return a.node if isinstance(a, fx.Proxy) else super().create_arg(a)
+
+    def wraps(self, function: Any) -> bool:
+        """Whether a function that a module of Python's knows by a public name is to be one node."""
+        return id(function) in self._autowrap_function_ids and callable(function)
+
+
+def _where_read_again(graph: fx.Graph) -> None:
+    """Where a value is read again after ``x += y``, write ``x + y``, as fx does, and mark it.
+
+    A number is not changed by it, and by the code that fx prints it would be; that a tensor is, `own_forward` finds.
+    """
+    changes = [n for n in graph.nodes if n.op == "call_function" and n.target in IN_PLACE and isinstance(n.args[0], fx.Node)]
+    index = {node: i for i, node in enumerate(graph.nodes)} if changes else {}
+    for node in changes:
+        if any(index[user] > index[node] for user in node.args[0].users):
+            node.target = IN_PLACE[node.target]
+            node.meta[READ_AGAIN] = True
+
+
+class _Quick:
+    """A proxy that is unpacked without a look through all the bytecode of whoever does it, and knows ``+=`` from ``+``."""
+
+    def __iter__(self: Any) -> Iterator[Any]:
+        caller = sys._getframe(1)
+        offsets, lengths = _unpackings(caller.f_code)
+        length = lengths[bisect.bisect_left(offsets, caller.f_lasti)]
+        items: Iterator[Any] = self.tracer.iter(self) if length is None else (self[i] for i in range(length))
+        return items
+
+    def __getattr__(self: Any, k: str) -> Any:
+        return _Attribute(self, k)
+
+
+def _in_place(target: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    def change(self: Any, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", target, (self, other), {}, name=plain.__name__)
+
+    return change
+
+
+for _target, _plain in IN_PLACE.items():
+    setattr(_Quick, f"__{_target.__name__}__", _in_place(_target, _plain))
+
+
+class _Proxy(_Quick, fx.Proxy):
+    pass
+
+
+class _Attribute(_Quick, Attribute):
+    pass
+
+
+@functools.lru_cache(maxsize=4096)
+def _unpackings(code: types.CodeType) -> tuple[list[int], list[int | None]]:
+    """The offsets of a code's instructions, and to how many names each of them unpacks, if it does."""
+    found = [(i.offset, i.argval if i.opname == "UNPACK_SEQUENCE" else None) for i in dis.get_instructions(code)]
+    return [offset for offset, _ in found], [length for _, length in found]
+
+
+class _Patches:
+    """What is patched while modules are traced. The wrappers of functions are kept, and put in for each trace anew: which
+    are, depends on the modules that it comes through."""
+
+    def __init__(self) -> None:
+        self.tracer: QuickTracer | None = None
+        self._parameters: dict[str, fx.Proxy] = {}
+        self._visited: set[int] = set()
+        self._replaced: list[tuple[dict[str, Any], str, Any]] = []
+        self._found: dict[int, tuple[dict[str, Any], list[tuple[str, Any]]]] = {}
+        self._wrappers: dict[Any, Callable[..., Any]] = {}
+
+    @contextlib.contextmanager
+    def tracing(self, tracer: QuickTracer) -> Iterator[None]:
+        """Inside, calls of modules go to `tracer`, and what fx is to wrap is wrapped."""
+        outer = self.tracer, self._parameters, self._visited, self._replaced
+        self.tracer, self._parameters, self._visited, self._replaced = tracer, {}, set(), []
+        try:
+            for (_, name), namespace in _fx._wrapped_fns_to_patch.items():
+                self._put(namespace, name, namespace[name] if name in namespace else getattr(builtins, name))
+            self.wrap_in(math.__dict__)
+            yield
+        finally:
+            for namespace, name, was in reversed(self._replaced):
+                if was is _MISSING:
+                    del namespace[name]
+                else:
+                    namespace[name] = was
+            self.tracer, self._parameters, self._visited, self._replaced = outer
+
+    def wrap_in(self, namespace: dict[str, Any]) -> None:
+        """Wrap the functions of a module of Python's that are to be one node."""
+        tracer, key = self.tracer, id(namespace)
+        if tracer is None or key in self._visited:
+            return
+        self._visited.add(key)
+        if key not in self._found:  # held, so that no other gets its address
+            self._found[key] = namespace, [
+                (name, f) for name, f in namespace.items() if not name.startswith("_") and tracer.wraps(f)]
+        for name, f in self._found[key][1]:
+            self._put(namespace, name, f)
+
+    def _put(self, namespace: dict[str, Any], name: str, function: Any) -> None:
+        if function not in self._wrappers:
+            self._wrappers[function] = _fx._create_wrapped_func(function)
+        self._replaced.append((namespace, name, namespace.get(name, _MISSING)))
+        namespace[name] = self._wrappers[function]
+
+    def attribute(self, name: str, value: Any) -> Any:
+        return value if self.tracer is None else self.tracer.getattr(name, value, self._parameters)
+
+
+_open: _Patches | None = None
+
+
+@contextlib.contextmanager
+def patched() -> Iterator[_Patches]:
+    """Inside, `nn.Module` is patched for all traces of this thread; one inside another is the same. Another thread that
+    traces waits, and one that runs a model does not see it."""
+    with surgery_lock:
+        if _open is not None:
+            yield _open
+        else:
+            with _patched() as patches:
+                yield patches
+
+
+@contextlib.contextmanager
+def _patched() -> Iterator[_Patches]:
+    global _open
+    patches = _Patches()
+    module: Any = nn.Module
+    was, thread = (module.__getattr__, module.__call__), threading.get_ident()
+
+    @functools.wraps(_fx._orig_module_getattr)
+    def get(self: nn.Module, name: str) -> Any:
+        value = _fx._orig_module_getattr(self, name)
+        return value if threading.get_ident() != thread else patches.attribute(name, value)
+
+    @functools.wraps(_fx._orig_module_call)
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if patches.tracer is None or threading.get_ident() != thread:
+            return _fx._orig_module_call(self, *args, **kwargs)
+        patches.wrap_in(getattr(getattr(self, "forward", self), "__globals__", {}))
+        return patches.tracer.call_module(self, functools.partial(_fx._orig_module_call, self), args, kwargs)
+
+    try:
+        module.__getattr__, module.__call__ = get, call
+        _open = patches
+        yield patches
+    finally:
+        _open = None
+        module.__getattr__, module.__call__ = was

@@ -1,0 +1,67 @@
+"""The command: `se-inject list | plan | inject | merge | info | eject | to-native | optimize | export |
+run | zoo | bench | demo`.
+
+Results go to stdout and talk to stderr, so that output pipes. Exit codes: 0 done, 1 it could not be
+done, 2 it was asked wrongly. torch is imported by the commands that need it, not by ``--help``.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import click
+
+from .. import __version__
+from ..errors import ConfigError, SEInjectError
+from .measure import bench_command, zoo_command
+from .models import (
+    eject_command,
+    info_command,
+    inject_command,
+    list_command,
+    merge_command,
+    plan_command,
+    to_native_command,
+)
+from .programs import demo_command, export_command, optimize_command, run_command
+
+
+class _Group(click.Group):
+    """A group that turns se_inject's errors into click's, and says which command was meant."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ConfigError as error:
+            raise click.UsageError(str(error)) from error
+        except SEInjectError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="se-inject")
+@click.option("-q", "--quiet", is_flag=True, help="No talk on stderr.")
+@click.pass_context
+def main(ctx: click.Context, quiet: bool) -> None:
+    """Put squeeze-and-excitation into any timm model, and keep its pretrained weights."""
+    logger = logging.getLogger("se_inject")
+    if ctx.invoked_subcommand == "run":  # a script's own logging takes the lines where it wants them
+        if quiet:
+            logger.setLevel(logging.WARNING)
+        return
+    logger.handlers[:] = [_Talk()]
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    logger.propagate = False
+
+
+class _Talk(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(record.getMessage(), err=True)
+
+
+for _command in (
+    list_command, plan_command, inject_command, merge_command, info_command, eject_command, to_native_command,
+    optimize_command, export_command, run_command, zoo_command, bench_command, demo_command,
+):
+    main.add_command(_command)

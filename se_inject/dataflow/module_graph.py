@@ -1,0 +1,378 @@
+"""What the nodes of a traced forward do: tensors and their sources, learned and nonlinear work."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import Any, TypeVar
+
+import torch
+from torch import fx, nn
+
+from ..capture.channels import channel_axis
+from ..capture.fingerprint import Fingerprints, frozen
+from ..capture.forward import Forward, bind, own_forward
+from ..capture.meta_ops import storage
+from ..capture.recording import Call
+from ..errors import TraceError
+from .ops import LINEAR, MULS, is_tensor, shape
+
+_T = TypeVar("_T")
+_LINEAR_MODULES: tuple[type[nn.Module], ...] = (
+    nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.Identity,
+    nn.modules.dropout._DropoutNd, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Upsample,
+    nn.PixelShuffle, nn.PixelUnshuffle, nn.ZeroPad2d,
+)  # fmt: skip
+
+
+def is_weight(tensor: torch.Tensor) -> bool:
+    """Whether a parameter mixes channels or positions; a norm's or a layer scale's does not."""
+    return tensor.numel() > max(tensor.shape, default=1)
+
+
+def mixes(module: nn.Module) -> bool:
+    """Whether a module has weights of its own that mix channels or positions; ECA's convolution has only a few."""
+    if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+        return True
+    return any(is_weight(p) for p in module._parameters.values() if p is not None)
+
+
+def is_conv(module: nn.Module) -> bool:
+    """Whether `module` is a 2d convolution over space, by itself: kernel larger than one."""
+    kernel = getattr(module, "kernel_size", None)
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.dim() >= 4 and kernel is not None and max(_ints(kernel), default=1) > 1
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    return is_conv(module) and getattr(module, "groups", 1) == getattr(module, "in_channels", 0) > 1
+
+
+def _ints(value: Any) -> tuple[int, ...]:
+    return tuple(value) if isinstance(value, Sequence) else (value,)
+
+
+class TracedModel:
+    """Every module of one recorded run that was called and could be traced; each is traced once."""
+
+    def __init__(self, root: Call) -> None:
+        self.root = root
+        self.calls: dict[nn.Module, list[Call]] = {}
+        for call in root.walk():
+            self.calls.setdefault(call.module, []).append(call)
+        self.signatures = Fingerprints()
+        self._views: dict[nn.Module, ModuleGraph | None] = {}
+        self._inside: dict[Call, ModuleGraph] = {}
+        self._forwards: dict[Hashable, Forward] = {}
+        self.failures: dict[nn.Module, str] = {}
+        self._linear: dict[nn.Module, bool] = {}
+        self._weighty: dict[nn.Module, bool] = {}
+
+    def view(self, module: nn.Module) -> ModuleGraph | None:
+        """The traced forward of `module`, or None for a leaf and for what fx cannot follow."""
+        if module not in self._views:
+            view = None
+            if self._composes(module):
+                try:
+                    view = self._view(self.calls[module][0])
+                except TraceError as error:
+                    self.failures[module] = str(error)
+            self._views[module] = view
+        return self._views[module]
+
+    def inside(self, call: Call) -> ModuleGraph:
+        """The traced forward of any call, to be read and not rewritten: also of torch's own layers, and of forwards that
+        set attributes.
+
+        Raises:
+            TraceError: fx cannot follow it.
+        """
+        view = self.view(call.module)
+        if view is not None and view.call is call:
+            return view
+        if call not in self._inside:
+            self._inside[call] = self._view(call, reading=view is None)
+        return self._inside[call]
+
+    def _view(self, call: Call, reading: bool = False) -> ModuleGraph:
+        """A view of the called module, on the trace of a module like it where there was one."""
+        key = (self.signatures.of(call.module), frozen(call.args), frozen(call.kwargs), reading)
+        forward = self._forwards.get(key)
+        if forward is not None:
+            return ModuleGraph(forward, call, bind(forward, call), self)
+        forward, calls = own_forward(call, reading=reading)
+        self._forwards[key] = forward
+        return ModuleGraph(forward, call, calls, self)
+
+    def _composes(self, module: nn.Module) -> bool:
+        if module not in self.calls or not type(module).__module__.partition(".")[0]:
+            return False
+        builtin = type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.Sequential)
+        return not builtin and not isinstance(module, _LINEAR_MODULES)
+
+    def has_weights(self, module: nn.Module) -> bool:
+        if module not in self._weighty:
+            self._weighty[module] = mixes(module) or any(
+                self.has_weights(child) for child in module._modules.values() if child is not None)
+        return self._weighty[module]
+
+    def scales(self, module: nn.Module) -> bool:
+        """Whether a module does nothing but multiply its input by parameters or numbers (layer scale)."""
+        if self.has_weights(module) or any(True for _ in module.children()):
+            return False
+        view = self.view(module)
+        return view is not None and view.scaled_input(view.nodes[-1].args[0])
+
+    def is_linear(self, module: nn.Module) -> bool:
+        """Whether a module is linear in its input; unknown modules are not."""
+        if module not in self._linear:
+            act = getattr(module, "act", None)
+            if isinstance(act, nn.Module) and not isinstance(act, nn.Identity):  # timm's norm-act layers
+                linear = False
+            elif isinstance(module, _LINEAR_MODULES):
+                linear = True
+            else:
+                view = self.view(module)
+                linear = view is not None and not any(view.is_nonlinear(n) for n in view.nodes)
+            self._linear[module] = linear
+        return self._linear[module]
+
+
+class ModuleGraph:
+    """One traced owner with answers about its nodes.
+
+    Sets of nodes are bit masks over positions in the graph, so that ancestry costs one pass.
+    """
+
+    def __init__(self, forward: Forward, call: Call, calls: dict[fx.Node, Call], traces: TracedModel) -> None:
+        self.forward = forward
+        self.call = call
+        self._calls = calls
+        self.traces = traces
+        self.nodes: list[fx.Node] = self.shared("nodes", lambda: list(forward.graph.nodes))
+        self.index: dict[fx.Node, int] = self.shared("index", lambda: {n: i for i, n in enumerate(self.nodes)})
+
+    def shared(self, what: Hashable, find: Callable[[], _T]) -> _T:
+        """What `find` finds, found once for all modules that share this forward."""
+        memo = self.forward.memo
+        if what not in memo:
+            memo[what] = find()
+        found: _T = memo[what]
+        return found
+
+    def is_written_after(self, node: fx.Node) -> bool:
+        """Whether something later in the forward writes into the memory of `node`'s value."""
+        return self.writes_after(self.index[node], {storage(node.meta["val"])})
+
+    def writes_after(self, place: int, memory: set[int]) -> bool:
+        """Whether a node behind this place writes into one of these storages."""
+        last = self.shared("last writes", self._last_writes)
+        return any(last.get(s, -1) > place for s in memory)
+
+    def _last_writes(self) -> dict[int, int]:
+        return {s: i for i, n in enumerate(self.nodes) for s in n.meta.get("writes", ())}
+
+    def is_read_elsewhere(self, node: fx.Node) -> bool:
+        """Whether the memory of `node`'s value is written, and read later through an earlier node, or by the caller whose
+        memory it is, which a gate would not reach."""
+        mine, here = storage(node.meta["val"]), self.index[node]
+        return mine in self.shared("last writes", self._last_writes) and any(
+            (n.op == "placeholder" and self.is_written_after(node)) or (
+                self.index[n] < here and any(self.index[u] > here for u in n.users))
+            for n in self.shared("by storage", self._by_storage)[mine])
+
+    def _by_storage(self) -> dict[int, list[fx.Node]]:
+        found: dict[int, list[fx.Node]] = defaultdict(list)
+        for n in self.nodes:
+            if is_tensor(n):
+                found[storage(n.meta["val"])].append(n)
+        return found
+
+    @property
+    def path(self) -> str:
+        return self.call.path
+
+    @property
+    def module(self) -> nn.Module:
+        return self.call.module
+
+    def call_of(self, node: fx.Node) -> Call:
+        """The recorded call of a ``call_module`` node."""
+        return self._calls[node]
+
+    @cached_property
+    def ancestors(self) -> list[int]:
+        """For each node the mask of itself and of the nodes whose data reaches it as tensors."""
+        return self.shared("ancestors", self._ancestors)
+
+    def _ancestors(self) -> list[int]:
+        masks: list[int] = []
+        for i, node in enumerate(self.nodes):
+            mask = 1 << i
+            for source in node.all_input_nodes:
+                if self.carries_data(source):
+                    mask |= masks[self.index[source]]
+            masks.append(mask)
+        return masks
+
+    def carries_data(self, node: fx.Node) -> bool:
+        """Whether a node holds activations: a tensor, or a list of them, that is no parameter."""
+        if node.op == "get_attr":
+            return False
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            return True
+        return isinstance(value, (list, tuple, dict)) and any(
+            isinstance(v, torch.Tensor) for v in (value.values() if isinstance(value, dict) else value))
+
+    def members(self, mask: int) -> list[fx.Node]:
+        out = []
+        while mask:
+            low = mask & -mask
+            out.append(self.nodes[low.bit_length() - 1])
+            mask ^= low
+        return out
+
+    def fork(self, nodes: Iterable[fx.Node]) -> fx.Node | None:
+        """The last activation, a tensor or several in one value (chunks), that all of `nodes` come from."""
+        common = -1
+        for node in nodes:
+            common &= self.ancestors[self.index[node]]
+        while common:
+            i = common.bit_length() - 1
+            if self.carries_data(self.nodes[i]):
+                return self.nodes[i]
+            common ^= 1 << i
+        return None
+
+    def sources(self, node: fx.Node) -> list[fx.Node]:
+        """The activations that `node` is computed from."""
+        return [n for n in node.all_input_nodes if self.carries_data(n)]
+
+    @cached_property
+    def moving(self) -> int:
+        """Mask of the nodes that depend on the module's input or on what its children compute."""
+        return self.shared("moving", self._moving)
+
+    def _moving(self) -> int:
+        mask = 0
+        for i, node in enumerate(self.nodes):
+            if node.op in ("placeholder", "call_module") or any(mask >> self.index[n] & 1 for n in self.sources(node)):
+                mask |= 1 << i
+        return mask
+
+    def moves(self, node: fx.Node) -> bool:
+        return bool(self.moving >> self.index[node] & 1)
+
+    def region(self, node: fx.Node, fork: fx.Node | None) -> int:
+        """Mask of the nodes between `fork` and `node`, with `node`, without `fork`."""
+        mask = self.ancestors[self.index[node]]
+        return mask if fork is None else mask & ~self.ancestors[self.index[fork]]
+
+    def is_learned(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return self.traces.has_weights(self._calls[node].module)
+        if node.op == "get_attr":
+            value = node.meta["val"]
+            return isinstance(value, torch.Tensor) and is_weight(value)
+        return False
+
+    def is_nonlinear(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return not self._calls[node].passes and not self.traces.is_linear(self._calls[node].module)
+        if node.op not in ("call_function", "call_method") or not self.moves(node):
+            return False
+        if not self.carries_data(node) and not isinstance(node.meta.get("val"), torch.Tensor):
+            return False  # sizes and other plain values
+        if node.target in MULS:  # a product of two activations is not linear
+            return sum(isinstance(a, fx.Node) and is_tensor(a) and self.moves(a) for a in node.args[:2]) > 1
+        return node.target not in LINEAR
+
+    def work(self, mask: int) -> int:
+        """Number of learned layers called in a set of nodes."""
+        count = 0
+        for node in self.members(mask):
+            if node.op == "call_module":
+                count += sum(
+                    1 for c in self._calls[node].walk()
+                    if mixes(c.module))
+            elif self.is_learned(node):
+                count += 1
+        return count
+
+    def learned(self, mask: int) -> bool:
+        return any(self._uses_weight(n) for n in self.members(mask))
+
+    def _uses_weight(self, node: fx.Node) -> bool:
+        return self.is_learned(node) or any(
+            s.op == "get_attr" and self.is_learned(s) for s in node.all_input_nodes)
+
+    def nonlinear(self, mask: int) -> bool:
+        return any(self.is_nonlinear(n) for n in self.members(mask))
+
+    def calls(self, mask: int) -> list[Call]:
+        return [self._calls[n] for n in self.members(mask) if n.op == "call_module"]
+
+    def calls_before(self, node: fx.Node) -> Iterator[fx.Node]:
+        """The module calls that `node`'s data comes through, itself included, the last first."""
+        mask = self.ancestors[self.index[node]]
+        while mask:
+            i = mask.bit_length() - 1
+            mask ^= 1 << i
+            if self.nodes[i].op == "call_module":
+                yield self.nodes[i]
+
+    def channel_dim(self, node: fx.Node) -> int:
+        """The channel dimension of an activation: 1 in NCHW, the last in NHWC and (N, L, C).
+
+        Where the run did not carry it so far, the learned layer before `node` tells it.
+        """
+        dims = shape(node)
+        axis = channel_axis(node.meta["val"])
+        if axis is not None:
+            return axis
+        for earlier in reversed(self.members(self.ancestors[self.index[node]])):
+            if earlier.op == "call_module":
+                for call in reversed(list(self._calls[earlier].walk())):
+                    weight = call.module._parameters.get("weight")
+                    if weight is None or not mixes(call.module):
+                        continue
+                    if weight.dim() == 2:
+                        return len(dims) - 1
+                    return 1 if isinstance(call.output, torch.Tensor) and call.output.dim() == len(dims) else (
+                        len(dims) - 1 if len(dims) == 3 else 1)
+        return 1 if len(dims) == 4 else len(dims) - 1
+
+    def is_constant_factor(self, node: fx.Node) -> fx.Node | None:
+        """For a product of an activation with a parameter or number, the activation."""
+        if node.target not in MULS or len(node.args) < 2:
+            return None
+        a, b = node.args[0], node.args[1]
+        for x, k in ((a, b), (b, a)):
+            if not isinstance(x, fx.Node) or not is_tensor(x) or not self.moves(x):
+                continue
+            if isinstance(k, (int, float)):
+                return x
+            if isinstance(k, fx.Node) and (not is_tensor(k) or not self.moves(k)):
+                return x
+        return None
+
+    def scaled_input(self, node: Any) -> bool:
+        """Whether a value is an input of the module, times constants."""
+        scaled = False
+        while isinstance(node, fx.Node) and node.op != "placeholder":
+            node, scaled = self.is_constant_factor(node), True
+        return isinstance(node, fx.Node) and scaled
+
+    def passes(self, node: fx.Node) -> bool:
+        """Whether a call only scales its input by parameters, or in eval mode returns it unchanged."""
+        call = self._calls[node]
+        return call.passes or self.traces.scales(call.module)
+
+
+def spelled(node: fx.Node, view: ModuleGraph | None = None) -> str:
+    """A node by the name that a reader of the model knows."""
+    if node.op == "call_module":
+        return f"{view.path}.{node.target}" if view is not None and view.path else str(node.target)
+    return "the output" if node.op == "output" else str(getattr(node.target, "__name__", node.target))

@@ -1,0 +1,98 @@
+"""Where a value comes from, across the forwards of the modules that pass it on."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import fx, nn
+
+from ..capture.recording import Call
+from ..errors import TraceError
+from .branches import branches, other_ways
+from .module_graph import ModuleGraph, TracedModel
+
+
+class ValueFlow:
+    """Follows values between the traced forwards of one recorded run.
+
+    With `barriers`, those of one way alone: not into a call of one of these modules, whose hooks may see or change what it
+    is given and returns, nor of one whose forward branches on sizes.
+    """
+
+    def __init__(self, traces: TracedModel, barriers: Collection[nn.Module] | None = None) -> None:
+        self.traces = traces
+        self.barriers = barriers
+        self._nodes: dict[Call, dict[Call, fx.Node]] = {}
+        self._keeps: dict[Call, bool] = {}
+
+    def caller(self, view: ModuleGraph) -> tuple[ModuleGraph, fx.Node] | None:
+        """The forward that calls `view`'s module, and the node that does; None for the model itself.
+
+        Raises:
+            TraceError: fx cannot follow that forward.
+        """
+        if view.call.parent is None:
+            return None
+        parent = self.traces.inside(view.call.parent)
+        if parent.call not in self._nodes:
+            self._nodes[parent.call] = {parent.call_of(n): n for n in parent.nodes if n.op == "call_module"}
+        return parent, self._nodes[parent.call][view.call]
+
+    @staticmethod
+    def bound(module: nn.Module, node: fx.Node) -> Mapping[str, Any]:
+        """The arguments of a call of `module`, by parameter name."""
+        return inspect.signature(type(module).forward).bind(module, *node.args, **node.kwargs).arguments
+
+    def outward(self, view: ModuleGraph, node: fx.Node) -> tuple[ModuleGraph, fx.Node]:
+        """The same value in the outermost forward that has it: what a module was given, where its caller has it."""
+        while node.op == "placeholder":
+            above = self.caller(view)
+            given = None if above is None else self.bound(view.module, above[1]).get(str(node.target))
+            if above is None or not isinstance(given, fx.Node):
+                break
+            view, node = above[0], given
+        return view, node
+
+    def origin(self, view: ModuleGraph, node: fx.Node) -> tuple[ModuleGraph, fx.Node]:
+        """The operator that computes a value, in whatever forward it stands; or the input, or a call that cannot be
+        traced."""
+        while True:
+            view, node = self.outward(view, node)
+            if node.op != "call_module":
+                return view, node
+            call = view.call_of(node)
+            if self.passes(call) and isinstance(node.args[0], fx.Node):
+                node = node.args[0]
+                continue
+            try:
+                inside = self.traces.inside(call)
+            except TraceError:
+                return view, node
+            if self.barriers is not None and (call.module in self.barriers or branches(inside)):
+                return view, node
+            result = inside.nodes[-1].args[0]
+            if not isinstance(result, fx.Node):
+                return view, node
+            view, node = inside, result
+
+    def passes(self, call: Call) -> bool:
+        """Whether a call returns its input, at any size: an identity, and in eval mode dropout and drop path."""
+        if not call.passes:
+            return False
+        try:
+            if self.barriers is None:
+                return not other_ways(self.traces.inside(call))
+            return not any(c.module in self.barriers or branches(self.traces.inside(c)) for c in call.walk())
+        except TraceError:
+            return False
+
+    def keeps(self, call: Call) -> bool:
+        """Whether tensors that a call is given or returns may be kept by something: hooks, or a forward that sets attributes
+        or that cannot be traced."""
+        if call not in self._keeps:
+            module = call.module
+            self._keeps[call] = module in (self.barriers or ()) or (
+                self.traces.view(module) is None and module in self.traces.failures) or any(map(self.keeps, call.children))
+        return self._keeps[call]

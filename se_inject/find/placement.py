@@ -1,0 +1,253 @@
+"""The exact place of a block in its unit: the paper's placements, found in the owner's graph or in a child's."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Iterator
+
+import torch
+from torch import fx, nn
+
+from ..capture.forward import is_plain_sequential
+from ..dataflow.module_graph import ModuleGraph, TracedModel, is_conv, is_depthwise, mixes
+from ..dataflow.ops import CATS, LAYOUTS, SLICES, is_tensor, shape
+from .patterns import Candidate
+from .slots import Slot, is_inner
+
+IN_PLACE = "its tensor is changed in place, and read where a gate would not reach"
+NO_CONV = "placement='inner' needs one convolution over space that the whole branch goes through"
+
+
+@dataclasses.dataclass(eq=False)
+class Place:
+    """Where a block goes: in the forward of `view`, it gates `node`, for `users` or (None) for all.
+
+    `inner` says that layers of the unit follow it, `depthwise` that it comes right behind a depthwise convolution.
+    """
+
+    unit: Candidate
+    view: ModuleGraph
+    node: fx.Node
+    users: list[fx.Node] | None = None
+    fill: Slot | None = None
+    inner: bool = False
+    depthwise: bool = False
+    reason: str | None = None
+
+
+def find_place(c: Candidate, slot: Slot | None, placement: str, traces: TracedModel) -> Place:
+    """The place of a unit's block; one that cannot be has a reason."""
+    view = c.view
+    if slot is not None:
+        conv = _conv_before(view, slot.node)
+        inner = slot.name == "se" and is_inner(slot)
+        depthwise = inner and conv is not None and is_depthwise(conv)
+        return Place(c, slot.view, slot.node, fill=slot, inner=inner, depthwise=depthwise)
+    place = _place(c, placement, traces)
+    if place.reason is None and c.reason is None:
+        place = _where_all_ways_pass(place, traces)
+        if place.view.is_read_elsewhere(place.node) or (place.users is not None and place.view.is_written_after(place.node)):
+            place = dataclasses.replace(place, reason=IN_PLACE)
+    return place
+
+
+def _place(c: Candidate, placement: str, traces: TracedModel) -> Place:
+    view = c.view
+    merges = [u for u in c.output.users if c.merge is not None and view.ancestors[view.index[c.merge]]
+              >> view.index[u] & 1]
+    if placement == "inner" and c.kind != "conv":
+        found = _inner(traces, view, c.output, c.branch)
+        if found is None or (found[1] is c.output and c.output is c.merge):  # its convolutions are parallel
+            return Place(c, view, c.output, reason=NO_CONV)
+        inside, node, conv = found
+        return Place(c, inside, node, inner=conv, depthwise=conv)
+    if placement == "pre":
+        if c.fork is None or not is_tensor(c.fork):
+            return Place(c, view, c.output, reason="placement='pre' needs a branch that starts from one tensor of its forward")
+        return Place(c, view, c.fork, [u for u in c.fork.users if c.branch >> view.index[u] & 1])
+    if placement == "identity":
+        if c.kind != "residual" or c.merge is None:
+            return Place(c, view, c.output, reason="placement='identity' needs a shortcut")
+        shortcut = c.shortcuts[0]
+        return Place(c, view, shortcut, [
+            u for u in shortcut.users if not c.branch >> view.index[u] & 1
+            and view.ancestors[view.index[c.merge]] >> view.index[u] & 1])
+    if placement == "post" and c.kind == "residual":
+        assert c.merge is not None
+        end = c.merge
+        users = list(end.users)
+        if len(users) == 1 and view.is_nonlinear(users[0]) and not view.is_learned(users[0]) and \
+                is_tensor(users[0]) and shape(users[0]) == shape(end):
+            end = users[0]
+        return Place(c, view, end)
+    if placement == "post":
+        return Place(c, view, c.output)
+    end_view, node, behind, sliced = _walk_back(traces, view, c.output, c.branch)
+    if sliced or c.kind != "residual" or end_view.is_written_after(node):
+        return Place(c, end_view, node)
+    return Place(c, end_view, node, [behind] if behind is not None else merges or None)
+
+
+def _walk_back(
+    traces: TracedModel, view: ModuleGraph, end: fx.Node, branch: int
+) -> tuple[ModuleGraph, fx.Node, fx.Node | None, bool]:
+    """From a branch's end to before its drop path, layer scale, gain and channel slice.
+
+    Changes of layout are passed where one of those lies behind them, and a child is entered where it ends with one.
+    Returns the forward and the node, the node behind it on the way, and whether a slice was passed.
+    """
+    node, behind, sliced = end, None, False
+    at, after, cut, layout = node, behind, False, False
+    while True:
+        source: object = None
+        counts, changes = True, False
+        if at.op == "call_module" and len(at.args) == 1 and not at.kwargs and view.passes(at):
+            source, counts = at.args[0], not layout or _is_drop_or_scale(view, at)
+        elif at.target is torch.nn.functional.dropout:
+            source, counts = at.args[0], not layout
+        elif at.target in SLICES and is_tensor(at.args[0]):
+            source = at.args[0] if _slices_channels(view, at, at.args[0]) else None  # type: ignore[arg-type]
+            cut |= source is not None
+        elif at.target in LAYOUTS and at.args:
+            source, counts, changes = at.args[0], False, True
+        else:
+            source = view.is_constant_factor(at)
+        if not is_tensor(source) or not branch >> view.index[source] & 1:  # type: ignore[index]
+            break
+        assert isinstance(source, fx.Node)
+        if changes and len(source.users) > 1:
+            break
+        layout |= changes
+        at, after = source, at
+        if counts:
+            node, behind, sliced, layout = at, after, cut, False
+    inside = _child(traces, view, node)
+    if inside is not None:
+        out = inside.nodes[-1].args[0]
+        if isinstance(out, fx.Node) and is_tensor(out):
+            mask = (1 << len(inside.nodes)) - 1
+            child, n, last, part = _walk_back(traces, inside, out, mask)
+            if child is not inside or any(_is_drop_or_scale(inside, m) for m in _way(inside, out, n)):
+                return child, n, last, part
+    return view, node, behind, sliced
+
+
+def _way(view: ModuleGraph, end: fx.Node, start: fx.Node) -> Iterator[fx.Node]:
+    """The nodes of a chain from `end` back to `start`, without it."""
+    while end is not start:
+        yield end
+        end = next(s for s in view.sources(end) if view.ancestors[view.index[s]] >> view.index[start] & 1)
+
+
+def _is_drop_or_scale(view: ModuleGraph, node: fx.Node) -> bool:
+    """Whether a node is a drop path, a layer scale or a gain, and not merely a dropout or an identity."""
+    if node.op != "call_module":
+        return view.is_constant_factor(node) is not None
+    return view.passes(node) and not isinstance(view.call_of(node).module, (nn.Identity, nn.modules.dropout._DropoutNd))
+
+
+def _slices_channels(view: ModuleGraph, node: fx.Node, source: fx.Node) -> bool:
+    a, b, dim = shape(source), shape(node), view.channel_dim(source)
+    return len(a) == len(b) and a[dim] > b[dim] and all(a[d] == b[d] for d in range(len(a)) if d != dim)
+
+
+def _child(traces: TracedModel, view: ModuleGraph, node: fx.Node) -> ModuleGraph | None:
+    """The forward of a child that is called once, by `node` with one tensor."""
+    if node.op != "call_module" or len(traces.calls.get(view.call_of(node).module, ())) != 1:
+        return None
+    return traces.view(view.call_of(node).module)
+
+
+def _inner(traces: TracedModel, view: ModuleGraph, end: fx.Node, branch: int) -> tuple[ModuleGraph, fx.Node, bool] | None:
+    """Behind the last convolution over space that the way to `end` goes through, with its norm and activation.
+
+    Returns the forward and the node, and whether that convolution is depthwise. Of parallel convolutions
+    whose concat or sum is on the way, it is that.
+    """
+    at = end
+    while branch >> view.index[at] & 1:
+        if at.op == "call_module":
+            layers = [c.module for c in view.call_of(at).walk() if mixes(c.module)]
+            if layers and is_conv(layers[-1]) and is_tensor(at):
+                return view, _with_norm_and_act(view, at, branch), is_depthwise(layers[-1])
+            child = _child(traces, view, at) if any(map(is_conv, layers)) else None
+            out = None if child is None else child.nodes[-1].args[0]
+            if child is not None and isinstance(out, fx.Node):
+                found = _inner(traces, child, out, (1 << len(child.nodes)) - 1)
+                if found is not None:
+                    return found
+        sources = [s for s in view.sources(at) if view.moves(s)]
+        if not sources:
+            return None
+        if len(sources) == 1:
+            at = sources[0]
+            continue
+        fork = view.fork(sources)
+        if at.target in CATS and is_tensor(at):
+            between = view.region(at, fork)
+            convs = [c.module for call in view.calls(between) for c in call.walk() if is_conv(c.module)]
+            if convs:
+                return view, at, False
+        if fork is None:
+            return None
+        at = fork
+    return None
+
+
+def _with_norm_and_act(view: ModuleGraph, node: fx.Node, branch: int) -> fx.Node:
+    """The end of the norm and the activation that follow a layer, in the branch; not of drop path or layer scale."""
+    end = at = node
+    while len(at.users) == 1:
+        (user,) = at.users
+        if not branch >> view.index[user] & 1 or view.is_learned(user) or not is_tensor(user) or shape(user) != shape(at):
+            break
+        if user.op != "call_module" and not view.is_nonlinear(user):
+            break
+        at = user
+        if user.op != "call_module" or not view.passes(user):
+            end = at
+    return end
+
+
+def _conv_before(view: ModuleGraph, node: fx.Node) -> nn.Module | None:
+    """The last convolution over space before a node."""
+    for earlier in view.calls_before(node):
+        convs = [c.module for c in view.call_of(earlier).walk() if is_conv(c.module)]
+        if convs:
+            return convs[-1]
+    return None
+
+
+def _where_all_ways_pass(place: Place, traces: TracedModel) -> Place:
+    """A place in a child, where the owner has other ways in than `forward`, which would miss the block."""
+    view, node, moved = place.view, place.node, False
+    while _other_way(view) or (moved and is_plain_sequential(view.module)):
+        child = _child(traces, view, node)
+        out = None if child is None else child.nodes[-1].args[0]
+        if child is None or not isinstance(out, fx.Node) or not is_tensor(out):
+            name = type(view.module).__name__
+            return dataclasses.replace(place, reason=f"{name}.{_other_way(view)} is another way in, which would miss the block")
+        view, node, moved = child, out, True
+    return dataclasses.replace(place, view=view, node=node, users=None) if moved else place
+
+
+def _other_way(view: ModuleGraph) -> str | None:
+    """Name of a method of an owner that does the work of its forward in another way."""
+    return view.shared("other way", lambda: _find_other_way(type(view.module), view.call.parent is None))
+
+
+def _find_other_way(cls: type[nn.Module], is_root: bool) -> str | None:
+    used: set[str] = set()
+    ways = ["forward"]
+    while ways:  # the methods that forward calls do not count, but a model's own are called by their names
+        function = getattr(cls, ways.pop(), None)
+        code = getattr(function, "__code__", None)
+        if isinstance(code, types.CodeType):
+            new = {n for n in code.co_names if n not in used and not hasattr(nn.Module, n) and callable(getattr(cls, n, None))}
+            used |= new
+            ways += new
+    for name in sorted(dir(cls)):
+        if name.startswith("forward_") and callable(getattr(cls, name)) and (is_root or name not in used):
+            return name
+    return None

@@ -1,0 +1,114 @@
+"""What will be done, as plain data: sites and their totals."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from ..config import SEConfig
+from ..site import KINDS, Site
+
+
+def _range(numbers: Iterable[int]) -> str:
+    found = sorted(set(numbers))
+    return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The sites of a model under a config, injected and skipped.
+
+    ``str(plan)`` is a table; `to_dict` has the same as JSON types. `params` and `macs` (multiply-adds
+    for one image, by torch's formulas for convolutions and matrix products) are the model's before.
+    """
+
+    model: str
+    config: SEConfig
+    input_size: tuple[int, ...]
+    params: int
+    macs: int
+    all_sites: tuple[Site, ...]
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites that get a block."""
+        return tuple(s for s in self.all_sites if s.reason is None)
+
+    @property
+    def skipped(self) -> tuple[Site, ...]:
+        """The sites that do not, each with its reason."""
+        return tuple(s for s in self.all_sites if s.reason is not None)
+
+    @property
+    def added_params(self) -> int:
+        return sum(s.params for s in self.sites)
+
+    @property
+    def added_macs(self) -> int:
+        return sum(s.macs for s in self.sites)
+
+    def kinds(self) -> dict[str, int]:
+        """Number of injected sites by kind."""
+        return dict(Counter(s.kind for s in self.sites))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON types. A `filter_fn` is left out; its effect is in the reasons."""
+        return {
+            "model": self.model,
+            "config": dataclasses.replace(self.config, filter_fn=None).to_dict(),
+            "input_size": list(self.input_size),
+            "params": self.params,
+            "macs": self.macs,
+            "added_params": self.added_params,
+            "added_macs": self.added_macs,
+            "sites": [
+                {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(s).items() if k != "drawing"}
+                for s in self.all_sites],
+        }
+
+    def diagram(self) -> str:
+        """Where the blocks go, drawn: each kind of unit once, with the sites that it stands for.
+
+        A unit is read from left to right, from its input x: the ways through its children, the gate with its
+        channels and squeeze width, and the sum or concat in which the ways join.
+        """
+        groups: dict[tuple[object, ...], list[Site]] = {}
+        for s in self.sites:
+            alike = re.sub(r"\d+", "", s.drawing)  # of numbered siblings, one is drawn
+            groups.setdefault((s.kind, s.layout, s.size, s.channels, s.rd_channels, alike), []).append(s)
+        lines = [f"{self.model}, {'x'.join(map(str, self.input_size))}: {len(self.sites)} blocks"]
+        for group in groups.values():
+            more = f" and {len(group) - 1} more" if len(group) > 1 else ""
+            place = f"{group[0].layout} {'x'.join(map(str, group[0].size))}, stage {_range(s.stage for s in group)}"
+            lines += ["", f"{group[0].path}{more}: {KINDS[group[0].kind]}, {place}"]
+            lines += [f"    {line}" for line in group[0].drawing.splitlines()]
+        reasons = Counter(s.reason.partition(" at ")[0] for s in self.skipped if s.reason is not None)
+        lines += ["", *(f"{n} skipped: {reason}" for reason, n in sorted(reasons.items()))] if reasons else []
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        head = ("site", "kind", "layout", "stage", "channels", "size", "squeeze", "params")
+        rows = [
+            (s.path, s.kind, s.layout, str(s.stage), str(s.channels), "x".join(map(str, s.size)),
+             str(s.rd_channels), f"{s.params:,}")
+            for s in self.sites
+        ]
+        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+        left = {0, 1, 2}
+        lines = [
+            "  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
+            for row in [head, *rows]
+        ]
+        for s in self.skipped:
+            lines.append(f"{s.path}  skipped: {s.reason}")
+        lines += [f"{s.path}  replaces {', '.join(s.replaces)}" for s in self.sites if s.replaces]
+        share = self.added_params / self.params if self.params else 0.0
+        lines.append(
+            f"{self.model}: {len(self.sites)} sites, {len(self.skipped)} skipped; "
+            f"{self.params:,} + {self.added_params:,} parameters (+{share:.1%}), "
+            f"{self.macs / 1e6:,.0f} + {self.added_macs / 1e6:,.2f} M multiply-adds "
+            f"at {'x'.join(map(str, self.input_size))}")
+        return "\n".join(lines)

@@ -1,0 +1,189 @@
+"""From the units of a model to its sites: what each block would be, or why there is none."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import defaultdict
+
+from torch import fx, nn
+
+from ..blocks.catalogue import block_spec, cost, get_block, problem
+from ..capture.channels import batch_is_first, channel_axis
+from ..capture.recording import Call
+from ..config import SEConfig
+from ..dataflow.module_graph import ModuleGraph, TracedModel
+from ..dataflow.ops import is_tensor, shape
+from ..site import Site
+from .attention import Gates
+from .diagram import draw
+from .placement import Place, find_place
+from .stages import Stages
+from .units import find_units, find_untraced
+
+
+@dataclasses.dataclass(eq=False)
+class PlacedSite:
+    """A site and its place in the traced forward, for the rewriting."""
+
+    site: Site
+    place: Place
+    gain: float
+
+    @property
+    def view(self) -> ModuleGraph:
+        return self.place.view
+
+
+def find_sites(
+    model: nn.Module, traces: TracedModel, config: SEConfig, input_size: tuple[int, ...]
+) -> tuple[list[PlacedSite], list[Site]]:
+    """All sites of a recorded model, in the order of execution, the skipped ones with their reason.
+
+    Then those of which nothing is known but that a forward could not be traced.
+    """
+    gates = Gates(traces)
+    units, slots = find_units(traces, gates, config)
+    stages = Stages(model, traces, input_size)
+    by_owner: dict[nn.Module, list[Place]] = defaultdict(list)
+    for place in _distinct([find_place(c, slots.get(c.view.module), config.placement, traces) for c in units]):
+        by_owner[place.view.module].append(place)
+    out: list[PlacedSite] = []
+    for module, group in by_owner.items():
+        group.sort(key=lambda p: p.view.index[p.node])
+        for place, name in zip(group, _slot_names(module, group)):
+            out.append(_site(place, name, traces, gates, stages, config))
+    out.sort(key=lambda s: stages.position(s.place))
+    return out, [_unknown(call, why, stages) for call, why in find_untraced(traces, units)]
+
+
+def _unknown(call: Call, why: str, stages: Stages) -> Site:
+    dims = tuple(call.output.shape)
+    dim = channel_axis(call.output)
+    dim = 1 if dim is None and len(dims) == 4 else len(dims) - 1 if dim is None else dim
+    size = tuple(d for i, d in enumerate(dims) if i not in (0, dim))
+    return Site(
+        path=f"{call.path}.se" if call.path else "se", owner=call.path, slot="se", kind="unknown", channels=dims[dim],
+        layout="NCHW" if dim == 1 else "NLC" if len(dims) == 3 else "NHWC", size=size, stage=stages.at(call.end, size),
+        style="se", rd_channels=0, params=0, macs=0, reason=why)
+
+
+def _distinct(places: list[Place]) -> list[Place]:
+    """One place for each gated tensor: two slices of one tensor (DPN) lead to the same, and one input to two branches."""
+    found: dict[tuple[int, fx.Node], Place] = {}
+    for p in places:
+        key = (id(p.view), p.node)
+        if key not in found or (found[key].reason is not None and p.reason is None):
+            found[key] = p
+        elif p.reason is None:
+            users = found[key].users
+            both = None if users is None or p.users is None else list(dict.fromkeys([*users, *p.users]))
+            found[key] = dataclasses.replace(found[key], users=both)
+    return list(found.values())
+
+
+def _slot_names(module: nn.Module, places: list[Place]) -> list[str]:
+    """``se``, or ``se1``, ``se2``, ... for several in one owner; names that are taken are passed over.
+
+    Units that are no place for a block are named last, so that they change no other name.
+    """
+    if places[0].fill is not None:
+        return [places[0].fill.name]
+    real = [p for p in places if p.unit.reason is None]
+    order = [*real, *(p for p in places if p.unit.reason is not None)]
+    names = (f"se{i}" for i in itertools.count(1) if not hasattr(module, f"se{i}"))
+    named: dict[int, str] = {}
+    if len(real) < 2 and not hasattr(module, "se"):
+        named[id(order[0])] = "se"
+        next(names)
+    for p in order:
+        if id(p) not in named:
+            named[id(p)] = next(names)
+    return [named[id(p)] for p in places]
+
+
+def _site(place: Place, slot: str, traces: TracedModel, gates: Gates, stages: Stages, config: SEConfig) -> PlacedSite:
+    c, view = place.unit, place.view
+    dims = shape(place.node)
+    dim = view.channel_dim(place.node)
+    channels = dims[dim]
+    layout = "NLC" if len(dims) == 3 and dim == 2 else "NCHW" if dim == 1 else "NHWC"
+    size = tuple(d for i, d in enumerate(dims) if i not in (0, dim))
+    wide = channels >= (out := _output_channels(c.view, channels))  # no narrow middle of a bottleneck
+    base = (_input_channels(c.view) or channels) if place.inner and wide else channels
+    style = "efficientnet" if place.inner and layout == "NCHW" and (place.depthwise or channels > out) else "se"
+    spec = block_spec(config, channels, base, layout, style, from_input=place.inner)
+    owner = view.path
+    reason = place.reason or c.reason
+    if reason is None and "_se_edits" in view.module.__dict__:
+        reason = f"already has channel attention at {_own_block(view)}"
+    if reason is None:
+        taken = gates.in_region(c.view, c.branch) or _gated_behind(view, place.node, gates)
+        if taken is not None and config.existing == "skip":
+            reason = f"already has channel attention at {taken}"
+        elif taken is not None and config.existing == "replace" and not (place.fill and place.fill.replaces):
+            reason = f"its channel attention is no module that could be swapped at {taken}"
+        elif place.fill is None and any(c.changes_list for c in traces.calls[view.module]):
+            reason = f"{type(view.module).__name__}.forward changes a list that it is given"
+        elif layout == "NLC" and size == (1,):
+            reason = "only one position: nothing to squeeze"
+        elif layout == "NLC" and get_block(config.block).positions:
+            reason = f"block={config.block!r} needs a map with height and width, and this is a sequence of tokens"
+        elif place.fill is not None and place.fill.gain != 1.0 and problem(config, place.fill.gain):
+            reason = problem(config, place.fill.gain)
+        elif not all(batch_is_first(n.meta["val"]) for n in _values(place, dims)):
+            reason = f"the batch is not the first axis of its tensor, of shape {dims}"
+        elif dim not in (1, len(dims) - 1) or len(dims) > 4 or (len(dims) == 3 and dim == 1):
+            reason = f"layout of shape {dims} is not known"
+    calls = len(traces.calls[view.module])
+    params, macs = cost(spec, config, size) if reason is None else (0, 0)
+    site = Site(
+        path=f"{owner}.{slot}" if owner else slot, owner=owner, slot=slot, kind=c.kind, channels=channels,
+        layout=layout, size=size, stage=stages.of(place), style=style, rd_channels=spec.rd_channels,
+        params=params, macs=calls * macs, reason=reason, replaces=_replaced(place),
+        drawing=draw(place, _gate(config, channels, spec.rd_channels)))
+    if site.reason is None:
+        site = dataclasses.replace(site, reason=config.rejects(site))
+    return PlacedSite(site, place, 1.0 if place.fill is None else place.fill.gain)
+
+
+def _replaced(place: Place) -> tuple[str, ...]:
+    """The tensors of the attention that a block replaces."""
+    if place.fill is None or not place.fill.replaces:
+        return ()
+    old = place.view.module.get_submodule(place.fill.name)
+    owner = f"{place.view.path}." if place.view.path else ""
+    return tuple(f"{owner}{place.fill.name}.{key}" for key in old.state_dict())
+
+
+def _gate(config: SEConfig, channels: int, squeeze: int) -> str:
+    return f"[{config.block.upper()} {channels}{f' to {squeeze}' if squeeze else ''}]"
+
+
+def _values(place: Place, dims: tuple[int, ...]) -> list[fx.Node]:
+    """The gated value and, of the same shape, the sum that it goes into, which may know more of its axes."""
+    return [n for n in (place.node, place.unit.merge) if n is not None and is_tensor(n) and shape(n) == dims]
+
+
+def _own_block(view: ModuleGraph) -> str:
+    slot = view.module.__dict__["_se_edits"].edits[0].slot
+    return f"{view.path}.{slot}" if view.path else str(slot)
+
+
+def _gated_behind(view: ModuleGraph, node: fx.Node, gates: Gates) -> str | None:
+    for user in node.users:
+        if user.op == "call_module" and view.call_of(user).module in gates.nodes:
+            return str(view.call_of(user).path)
+    return None
+
+
+def _input_channels(view: ModuleGraph) -> int | None:
+    for node in view.nodes:
+        if node.op == "placeholder" and is_tensor(node) and len(shape(node)) >= 3:
+            return shape(node)[view.channel_dim(node)]
+    return None
+
+
+def _output_channels(view: ModuleGraph, default: int) -> int:
+    out = view.nodes[-1].args[0]
+    return shape(out)[view.channel_dim(out)] if isinstance(out, fx.Node) and is_tensor(out) else default

@@ -1,0 +1,90 @@
+"""Stage numbers as timm's ``out_indices``."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from ..capture.recording import Call
+from ..dataflow.module_graph import TracedModel
+from ..dataflow.ops import shape
+from .placement import Place
+
+
+class Stages:
+    """Which stage a place is in.
+
+    By the modules that a model's feature info names, in the order of the run; where it names none that there is,
+    by the reduction that it gives; where a model has no feature info, by halvings of the image, the stem being 0.
+    """
+
+    def __init__(self, model: nn.Module, traces: TracedModel, input_size: tuple[int, ...]) -> None:
+        info = getattr(model, "feature_info", None)
+        info = getattr(info, "info", info)
+        entries = [e for e in info if isinstance(e, dict)] if isinstance(info, (list, tuple)) else []
+        self._positions = input_size[1] * input_size[2] if len(input_size) == 3 else 0
+        self._reductions: list[float] = [e["reduction"] for e in entries if isinstance(e.get("reduction"), (int, float))]
+        if len(self._reductions) != len(entries):
+            self._reductions = []
+        self._ends = _ends(model, traces, [str(e.get("module", "")) for e in entries])
+
+    def position(self, place: Place) -> int:
+        """Where in the run the gated value was made, for sorting."""
+        call = self._maker(place)
+        return place.view.call.begin if call is None else call.begin
+
+    @staticmethod
+    def _maker(place: Place) -> Call | None:
+        calls = (place.view.call_of(n) for n in place.view.calls_before(place.node))
+        return next((c for c in calls if c.path), None)  # a marker's call has no path
+
+    def of(self, place: Place) -> int:
+        dims, dim = shape(place.node), place.view.channel_dim(place.node)
+        call = self._maker(place)
+        return self.at(
+            place.view.call.begin if call is None else call.end, [d for i, d in enumerate(dims) if i not in (0, dim)])
+
+    def at(self, moment: int, size: Sequence[int]) -> int:
+        """The stage of a map of this `size` that was made at `moment` of the run."""
+        reduction = math.sqrt(max(self._positions / max(math.prod(size), 1), 1))
+        if self._ends:
+            first = next((end for end in self._ends if moment <= end), None)
+            if first is None:
+                return len(self._ends)
+            there = [i for i, end in enumerate(self._ends) if end == first]
+            if len(there) == 1 or not self._reductions:
+                return there[0]
+            return min(there, key=lambda i: abs(math.log(self._reductions[i] / reduction)))
+        if self._reductions:  # a class token or a padded window is no stage of its own
+            return next((i for i, r in enumerate(self._reductions) if r * 1.2 >= reduction), len(self._reductions) - 1)
+        return max(round(math.log2(reduction)) - 1, 0)
+
+
+def _ends(model: nn.Module, traces: TracedModel, names: list[str]) -> list[int]:
+    """When each named module was done, -1 for one that was not called; empty where the names are not the model's."""
+    calls: list[Call] = [c for group in traces.calls.values() for c in group]
+    by_end: dict[str, int] = defaultdict(int)
+    for c in calls:
+        by_end[c.path] = max(by_end[c.path], c.end)
+    ends: list[int] = []
+    for name in names:
+        path = _resolve(model, by_end, name)
+        if path is None:
+            return []
+        ends.append(max((end for p, end in by_end.items() if p == path or p.startswith(path + ".")), default=-1))
+    called = [end for end in ends if end >= 0]
+    return ends if called and called == sorted(called) else []
+
+
+def _resolve(model: nn.Module, paths: Any, name: str) -> str | None:
+    """The path of the module that is meant by a name: it, or the only one that ends with it."""
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        inside = [p for p in paths if p.endswith("." + name)]
+        return inside[0] if len(inside) == 1 else None
+    return name or None

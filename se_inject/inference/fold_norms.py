@@ -1,0 +1,287 @@
+"""Fold the norms of a model in eval mode into the convolutions and linear layers before them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+
+from ..capture.channels import channel_axis
+from ..capture.recording import Call
+from ..dataflow.aliasing import storages
+from ..dataflow.branches import branches, trace_branches
+from ..dataflow.module_graph import ModuleGraph, TracedModel, spelled
+from ..dataflow.ops import BATCH_NORMS, CONVS, LAYOUTS, argument, conv_arguments, is_tensor, shape
+from ..dataflow.value_flow import ValueFlow
+from ..errors import TraceError
+
+_TRANSPOSED = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Fold:
+    """A norm, the layer that takes it in, and the names of the norm's children that are called behind it."""
+
+    norm: nn.Module
+    layer: nn.Module
+    eps: float
+    linear: bool
+    transposed: bool
+    rest: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Norms:
+    """What became of a model's batch norms.
+
+    Attributes:
+        folded: Paths of those that were folded, with the path of the layer that took them in.
+        kept: Paths of those that were not, with the reason.
+    """
+
+    folded: dict[str, str]
+    kept: dict[str, str]
+
+
+class NotFolded(Exception):
+    """Why a norm cannot be folded."""
+
+
+def find_folds(flow: ValueFlow, others: list[Call]) -> tuple[list[_Fold], Norms]:
+    """The batch norms that can be folded, and all of them by path. Use it inside `abstract`; nothing is changed.
+
+    `others` are recorded runs of other methods of the model, in which the same norms must come behind the same layers.
+    """
+    traces, folds, found = flow.traces, [], Norms({}, {})
+    read, runs = set(_read_from_above(traces)), [_Run(root) for root in others]
+    names = Counter(id(p) for _, p in traces.root.module.named_parameters(remove_duplicate=False))
+    for module, calls in traces.calls.items():
+        if not {"running_mean", "running_var"} <= module._buffers.keys():
+            continue
+        try:
+            fold = _fold(flow, module)
+            if fold.layer in read or module in read:
+                raise NotFolded("another module reads its weights, or those of the layer before it")
+            if any(names[id(p)] > 1 for p in fold.layer._parameters.values()):
+                raise NotFolded("the layer before it shares its weight")
+            if not all(run.pairs(module, fold.layer) for run in runs):
+                raise NotFolded("another method of the model reads what comes before it")
+            folds.append(fold)
+            found.folded[calls[0].path] = traces.calls[fold.layer][0].path
+        except (NotFolded, TraceError) as reason:
+            found.kept[calls[0].path] = str(reason)
+    return folds, found
+
+
+def _fold(flow: ValueFlow, norm: nn.Module) -> _Fold:
+    traces = flow.traces
+    view = _only_view(flow, norm, "it")
+    nodes = [n for n in view.nodes if n.target in BATCH_NORMS]
+    if len(nodes) != 1:
+        raise NotFolded(f"{type(norm).__name__}.forward is no batch norm")
+    (node,) = nodes
+    if argument(node, 5, "training", False) or not all(
+            _is_own(norm, argument(node, i, name), name) for i, name in (
+                (1, "running_mean"), (2, "running_var"), (3, "weight"), (4, "bias"))):
+        raise NotFolded("it normalises by other than its own statistics and weights")
+    rest = _chain(flow, view, node)
+    above, value = _from_layer(flow, view, node)
+    layer = above.module
+    if len(traces.calls[layer]) > 1:
+        raise NotFolded("the layer before it is called more than once")
+    linear = value.target is F.linear
+    if not linear and value.target not in CONVS | _TRANSPOSED:
+        raise NotFolded(f"it comes behind {spelled(value, above)}")
+    if linear and channel_axis(value.meta["val"]) != len(shape(value)) - 1:
+        raise NotFolded("the linear layer before it has its channels on another axis")
+    _, weight, bias, groups = conv_arguments(value)
+    if value.target in _TRANSPOSED and groups > 1:
+        raise NotFolded("the layer before it is a transposed convolution with groups")
+    if weight is None or not _is_own(layer, weight, "weight") or not _is_own(layer, bias, "bias"):
+        raise NotFolded(f"{traces.calls[layer][0].path or 'the layer before it'} computes its weight")
+    if not all(_ends_in_layer(layer, g, value) for g in _graphs(above)):
+        raise NotFolded("the layer before it does more than a convolution")
+    return _Fold(norm, layer, argument(node, 7, "eps", 1e-5), linear, value.target in _TRANSPOSED, rest)
+
+
+def _read_from_above(traces: TracedModel) -> Iterator[nn.Module]:
+    """The modules whose tensors are read by the forward of a module around them."""
+    for module in traces.calls:
+        view = traces.view(module)
+        for node in view.nodes if view is not None else ():
+            path = str(node.target).rpartition(".")[0]
+            if node.op == "get_attr" and path:
+                yield module.get_submodule(path)
+
+
+class _Run:
+    """Another recorded run of the model: who reads what."""
+
+    def __init__(self, root: Call) -> None:
+        self.returned = storages(root.output)
+        self.calls: dict[nn.Module, list[Call]] = defaultdict(list)
+        self.readers: dict[int, list[Call]] = defaultdict(list)
+        for call in root.walk():
+            self.calls[call.module].append(call)
+            for value in () if call.passes else storages((call.args, call.kwargs)):
+                self.readers[value].append(call)
+
+    def pairs(self, norm: nn.Module, layer: nn.Module) -> bool:
+        """Whether the norm comes behind the layer, and nothing else reads what the layer returns."""
+        norms, layers = self.calls[norm], self.calls[layer]
+        around: set[Call] = set()
+        for call in norms:
+            at: Call | None = call
+            while at is not None:
+                around.add(at)
+                at = at.parent
+        return len(norms) == len(layers) and all(
+            storages(n.args) == storages(c.output) and not self.returned & storages(c.output)
+            and all(around.issuperset(self.readers[value]) for value in storages(c.output)) for n, c in zip(norms, layers))
+
+
+def _graphs(view: ModuleGraph) -> list[fx.Graph]:
+    """A forward on all its ways: some pad, or do not, by the size of their input."""
+    if not view.forward.decisions:
+        return [view.forward.graph]
+    return [p.graph for p in trace_branches(view.module, view.forward.constants, reading=True) if p.graph is not None]
+
+
+def _ends_in_layer(layer: nn.Module, graph: fx.Graph, like: fx.Node) -> bool:
+    """Whether a forward returns what the same operator with the same weights makes of something."""
+    (node,) = list(graph.nodes)[-1].args
+    if not isinstance(node, fx.Node) or node.target is not like.target:
+        return False
+    _, weight, bias, _ = conv_arguments(node)
+    return _is_own(layer, weight, "weight") and _is_own(layer, bias, "bias")
+
+
+def _only_view(flow: ValueFlow, module: nn.Module, what: str) -> ModuleGraph:
+    calls = flow.traces.calls[module]
+    if len(calls) > 1:
+        raise NotFolded(f"{what} is called more than once")
+    _check_plain(flow, module, what)
+    view = flow.traces.inside(calls[0])
+    if branches(view):
+        raise NotFolded(f"{what} branches on sizes")
+    return view
+
+
+def _check_plain(flow: ValueFlow, module: nn.Module, what: str) -> None:
+    if module in (flow.barriers or ()):
+        raise NotFolded(f"{what} has hooks")
+    if "forward" in module.__dict__:
+        raise NotFolded(f"{what} has a forward that is not its class's")
+
+
+def _is_own(module: nn.Module, node: object, name: str) -> bool:
+    """Whether an argument is the module's own parameter, or a norm's statistic, of that name; or None, as it is there."""
+    own = module._buffers if name.startswith("running_") else module._parameters
+    if node is None:
+        return own.get(name) is None
+    return isinstance(node, fx.Node) and node.op == "get_attr" and node.target == name and own.get(name) is not None
+
+
+def _chain(flow: ValueFlow, view: ModuleGraph, node: fx.Node) -> tuple[str, ...]:
+    """The children that are called behind the norm in its own forward, one on the other; those that pass are left out."""
+    names: list[str] = []
+    while True:
+        (user, *more) = node.users
+        if more or user.op not in ("call_module", "output") or list(user.all_input_nodes) != [node]:
+            raise NotFolded(f"{type(view.module).__name__}.forward does more than to normalise and to call its children")
+        if user.op == "output":
+            return tuple(names)
+        if not flow.passes(view.call_of(user)):
+            names.append(str(user.target))
+        node = user
+
+
+def _from_layer(flow: ValueFlow, view: ModuleGraph, node: fx.Node) -> tuple[ModuleGraph, fx.Node]:
+    """The operator that computes what a norm normalises, where nothing else reads it."""
+    x = argument(node, 0, "input")
+    channels = shape(x)[1]
+    if channel_axis(x.meta["val"]) != 1:
+        raise NotFolded("it normalises another axis than the channels")
+    crossed: list[ModuleGraph] = []
+    while True:
+        readers = [u for u in x.users if u.op == "output" or (view.carries_data(u) and not _reads_shape(u, x))]
+        if len(readers) != 1:
+            raise NotFolded("what comes before it is also read elsewhere")
+        if x.op == "placeholder":
+            above = flow.caller(view)
+            if above is None:
+                raise NotFolded("it normalises the model's input")
+            given = flow.bound(view.module, above[1]).get(str(x.target))
+            _check_plain(flow, view.module, view.path)
+            view = above[0]
+            crossed.append(view)
+        elif x.op == "call_module":
+            call = view.call_of(x)
+            if flow.passes(call):
+                given = x.args[0]
+            else:
+                _check_plain(flow, call.module, call.path)
+                view = flow.traces.inside(call)
+                given = view.nodes[-1].args[0]
+                crossed.append(view)
+        elif x.target in LAYOUTS and _keeps_channels(x, channels):
+            given = x.args[0]
+        else:
+            for other in crossed:  # that of the layer is looked at on all its ways
+                if other is not view and branches(other):
+                    raise NotFolded(f"{type(other.module).__name__}.forward branches on sizes")
+                if "forward" in other.module.__dict__:
+                    raise NotFolded(f"{type(other.module).__name__} has a forward that is not its class's")
+            return view, x
+        if not isinstance(given, fx.Node):
+            raise NotFolded("what comes before it comes together with others")
+        x = given
+
+
+def _reads_shape(user: fx.Node, node: fx.Node) -> bool:
+    return user.target in ("reshape_as", "view_as", "expand_as") and user.args[0] is not node
+
+
+def _keeps_channels(node: fx.Node, channels: int) -> bool:
+    """Whether an operator moves elements, and each stays in its channel."""
+    source = node.args[0]
+    if not isinstance(source, fx.Node) or not is_tensor(source) or not is_tensor(node):
+        return False
+    tensors = [node.meta["val"], source.meta["val"]]
+    axes = [channel_axis(t) for t in tensors]
+    return tensors[0].numel() == tensors[1].numel() and all(
+        a is not None and t.shape[a] == channels for t, a in zip(tensors, axes))
+
+
+@torch.no_grad()
+def apply_folds(model: nn.Module, folds: list[_Fold]) -> None:
+    """Fold, in place: a layer takes its norm in, and in the norm's place stands what was called behind it."""
+    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                places.setdefault(child, []).append((parent, name))
+    for f in folds:
+        weight, bias = f.layer._parameters["weight"], f.layer._parameters.get("bias")
+        mean, var = f.norm._buffers["running_mean"], f.norm._buffers["running_var"]
+        assert weight is not None and mean is not None and var is not None
+        gamma, beta = f.norm._parameters.get("weight"), f.norm._parameters.get("bias")
+        w, m, v = weight.double(), mean.double(), var.double()
+        g = torch.ones_like(m) if gamma is None else gamma.double()
+        s = torch.zeros_like(m) if beta is None else beta.double()
+        b = torch.zeros_like(m) if bias is None else bias.double()
+        if f.linear:
+            new, shift = fuse_linear_bn_weights(w, b, m, v, f.eps, g, s)
+        else:
+            new, shift = fuse_conv_bn_weights(w, b, m, v, f.eps, g, s, f.transposed)
+        f.layer._parameters["weight"] = nn.Parameter(new.to(weight.dtype), requires_grad=False)
+        f.layer._parameters["bias"] = nn.Parameter(shift.to(weight.dtype), requires_grad=False)
+        rest = [f.norm.get_submodule(name) for name in f.rest]
+        new_module = nn.Identity() if not rest else rest[0] if len(rest) == 1 else nn.Sequential(*rest)
+        for parent, name in places[f.norm]:
+            parent._modules[name] = new_module.eval()

@@ -1,0 +1,126 @@
+"""What is done to the owner of a site, as data: put into a graph, put into the module, and taken out again.
+
+Four ways, the lightest that serves: an empty slot is filled and the author's own forward calls it;
+a plain `nn.Sequential` gets the block as one more child, without a position of its own; an `fx.GraphModule`
+gets a new graph; any other owner gets a subclass of its own class whose forward is generated from its traced
+graph. The weights and their names stay where they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import fx, nn
+
+from ..capture.forward import CHECKPOINTED
+from ..capture.graphs import counterparts
+from ..errors import TraceError
+from .state import Edit, OwnerEdits, base_class
+
+
+def put_in(graph: fx.Graph, edits: tuple[Edit, ...]) -> fx.Graph:
+    """`graph` with the blocks called; it is changed."""
+    nodes = list(graph.nodes)
+    for edit in edits:
+        _insert(graph, nodes, edit)
+    graph.lint()
+    return graph
+
+
+def _insert(graph: fx.Graph, nodes: list[fx.Node], edit: Edit) -> None:
+    node = nodes[edit.node]
+    after = node
+    if node.op == "placeholder":
+        after = [n for n in graph.nodes if n.op == "placeholder"][-1]
+    with graph.inserting_after(after):
+        call = graph.call_module(edit.slot, (node,))
+    if CHECKPOINTED in node.meta:
+        call.meta[CHECKPOINTED] = node.meta[CHECKPOINTED]
+    if edit.users is None:
+        node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
+    else:
+        for i in edit.users:
+            nodes[i].replace_input_with(node, call)
+
+
+def moved(edits: tuple[Edit, ...], old: fx.Graph, new: fx.Graph, module: nn.Module) -> tuple[Edit, ...]:
+    """The edits of one graph in another of the same forward: by the gated node, or by what uses it.
+
+    Raises:
+        TraceError: A place is not there, or not clear.
+    """
+    pairs = counterparts(old, new)
+    taken = set(pairs.values())
+    index = {node: i for i, node in enumerate(new.nodes)}
+    nodes = list(old.nodes)
+    out = []
+    for edit in edits:
+        node = nodes[edit.node]
+        users = list(node.users) if edit.users is None else [nodes[i] for i in edit.users]
+        everyone = edit.users is None or set(users) == set(node.users)
+        if node in pairs:
+            there = {pairs[node]}
+        else:  # what the users read that is no counterpart of anything else
+            there = {m for u in users if u in pairs for m in pairs[u].all_input_nodes if m not in taken}
+        (target,) = there if len(there) == 1 else (None,)
+        if target is None or (any(u not in pairs for u in users) and not (everyone and node in pairs)):
+            raise TraceError(
+                f"{type(module).__name__}.forward has another way in which the place of {edit.slot!r} is not to be found")
+        out.append(dataclasses.replace(
+            edit, node=index[target], name=target.name,
+            users=None if everyone and node in pairs else tuple(index[pairs[u]] for u in users)))
+    return tuple(out)
+
+
+def _set_graphs(module: nn.Module, graphs: dict[str, fx.Graph]) -> None:
+    assert isinstance(module, fx.GraphModule)
+    module.__dict__.update(graphs)
+    module.recompile()
+
+
+def apply_edits(
+    module: nn.Module, edits: OwnerEdits, code: type[nn.Module] | dict[str, fx.Graph] | None,
+    blocks: dict[str, nn.Module],
+) -> None:  # fmt: skip
+    """Put `blocks` into an owner, in place. `code` is its generated class or graphs, where it has some."""
+    module.__dict__["_se_edits"] = edits
+    for edit in edits.edits:
+        if edit.slot in module._modules:  # a registered slot keeps its place
+            module._modules[edit.slot] = blocks[edit.slot]
+            continue
+        module.__dict__.pop(edit.slot, None)
+        items = list(module._modules.items())
+        at = [name for name, _ in items].index(edit.after) + 1 if edit.after else 0
+        items.insert(at, (edit.slot, blocks[edit.slot]))
+        module._modules.clear()
+        module._modules.update(items)
+    if isinstance(code, dict):
+        _set_graphs(module, code)
+    elif code is not None:
+        module.__class__ = code
+
+
+def undo_edits(module: nn.Module) -> None:
+    """Give an owner back its class and its children, in place."""
+    edits: OwnerEdits = module.__dict__.pop("_se_edits")
+    if "_se_base" in type(module).__dict__:
+        module.__class__ = base_class(module)
+    for edit in edits.edits:
+        if edits.way == "fill" and edits.original_registered:
+            module._modules[edit.slot] = edits.original
+            continue
+        module._modules.pop(edit.slot, None)
+        if edits.way == "fill":
+            setattr(module, edit.slot, edits.original)
+    if edits.way == "graph":
+        _set_graphs(module, edits.original)
+
+
+def parameters_near(module: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of the weights of an owner, else of the model."""
+    for source in (module, model):
+        for p in source.parameters():
+            if p.is_floating_point():
+                return p.device, p.dtype
+    return torch.device("cpu"), torch.get_default_dtype()

@@ -1,0 +1,63 @@
+"""Which layer a block belongs to, for layer-wise learning rates."""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any
+
+from torch import nn
+
+from .state import block_paths
+
+_NAME = "group_matcher"
+
+
+def attach_matcher(model: nn.Module) -> None:
+    """Let the `group_matcher` of an injected model of timm's know the blocks. The model is changed."""
+    if hasattr(type(model), _NAME):
+        model.__dict__[_NAME] = functools.partial(_group_matcher, model)
+
+
+def detach_matcher(model: nn.Module) -> None:
+    """Undo `attach_matcher`."""
+    if getattr(model.__dict__.get(_NAME), "func", None) is _group_matcher:
+        del model.__dict__[_NAME]
+
+
+def _group_matcher(model: nn.Module, coarse: bool = False) -> Any:
+    """The model's own `group_matcher`, with the blocks that it does not know put into the layer that they stand behind.
+
+    timm takes what the matcher does not know for the head, and trains it at the head's rate.
+    """
+    cls: Any = type(model)
+    own = cls.group_matcher(model, coarse=coarse)
+    blocks = block_paths(model)
+    if not isinstance(own, dict):
+        return own
+    specs: dict[str, list[Any]] = {
+        key: list(spec) if isinstance(spec, (tuple, list)) else [(spec, None)]
+        for key, spec in own.items() if spec}
+    changed = dict(own)
+    before: str | None = None
+    for name, _ in model.named_parameters():
+        path = next((p for p in blocks if name.startswith(f"{p}.")), None)
+        if path is None:
+            before = name
+        elif before is not None and _match(specs, name) is None:
+            found = _match(specs, before)
+            if found is not None:
+                key, groups = found
+                specs[key].append((f"^{re.escape(path)}\\.", groups))
+                changed[key] = specs[key]
+    return changed
+
+
+def _match(specs: dict[str, list[Any]], name: str) -> tuple[str, tuple[Any, ...]] | None:
+    """Where a matcher puts a parameter: the entry, and the numbers behind it."""
+    for key, entry in specs.items():
+        for pattern, suffix in entry:
+            r = re.match(pattern, name)
+            if r:
+                return key, (*(int(g) for g in r.groups() if g is not None), *(suffix or ()))
+    return None

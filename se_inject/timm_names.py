@@ -1,0 +1,122 @@
+"""What timm calls an injected model: its name, and the arguments that make it anew."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from .capture.inputs import without_values
+from .config import SEConfig
+from .errors import ConfigError
+
+PREFIX = "se_inject/"
+ALIAS = "se_inject_"
+SEVERAL = "se_injections"
+
+
+def base_name(name: str) -> str:
+    """A timm name without the prefix of its twin."""
+    for prefix in (PREFIX, ALIAS):
+        if name.startswith(prefix):
+            return name[len(prefix):]
+    return name
+
+
+def architecture_of(model: object) -> str | None:
+    """The timm name that a model says of itself, or None."""
+    cfg: Any = getattr(model, "pretrained_cfg", None)
+    name = cfg.get("architecture") if hasattr(cfg, "get") else None
+    return str(name) if name else None
+
+
+def rename(model: nn.Module, injected: bool) -> None:
+    """Give a model of timm's the name of what it now is, the twin or the base, in place."""
+    cfg: Any = getattr(model, "pretrained_cfg", None)
+    name = architecture_of(model)
+    if isinstance(cfg, dict) and name is not None:
+        new = {**cfg, "architecture": (PREFIX if injected else "") + base_name(name)}
+        # not by setattr: an owner whose attributes are set is traced anew
+        model.__dict__.update({key: new for key in ("pretrained_cfg", "default_cfg") if key in model.__dict__})
+
+
+def model_args(model: nn.Module) -> dict[str, Any]:
+    """timm's arguments that make the base of `model` as it is now, with its head and input size reset, say."""
+    try:
+        from timm.models import get_model_args
+    except ImportError:  # before timm 1.0.29
+        args = dict(getattr(model, "_model_args", {}))
+        given: Any = getattr(model, "pretrained_cfg", None)
+        usual = {"num_classes": given.get("num_classes"), "in_chans": (given.get("input_size") or (3,))[0]} if given else {}
+        for key, value in usual.items():
+            now = getattr(model, key, None)
+            if isinstance(now, int) and (key in args or now != value):
+                args[key] = now
+    else:
+        args = get_model_args(model)
+    return {key: value for key, value in args.items() if not key.startswith("se_")}
+
+
+def door_options(configs: Sequence[SEConfig]) -> dict[str, Any]:
+    """Injections as arguments of ``timm.create_model("se_inject/...")``, as JSON types."""
+    if len(configs) == 1:
+        return {f"se_{key}": value for key, value in configs[0].to_dict().items()}
+    return {SEVERAL: [config.to_dict() for config in configs]}
+
+
+def split_options(kwargs: dict[str, Any]) -> tuple[tuple[SEConfig, ...], dict[str, Any]]:
+    """Separate ``se_<option>`` arguments from timm's: the options of one injection, or, in ``se_injections``,
+    dicts of the options of several. The argument is not changed.
+
+    Raises:
+        ConfigError: A value is wrong, or a name is nearly that of an option.
+    """
+    known = {f"se_{f.name}": f.name for f in dataclasses.fields(SEConfig)}
+    options = {known[k]: v for k, v in kwargs.items() if k in known}
+    several = kwargs.get(SEVERAL)
+    rest = {k: v for k, v in kwargs.items() if k not in known and k != SEVERAL}
+    for key in rest:
+        close = difflib.get_close_matches(key, [*known, SEVERAL], n=1, cutoff=0.85) if key.startswith("se_") else []
+        if close:
+            raise ConfigError(f"unknown option {key!r} (did you mean {close[0]!r}?); the options are {', '.join(known)}")
+    if several is None:
+        return (SEConfig.of(**options),), rest
+    if options or not isinstance(several, (list, tuple)) or not several:
+        raise ConfigError(
+            f"{SEVERAL}={several!r} with {', '.join(options) or 'no other option'}: give a list with a dict of options "
+            "for each injection, such as [{'stages': 3}, {'stages': 4, 'ratio': 0.25}], and no other se_ option")
+    return tuple(SEConfig.of(config) for config in several), rest
+
+
+def skeleton(name: str, **args: Any) -> nn.Module:
+    """The named timm model, as `without_values`; `args` are for timm.
+
+    Raises:
+        ConfigError: timm has no such model, or does not know an argument.
+    """
+    import timm
+    from timm.models import get_arch_name
+
+    bare = base_name(name)
+    if ":" not in bare and not timm.is_model(bare):  # "hf-hub:" and "local-dir:" are looked up by timm
+        raise ConfigError(unknown_model_message(name, get_arch_name(bare)))
+    try:
+        return without_values(lambda: timm.create_model(bare, **args))
+    except Exception as error:
+        if not args:
+            raise
+        raise ConfigError(f"timm cannot create {bare!r} with {args} ({error!r}): give the arguments that it takes") from error
+
+
+def unknown_model_message(name: str, architecture: str) -> str:
+    """What to say about a name that timm does not have."""
+    import difflib
+
+    import timm
+
+    close = difflib.get_close_matches(architecture, timm.list_models(), n=3)
+    hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else "; timm.list_models() has the names"
+    return f"timm has no model {name!r}{hint}"

@@ -1,0 +1,233 @@
+"""timm's door: ``timm.create_model("se_inject/<name>[.tag]", se_<option>=...)``.
+
+timm's table of entry points is replaced by one that has a twin for every name, also for a name that
+is registered later, and timm's parser of model names is taught the prefix.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from .config import SEConfig
+from .errors import SEInjectError, TraceError
+from .timm_names import ALIAS, PREFIX, base_name, door_options, model_args, rename, split_options
+
+_MODULE = "se_inject"
+_pending: contextvars.ContextVar[_Pending | None] = contextvars.ContextVar("se_inject_pending", default=None)
+
+
+@dataclasses.dataclass(eq=False)
+class _Pending:
+    """Injections that wait for timm to have built the model."""
+
+    configs: tuple[SEConfig, ...]
+    done: bool = False
+
+    def inject(self, model: Any) -> None:
+        from .surgery.pipeline import inject
+
+        for config in self.configs:
+            inject(model, config)
+        self.done = True
+
+
+class TwinEntrypoints(dict[str, Callable[..., Any]]):
+    """timm's entry points, each with its twins ``se_inject/<name>`` and ``se_inject_<name>``.
+
+    Twins are made when the table is read, because timm fills its tables of tags after this one. The
+    slash-free alias can be used, but is not listed.
+    """
+
+    def __init__(self, registry: Any, entrypoints: dict[str, Callable[..., Any]]) -> None:
+        super().__init__(entrypoints)
+        self._registry = registry
+        self._waiting = [n for n in entrypoints if n not in registry._deprecated_models]
+        for name in self._waiting:
+            for twin in (PREFIX + name, ALIAS + name):
+                if twin in entrypoints:
+                    raise SEInjectError(
+                        f"timm already has a model named {twin!r}, which se_inject needs for the twin of {name!r}: "
+                        "register that model under another name")
+
+    def __setitem__(self, name: str, fn: Callable[..., Any]) -> None:
+        if name.startswith((PREFIX, ALIAS)):
+            raise SEInjectError(
+                f"the model name {name!r} belongs to se_inject, which makes it from {base_name(name)!r}: "
+                "register the model under a name without that prefix")
+        super().__setitem__(name, fn)
+        self._waiting.append(name)
+
+    def __getitem__(self, name: str) -> Callable[..., Any]:
+        self._flush()
+        if name.startswith(ALIAS) and not super().__contains__(name):
+            name = PREFIX + base_name(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self else default  # noqa: SIM401 (it is what it asks for)
+
+    def __contains__(self, name: object) -> bool:
+        self._flush()
+        if isinstance(name, str) and name.startswith(ALIAS):
+            name = PREFIX + base_name(name)
+        return super().__contains__(name)
+
+    def __iter__(self) -> Iterator[str]:
+        self._flush()
+        return super().__iter__()
+
+    def __len__(self) -> int:
+        self._flush()
+        return super().__len__()
+
+    def keys(self) -> Any:
+        self._flush()
+        return super().keys()
+
+    def _flush(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for name in waiting:
+            if name not in self._registry._deprecated_models:
+                super().__setitem__(PREFIX + name, _twin_entrypoint(name))
+                _copy_tags(self._registry, name)
+
+
+def _copy_tags(registry: Any, name: str) -> None:
+    """Give a twin its base's pretrained tags; the weights are the base's own."""
+    twin = PREFIX + name
+    registry._model_to_module[twin] = _MODULE
+    registry._module_to_models[_MODULE].add(twin)
+    if name in registry._model_default_cfgs:
+        registry._model_default_cfgs[twin] = registry._model_default_cfgs[name]
+    tags = registry._model_with_tags.get(name)
+    if tags is not None:
+        registry._model_with_tags[twin] = [PREFIX + tag for tag in tags]
+    for tagged in {name, *(tags or ())}:
+        cfg = registry._model_pretrained_cfgs.get(tagged)
+        if cfg is not None:
+            registry._model_pretrained_cfgs[PREFIX + tagged] = dataclasses.replace(cfg, architecture=twin)
+        if tagged in registry._model_has_pretrained:
+            registry._model_has_pretrained.add(PREFIX + tagged)
+
+
+def _twin_entrypoint(name: str) -> Callable[..., Any]:
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> Any:
+        return create(name, pretrained, **kwargs)
+
+    entrypoint.__name__ = entrypoint.__qualname__ = PREFIX + name
+    return entrypoint
+
+
+def create(name: str, pretrained: bool = False, **kwargs: Any) -> Any:
+    """Build the timm model `name` with blocks; called by timm with everything that it was given.
+
+    Pretrained weights are the base's own for the tag. They are loaded after the injection, so that
+    a file with blocks loads by the same way.
+    """
+    import timm.models._registry as registry
+    from timm.models._features import FeatureGetterNet
+
+    configs, rest = split_options(kwargs)
+    pending = _Pending(configs)
+    token = _pending.set(pending)
+    try:
+        model = registry._model_entrypoints[name](pretrained=pretrained, **rest)
+    finally:
+        _pending.reset(token)
+    if not pending.done:
+        try:
+            pending.inject(model)
+        except TraceError:  # timm's getter of features may ask for values, where the model that it holds does not
+            if not isinstance(model, FeatureGetterNet):
+                raise
+            pending.inject(model.model)
+    rename(model, injected=True)  # a wrapper for features, too
+    if not hasattr(model, "_model_args"):  # newer timm adds the same; older timm keeps none
+        loading = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "device", "dtype")
+        model._model_args = {k: v for k, v in kwargs.items() if k not in loading}
+    return model
+
+
+def _inject_before(load_pretrained: Callable[..., Any]) -> Callable[..., Any]:
+    """timm's loading of pretrained weights, after the injection; the blocks' tensors pass by the family's filter."""
+    signature = inspect.signature(load_pretrained)
+
+    @functools.wraps(load_pretrained)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        from .surgery.state import injections_of
+        from .weights.strict import around_blocks
+
+        call = signature.bind(*args, **kwargs)
+        model = call.arguments["model"]
+        pending = _pending.get()
+        if pending is not None and not pending.done:
+            pending.inject(model)
+        if injections_of(model):
+            call.arguments["filter_fn"] = around_blocks(call.arguments.get("filter_fn"))
+        return load_pretrained(*call.args, **call.kwargs)
+
+    return wrapper
+
+
+def _describe_twins(save_config: Callable[..., Any]) -> Callable[..., Any]:
+    """timm's ``config.json``, with the options of the injections that a model has had, by whichever door."""
+    signature = inspect.signature(save_config)
+
+    @functools.wraps(save_config)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        from .surgery.state import injections_of
+
+        call = signature.bind(*args, **kwargs)
+        model = call.arguments["model"]
+        injections = injections_of(model)
+        if not injections:
+            return save_config(*args, **kwargs)
+        ours = {**model_args(model), **door_options([i.written() for i in injections])}
+        call.arguments["model_args"] = {**ours, **(call.arguments.get("model_args") or {})}
+        given = getattr(model, "_model_args", {})
+        try:
+            model.__dict__["_model_args"] = {k: v for k, v in given.items() if not k.startswith("se_")}
+            return save_config(*call.args, **call.kwargs)
+        finally:
+            model.__dict__["_model_args"] = given
+
+    return wrapper
+
+
+def _parse_prefix(parse_model_name: Callable[[str], Any]) -> Callable[[str], Any]:
+    @functools.wraps(parse_model_name)
+    def wrapper(model_name: str) -> Any:
+        if model_name.startswith(PREFIX):
+            return None, model_name
+        return parse_model_name(model_name)
+
+    return wrapper
+
+
+def register(timm: Any = None) -> None:
+    """Teach timm the twins. Done once; a second call changes nothing.
+
+    Raises:
+        SEInjectError: timm has a model by a twin's name, or no longer has the hooks that this needs.
+            timm is then as it was.
+    """
+    from timm.models import _builder, _factory, _hub, _registry
+
+    if isinstance(_registry._model_entrypoints, TwinEntrypoints):
+        return
+    hooks = ((_factory, "parse_model_name"), (_builder, "load_pretrained"), (_hub, "save_config_for_hf"))
+    gone = [name for module, name in hooks if not hasattr(module, name)]
+    if gone:
+        raise SEInjectError(
+            f"this timm has no {gone[0]} for se_inject to hook, and would build or save plain models "
+            "for 'se_inject/...' names: use timm 1.0.15 to 1.0.31, or se_inject.inject(model)")
+    entrypoints: Any = TwinEntrypoints(_registry, _registry._model_entrypoints)
+    _registry._model_entrypoints = entrypoints
+    _factory.parse_model_name = _parse_prefix(_factory.parse_model_name)  # type: ignore[assignment]
+    _builder.load_pretrained = _inject_before(_builder.load_pretrained)
+    _hub.save_config_for_hf = _describe_twins(_hub.save_config_for_hf)

@@ -1,0 +1,161 @@
+"""Files of weights: what is in them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import WeightsError
+from .recipe import KEY, Recipe, checked_args, described_args, parsed
+from .writing import INDEX, index_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """Tensors by name, and what the file says of their model.
+
+    `architecture` and `model_args` are None and empty where it says nothing; `recipe` is there for a
+    file of `se_inject.save`.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    architecture: str | None = None
+    model_args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    recipe: Recipe | None = None
+    metadata: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read a safetensors file, a PyTorch file, or a folder with timm's ``config.json``.
+
+    Pickles are read with ``weights_only=True``, which runs no code. Of a training checkpoint the EMA
+    weights are taken where there are some; prefixes of DDP and torch.compile are removed. The tensors lie in the file,
+    mapped: what is not asked for, such as an optimizer's state, takes no memory.
+
+    Raises:
+        WeightsError: The file is missing, damaged, or no checkpoint.
+    """
+    file = Path(path)
+    if file.is_dir():
+        return _read_folder(file)
+    if file.name.endswith(INDEX):
+        return _read_shards(file)
+    if not file.is_file() and index_of(file).is_file():
+        return _read_shards(index_of(file))
+    if not file.is_file():
+        raise WeightsError(f"there is no file {str(path)!r}: give a .safetensors, a .pth, or a folder with config.json")
+    return _read_safetensors(file) if _is_safetensors(file) else _read_pickle(file)
+
+
+def _is_safetensors(file: Path) -> bool:
+    with open(file, "rb") as f:
+        start = f.read(9)
+    return file.suffix == ".safetensors" or start[8:9] == b"{"  # an 8-byte length, then JSON
+
+
+def _read_safetensors(file: Path) -> Checkpoint:
+    return _described(*_tensors_and_metadata(file), file)
+
+
+def _tensors_and_metadata(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as f:
+            return {k: f.get_tensor(k) for k in f.keys()}, dict(f.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{file} is no readable safetensors file ({error}): copy or download it again") from error
+
+
+def _described(tensors: dict[str, torch.Tensor], metadata: dict[str, str], file: Path) -> Checkpoint:
+    recipe = Recipe.from_json(metadata[KEY], file) if KEY in metadata else None
+    if recipe is not None:
+        return Checkpoint(tensors, recipe.architecture, recipe.model_args, recipe, metadata)  # `save` has unwrapped them
+    architecture = metadata.get("architecture")
+    return Checkpoint(_clean(tensors), architecture, described_args(metadata, file) if architecture else {}, metadata=metadata)
+
+
+def _read_shards(index: Path) -> Checkpoint:
+    """Read the files that a Hugging Face index names, which lie beside it."""
+    try:
+        said = parsed(index.read_text())
+        files = {str(key): Path(name) for key, name in said["weight_map"].items()}
+        metadata = {str(k): v for k, v in (said.get("metadata") or {}).items() if isinstance(v, str)}
+        if any(name.name != str(name) for name in files.values()):
+            raise ValueError("it names a file in another folder")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(
+            f"{index} is no index of shards ({error!r}): expected JSON with 'weight_map', tensors to file names") from error
+    shards: dict[Path, dict[str, torch.Tensor]] = {}
+    for name in files.values():
+        if not (index.parent / name).is_file():
+            raise WeightsError(f"{index}: its shard {str(name)!r} is not there: copy all files of the model")
+        if name not in shards:
+            shards[name] = _tensors_and_metadata(index.parent / name)[0]
+    missing = [key for key, name in files.items() if key not in shards[name]]
+    if missing:
+        raise WeightsError(f"{index}: {len(missing)} tensors are not in the shards that it names ({', '.join(missing[:3])}): "
+                           "the shards are not those of this index; copy all files of the model")
+    return _described({key: shards[name][key] for key, name in files.items()}, metadata, index)
+
+
+def _read_pickle(file: Path) -> Checkpoint:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's train.py keeps its arguments
+            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception as error:
+        raise WeightsError(
+            f"{file} cannot be read as weights ({type(error).__name__}: {str(error).partition(chr(10))[0]}); no pickled code "
+            "is run: write it anew with torch.save(model.state_dict(), path)") from error
+    if not isinstance(loaded, Mapping):
+        raise WeightsError(f"{file} holds a {type(loaded).__name__}; expected a state dict or a training checkpoint")
+    tensors: Any = loaded
+    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
+        if isinstance(loaded.get(key), Mapping):
+            tensors = loaded[key]
+            break
+    other = [k for k, v in tensors.items() if not (isinstance(k, str) and isinstance(v, torch.Tensor))]
+    if other or not tensors:
+        raise WeightsError(
+            f"{file} holds no state dict ({', '.join(map(repr, other[:3])) or 'it is empty'}); "
+            "expected tensors by name, or a timm training checkpoint")
+    arch = loaded.get("arch")
+    args = getattr(loaded.get("args"), "model_kwargs", None)
+    args = checked_args(args, file) if isinstance(args, Mapping) else {}
+    return Checkpoint(_clean(tensors), arch if isinstance(arch, str) else None, args)
+
+
+def _read_folder(folder: Path) -> Checkpoint:
+    config = folder / "config.json"
+    if not config.is_file():
+        raise WeightsError(f"{folder} has no config.json: give a folder that timm saved, or a file of weights")
+    try:
+        said = parsed(config.read_text())
+        architecture, model_args = said["architecture"], dict(said.get("model_args") or {})
+        if not isinstance(architecture, str):
+            raise TypeError("architecture is no string")
+    except (ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{config} is no config of timm's ({error!r}): expected JSON with 'architecture'") from error
+    model_args = checked_args(model_args, config)
+    if isinstance(said.get("num_classes"), int):
+        model_args.setdefault("num_classes", said["num_classes"])
+    for name in ("model.safetensors", f"model{INDEX}", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            found = read_checkpoint(folder / name)
+            if found.recipe is not None:
+                return found
+            return dataclasses.replace(found, architecture=architecture, model_args=model_args)
+    raise WeightsError(f"{folder} has no model.safetensors and no pytorch_model.bin")
+
+
+def _clean(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    from timm.models import clean_state_dict
+
+    return dict(clean_state_dict(dict(tensors)))

@@ -1,0 +1,179 @@
+"""The recipe in a file's header: what rebuilds an injected model, as one JSON string.
+
+A recipe names options and a timm model. Nothing in it is ever imported or run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ..config import SEConfig
+from ..errors import ConfigError, WeightsError
+from ..surgery.state import Injection
+from ..timm_names import architecture_of, base_name, model_args
+
+KEY = "se_inject"
+VERSION = 1
+PARTS = ("se", "head")
+CONTENTS = {"full": "whole model", "se": "blocks", "head": "head", "se+head": "blocks and the head"}
+_FIELDS = {
+    "version": int, "architecture": (str, type(None)), "model_args": dict, "configs": list, "input_sizes": list,
+    "sites": list, "content": str,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a file says of the model whose weights it holds.
+
+    Attributes:
+        architecture: The timm name of the base, or None for a model that is not timm's.
+        model_args: The arguments of `timm.create_model` that differ from its defaults.
+        configs: The options of the injections, in order.
+        input_sizes: The (C, H, W) that each was asked to run the model on, or None.
+        sites: Paths of the blocks.
+        content: ``full``, or the parts of the model that are there: ``se``, ``head``, ``se+head``.
+    """
+
+    architecture: str | None
+    model_args: dict[str, Any]
+    configs: tuple[SEConfig, ...]
+    input_sizes: tuple[tuple[int, ...] | None, ...]
+    sites: tuple[str, ...]
+    content: str
+
+    @classmethod
+    def of(cls, model: nn.Module, injections: tuple[Injection, ...], content: str) -> Recipe:
+        """The recipe of an injected model.
+
+        Raises:
+            WeightsError: An argument that timm was given is no JSON value.
+        """
+        architecture, args = _made_by(model)
+        return cls(
+            architecture, args, tuple(i.written() for i in injections),
+            tuple(i.input_size for i in injections), tuple(s.path for i in injections for s in i.sites), content)
+
+    def to_json(self) -> str:
+        """The recipe as the string that stands in a file's header."""
+        return json.dumps({
+            "version": VERSION, "architecture": self.architecture, "model_args": self.model_args,
+            "configs": [c.to_dict() for c in self.configs], "input_sizes": list(self.input_sizes),
+            "sites": list(self.sites), "content": self.content,
+        }, sort_keys=True)  # fmt: skip
+
+    @classmethod
+    def from_json(cls, text: str, source: object) -> Recipe:
+        """Parse and check the recipe of the file `source`.
+
+        Raises:
+            WeightsError: It is no recipe of a known version.
+        """
+        try:
+            said = parsed(text)
+        except ValueError as error:
+            raise WeightsError(f"{source}: its recipe is no JSON ({error}); save the model again") from error
+        version = said.get("version") if isinstance(said, dict) else None
+        if version != VERSION:
+            raise WeightsError(
+                f"{source}: its recipe is of version {version!r}, and this se_inject reads {VERSION}; "
+                "install the se_inject that wrote the file")
+        for key, kind in _FIELDS.items():
+            if key not in said or not isinstance(said[key], kind):  # type: ignore[arg-type]
+                raise WeightsError(f"{source}: its recipe has no valid {key!r} ({said.get(key)!r}); save the model again")
+        unknown = sorted(said.keys() - _FIELDS.keys())
+        if unknown or said["content"] not in CONTENTS:
+            raise WeightsError(
+                f"{source}: its recipe says {unknown or said['content']!r}, which this se_inject does not know")
+        try:
+            configs = tuple(SEConfig.of(dict(c)) for c in said["configs"])
+            sizes = tuple(None if size is None else tuple(map(int, size)) for size in said["input_sizes"])
+        except (ConfigError, TypeError, ValueError, OverflowError) as error:
+            raise WeightsError(f"{source}: its recipe is not valid: {error}") from error
+        if not configs or len(configs) != len(sizes):
+            raise WeightsError(
+                f"{source}: its recipe has {len(configs)} injections with {len(sizes)} input sizes; save the model again")
+        return cls(
+            said["architecture"], checked_args(said["model_args"], source), configs, sizes,
+            tuple(map(str, said["sites"])), said["content"])
+
+
+def parsed(text: str) -> Any:
+    """The JSON of `text`.
+
+    Raises:
+        ValueError: It is none, or nested too deep to be read.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
+def _made_by(model: nn.Module) -> tuple[str | None, dict[str, Any]]:
+    """The timm name and the arguments that make a model anew; None for a wrapper, which its name does not make.
+
+    Raises:
+        WeightsError: An argument is no JSON value.
+    """
+    architecture = architecture_of(model)
+    args = {key: value for key, value in model_args(model).items() if not key.startswith("pretrained")}
+    if architecture is None or _NOT_OF_A_MODEL & args.keys():
+        return None, {}
+    for key, value in args.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError):
+            raise WeightsError(
+                f"the model was created with {key}={value!r}, which cannot be written to a file; "
+                "create it with a plain value, or save the object with torch.save(model, path)") from None
+    return base_name(architecture), args
+
+
+def description(model: nn.Module) -> dict[str, str]:
+    """What a file of a plain timm model's weights says of it, as strings for its header.
+
+    Raises:
+        WeightsError: An argument that timm was given is no JSON value.
+    """
+    architecture, args = _made_by(model)
+    return {"architecture": architecture, "model_args": json.dumps(args, sort_keys=True)} if architecture else {}
+
+
+def described_args(metadata: Mapping[str, str], source: object) -> dict[str, Any]:
+    """The arguments in the header that `description` wrote; none in another's.
+
+    Raises:
+        WeightsError: They are not valid.
+    """
+    try:
+        args = parsed(metadata.get("model_args", "{}"))
+    except ValueError as error:
+        raise WeightsError(f"{source}: its model_args are no JSON ({error}); write the file again") from error
+    if not isinstance(args, dict):
+        raise WeightsError(f"{source}: its model_args are {args!r}, and not names with values; write the file again")
+    return checked_args(args, source)
+
+
+_NOT_OF_A_MODEL = {  # arguments of timm.create_model that name files, or say how to load or to place
+    "checkpoint_path", "cache_dir", "device", "dtype", "scriptable", "exportable", "no_jit", "features_only", "feature_cls",
+    "out_indices"}  # fmt: skip
+
+
+def checked_args(args: Mapping[str, Any], source: object) -> dict[str, Any]:
+    """The arguments for `timm.create_model` that the file `source` names.
+
+    Raises:
+        WeightsError: One of them is none of a model's own, such as a path to other weights.
+    """
+    wrong = sorted(key for key in map(str, args) if key in _NOT_OF_A_MODEL or key.startswith("pretrained"))
+    if wrong:
+        raise WeightsError(
+            f"{source}: it asks for {wrong[0]}={args[wrong[0]]!r}, which says how to load a model and not what it is; "
+            "take that out of the file, and give it where you load the model")
+    return {str(key): value for key, value in args.items()}

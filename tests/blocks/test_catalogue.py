@@ -1,0 +1,117 @@
+"""Blocks other than SE: at the same sites, an identity at the start, or refused with the reason."""
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import se_inject
+from se_inject.blocks import catalogue as blocks
+from se_inject.blocks.catalogue import block_names, get_block
+from se_inject.surgery.state import block_paths
+
+from ..support.checks import check_identity
+
+NO_IDENTITY = {"lcbam"}  # its channel gate is a mean of two squeezes' gates, its spatial one a sum of two maps
+GATES = [n for n in block_names() if n not in NO_IDENTITY]
+
+
+@pytest.mark.parametrize("block", GATES)
+def test_identity_on_maps(block):
+    check_identity(timm.create_model("resnet18"), (3, 64, 64), block=block)
+
+
+@pytest.mark.parametrize("block", [b for b in GATES if not get_block(b).positions])
+@pytest.mark.parametrize("name, size", [("test_vit", 160), ("tiny_vit_5m_224", 64)])  # tokens; tokens and NHWC
+def test_identity_in_other_layouts(name, size, block):
+    check_identity(timm.create_model(name), (3, size, size), block=block)
+
+
+@pytest.mark.parametrize("block", sorted(NO_IDENTITY))
+def test_what_is_no_identity_is_refused_with_the_reason(block):
+    model = timm.create_model("resnet18")
+    with pytest.raises(se_inject.SEInjectError, match=r"does not return its input at the start; use init='timm'"):
+        se_inject.inject(model, block=block)
+    assert not block_paths(model)
+    assert len(block_paths(se_inject.inject(model, block=block, init="timm"))) == 8
+
+
+@pytest.mark.parametrize("block, message", [
+    ("sk", "replaces a convolution by several"), ("nl", "does not gate it"), ("halo", "self-attention"),
+    ("sse", "did you mean"), ("nothing", "the blocks are se, ese")])  # fmt: skip
+def test_what_is_no_gate_is_refused_with_the_reason(block, message):
+    with pytest.raises(se_inject.SEInjectError, match=message):
+        se_inject.plan("resnet18", block=block)
+
+
+def test_an_option_that_a_block_lacks_is_named():
+    with pytest.raises(se_inject.SEInjectError, match=r"block='eca' has no option 'bias'"):
+        se_inject.plan("resnet18", block="eca", bias=False)
+
+
+def test_a_map_of_tokens_has_no_rows_and_columns():
+    plan = se_inject.plan("test_vit", block="cbam")
+    assert not plan.sites
+    assert {s.reason for s in plan.skipped} == {
+        "block='cbam' needs a map with height and width, and this is a sequence of tokens"}
+
+
+@pytest.mark.parametrize("block", GATES)
+def test_the_plan_counts_what_is_added(block):
+    model = timm.create_model("resnet18")
+    plan = se_inject.plan(model, block=block)
+    assert [s.path for s in plan.sites] == [s.path for s in se_inject.plan("resnet18").sites]
+    before = sum(p.numel() for p in model.parameters())
+    se_inject.inject(model, block=block)
+    assert sum(p.numel() for p in model.parameters()) == before + plan.added_params
+
+
+class Mine(nn.Module):
+    def __init__(self, channels, rd_ratio=0.5):
+        super().__init__()
+        self.fc = nn.Conv2d(channels, channels, 1)
+        self.gate = nn.Sigmoid()
+        self.rd_ratio = rd_ratio
+
+    def forward(self, x):
+        return x * self.gate(self.fc(x.mean((2, 3), keepdim=True)))
+
+
+@pytest.fixture
+def registered():
+    se_inject.register_block("mine", Mine, zero=("fc",), gates=("gate",))
+    yield
+    del blocks._blocks["mine"]
+
+
+def test_a_block_of_ones_own(registered):
+    check_identity(timm.create_model("resnet18"), (3, 64, 64), block="mine")
+    check_identity(timm.create_model("test_vit"), (3, 160, 160), block="mine")
+    model = timm.create_model("se_inject/resnet18", se_block="mine", se_ratio=0.25)
+    assert isinstance(model.layer1[0].se, Mine) and model.layer1[0].se.rd_ratio == 0.25
+    with pytest.raises(se_inject.SEInjectError, match="there is a block of that name"):
+        se_inject.register_block("mine", nn.Identity)
+    assert get_block("mine").cls is Mine
+
+
+def test_a_block_of_ones_own_goes_into_a_file(registered, tmp_path):
+    model = se_inject.inject(timm.create_model("test_resnet"), block="mine").eval()
+    with torch.no_grad():
+        model.layer1[0].se.fc.weight.normal_()
+    se_inject.save(model, tmp_path / "m.safetensors")
+    again = se_inject.load(tmp_path / "m.safetensors")
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x))
+
+
+def test_gather_excite_is_timms_but_for_the_layer_that_timm_cannot_make():
+    from timm.layers import GatherExcite
+
+    from se_inject.blocks.gather_excite import GatherExcite as Ours
+
+    ours = Ours(16)
+    theirs = GatherExcite(16, use_mlp=False)
+    x = torch.randn(2, 16, 8, 8)
+    theirs.mlp = ours.mlp
+    assert isinstance(ours, GatherExcite) and torch.equal(ours(x), theirs(x))

@@ -1,0 +1,79 @@
+"""Injected models are their bases, bit for bit, until they are trained: every family of timm, all of torchvision."""
+
+import math
+import pathlib
+from collections import defaultdict
+
+import pytest
+import timm
+
+import se_inject
+from se_inject.tools import zoo, zoo_table
+
+from ..support.checks import check_identity
+
+TABLE = zoo_table.read(pathlib.Path(__file__).parents[2] / "docs" / "zoo.csv")
+
+
+def smallest_of_each_family() -> list[str]:
+    families = defaultdict(list)
+    for row in TABLE:
+        if not row.model.startswith(zoo.TORCHVISION):
+            families[row.family].append(row)
+    injected = [[r for r in group if r.status == "injected"] or group for _, group in sorted(families.items())]
+    return [min(group, key=lambda r: r.params).model for group in injected]
+
+
+FAMILIES = smallest_of_each_family()
+TORCHVISION = [row.model for row in TABLE if row.model.startswith(zoo.TORCHVISION)]
+REFUSED = {row.model for row in TABLE if row.status == "refused"}
+
+
+# the auxiliary head, which runs in train mode alone, needs a larger map
+SIZES = {"torchvision/inception_v3": (3, 299, 299)}
+
+
+def smallest_size(name, model, **options):
+    """The smallest input on which every block sees more than one position: on one, a squeeze does nothing."""
+    channels, height, width = SIZES.get(name) or zoo.smallest_input(model)
+    for times in (1, 2, 4):
+        size = (channels, times * height, times * width)
+        plan = se_inject.plan(model, input_size=size, **options)
+        if all(math.prod(s.size) > 1 for s in plan.sites):
+            return size
+    raise AssertionError(f"{name} has blocks at one position")
+
+
+PARAMS = {row.model: row.params for row in TABLE}
+
+
+def one_after_another(names):
+    """The largest on one worker, so that no two of them are in memory."""
+    return [pytest.param(n, marks=pytest.mark.xdist_group("large")) if PARAMS[n] > 2e8 else n for n in names]
+
+
+@pytest.mark.parametrize("name", one_after_another(FAMILIES + TORCHVISION))
+def test_identity(name):
+    model = zoo.create(name)
+    options = {"existing": "stack"} if name in REFUSED else {}
+    check_identity(model, smallest_size(name, model, **options), **options)
+
+
+def test_every_family_is_there():
+    assert {zoo.family(n) for n in FAMILIES} == {zoo.family(n) for n in zoo.names("*")}
+    assert set(TORCHVISION) == set(zoo.names("torchvision/*"))
+
+
+# no shortcut to gate
+NO_PLACE = {("vgg11", "identity")}
+
+
+@pytest.mark.parametrize("placement", ["standard", "inner", "pre", "post", "identity"])
+@pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0", "convnext_atto", "vgg11"])
+def test_identity_at_every_placement(name, placement):
+    model = timm.create_model(name)
+    if (name, placement) in NO_PLACE:
+        with pytest.raises(se_inject.NoSitesError, match="placement"):
+            se_inject.inject(model, placement=placement)
+        return
+    check_identity(model, (3, 64, 64), placement=placement)

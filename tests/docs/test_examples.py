@@ -1,0 +1,28 @@
+"""Every example runs."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ARGS = {
+    "finetune.py": [
+        "--data", "digits", "--train", "32", "--val", "16", "--test", "16", "--batch-size", "16", "--img-size", "32",
+        "--steps", "2",
+        "--lrs", "0.001", "0.01", "--seeds", "1", "2", "--methods", "head", "se"],
+    "profile_cost.py": ["test_resnet", "--rows", "3"],
+}  # fmt: skip
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.name)
+def test_example(path, tmp_path):
+    command = [sys.executable, "-W", "error", str(path), *ARGS.get(path.name, [])]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_there_are_examples():
+    assert EXAMPLES

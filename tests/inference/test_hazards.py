@@ -1,0 +1,434 @@
+"""Forwards in which writing in place, or moving an operation, would be wrong: the optimised copy leaves those alone."""
+
+import contextlib
+import copy
+import itertools
+import operator
+import types
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+
+import se_inject
+
+from ..support.checks import randomise, total
+from .test_optimize import deviation
+
+
+class SE(nn.Module):
+    def __init__(self, channels, reduced=4):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(channels, reduced, 1), nn.Conv2d(reduced, channels, 1)
+
+    def gate(self, x):
+        return self.b(self.a(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+
+    def forward(self, x):
+        return x * self.gate(x)
+
+
+class Parts(nn.Module):
+    """What the forwards below call, some of it in each."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.other = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 3, padding=1)
+        self.point, self.wide, self.linear = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 32, 1), nn.Linear(8, 8)
+        self.norm, self.act, self.se, self.wide_se = nn.BatchNorm2d(8), nn.ReLU(inplace=True), SE(8), SE(32)
+        self.gain = nn.Parameter(torch.rand(8, 1, 1) + 0.5)
+
+
+def net(forward, child=None, **children):
+    """A model of that forward; a child of it that is a function is the forward of a module that is made alike."""
+    model = type("Net", (Parts,), {"forward": forward})()
+    for name, c in {"child": child, **children}.items():
+        if c is not None:
+            model.add_module(name, c if isinstance(c, nn.Module) else net(c))
+    return randomise(model).eval()
+
+
+def last(*values):
+    """What the last of several statements gives: for functions that are one expression."""
+    return values[-1]
+
+
+def cases(group):
+    return pytest.mark.parametrize("case", [pytest.param(v if isinstance(v, tuple) else (v,), id=k) for k, v in group.items()])
+
+
+def image(batch, side):
+    return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def check(model, sides=(16, 24), batches=(2, 1), run=lambda m, x: m(x)):
+    """The copy, recorded at the first size, computes what the model does at all of them, and neither changes what it gets."""
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    fast = se_inject.optimize_for_inference(model, input_size=(3, sides[0], sides[0]))
+    layouts = (torch.contiguous_format, torch.channels_last, torch.contiguous_format)
+    for side, batch, layout in itertools.product(sides, batches, layouts):
+        x = image(batch, side).contiguous(memory_format=layout)
+        expected, given = total(run(model, x.clone())).clone(), x.clone()
+        out = total(run(fast, given))
+        assert out.shape == expected.shape
+        assert deviation(expected, out) < 1e-5, (side, batch, layout)
+        assert torch.equal(given, x), "the input was changed"
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    return fast
+
+
+# a gate must not be computed before what changes the block's input in place
+@cases({
+    "module": lambda m, x: last(y := m.stem(x), m.act(y), m.se(y)),
+    "function": lambda m, x: last(y := m.stem(x), F.relu_(y), m.se(y)),
+    "method": lambda m, x: last(y := m.point(m.stem(x)), y.add_(1.0), m.se(y)),
+    "view": lambda m, x: last(y := m.point(m.stem(x)), y.flatten(2).add_(1.0), m.se(y)),
+    "upstream": lambda m, x: last(y := m.stem(x), z := m.wide(y), y.relu_(), m.wide_se(z).sum(1, keepdim=True) + y),
+})
+def test_an_input_changed_in_place_is_squeezed_after_that(case):
+    check(net(*case))
+
+
+def test_a_child_returns_a_view_of_what_it_writes_into():
+    check(net(lambda m, x: last(h := m.stem(x), v := m.child(h), v[:, :, :1, :1] * h),
+              lambda m, x: x.mul_(0.7).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)))
+
+
+@cases({
+    "add_": lambda m, x: last(h := m.stem(x), h.add_(m.other(x)), h.sin()),
+    "add_ of a product": lambda m, x: last(h := m.stem(x), h.add_(m.gain * m.other(x)), h.sin()),
+    "add_ of a product, view": lambda m, x: last(h := m.stem(x), v := h.flatten(2), h.add_(m.gain * m.other(x)), v.sin()),
+    "mul_": lambda m, x: last(h := m.stem(x), h.mul_(m.gain), h.sin() + m.other(x)),
+    "mul_, view": lambda m, x: last(h := m.stem(x), v := h.flatten(2), h.mul_(m.gain), v.sin()),
+})
+def test_what_is_written_in_place_is_read_after_that(case):
+    check(net(*case))
+
+
+@pytest.mark.parametrize("child", [
+    lambda m, x: x.add_(m.point(x)), lambda m, x: operator.iadd(x, m.point(x)), lambda m, x: x.mul_(m.gain),
+    lambda m, x: m.point(x) + x.mul_(m.gain), lambda m, x: x.mul_(m.se.gate(x)), lambda m, x: m.act(x)],
+    ids=["add_", "+=", "mul_", "mul_ in a sum", "gate", "activation"])
+@cases({
+    "reread": lambda m, x: last(y := m.stem(x), z := m.child(y), z.sin() + y),
+    "dropped": lambda m, x: last(y := m.stem(x), m.child(y), y),
+    "in a sum": lambda m, x: last(y := m.stem(x), z := m.other(x) + m.child(y), z.sin() + y),
+    "before a block": lambda m, x: last(y := m.stem(x), m.child(y), m.wide_se(m.wide(y))),
+    "of a sum": lambda m, x: last(y := m.stem(x) + m.other(x), z := m.child(y), h := y + m.point(y), h.sin() + z),
+    "of a sum, dropped": lambda m, x: last(y := m.stem(x) + m.other(x), m.child(y), m.wide_se(m.wide(y))),
+})
+def test_what_a_child_writes_into_its_input_is_still_written(case, child):
+    check(net(*case, child))
+
+
+def padded(m, x):
+    return F.pad(x, (0, 8 - x.shape[-1] % 8)) if x.shape[-1] % 8 else x
+
+
+def halved(m, x):
+    return x * 0.5 if x.shape[-1] > 16 else x
+
+
+# (forward, forward of its child, sizes, batches): the second size or batch goes the other way
+@cases({
+    "returns early": (lambda m, x: m.child(m.stem(x)), lambda m, x: x if x.shape[-1] < 8 else x + m.point(x), (16, 6)),
+    "pads": (lambda m, x: m.point(m.child(m.stem(x))) + m.child2(m.other(x)), padded, (16, 12)),
+    "pads before a norm": (lambda m, x: m.norm(m.child(m.stem(x))), padded, (16, 12)),
+    "pads before a block": (lambda m, x: m.wide_se(m.child(m.wide(m.stem(x)))), padded, (16, 12)),
+    "scales": (lambda m, x: m.other(x) + m.child(m.stem(x)), halved, (16, 32)),
+    "scales before a norm": (lambda m, x: m.norm(m.child(m.stem(x))), halved, (16, 32)),
+    "scales before a block": (lambda m, x: m.wide_se(m.child(m.wide(m.stem(x)))), halved, (16, 32)),
+    "scales, untraceably": (lambda m, x: last(
+        y := m.stem(x), (torch.stack(list(y)) * 2 if x.shape[-1] > 16 else y) + m.other(x)), None, (16, 32)),
+    "batch": (lambda m, x: m.stem(x) if x.shape[0] > 2 else m.stem(x) + m.other(x), None, (16, 24), (2, 1, 4)),
+})
+def test_a_forward_that_branches_goes_either_way(case):
+    check(net(*case[:2], child2=nn.Sequential(net(padded))), *case[2:])
+
+
+@cases({
+    "convolution": lambda m, x: last(y := m.down(x), m.point(y) + m.point2(y.mean((2, 3), keepdim=True))),
+    "mean first": lambda m, x: last(y := m.down(x), m.point2(y.mean((2, 3), keepdim=True)) + m.point(y).relu().sin()),
+    "product": lambda m, x: last(y := m.point(m.down(x)), z := m.point2(y.mean((2, 3), keepdim=True)) + y, z * y),
+    "block": lambda m, x: m.wide_se(m.wide(m.down(x))),
+})
+def test_a_map_of_one_position_may_have_more(case):
+    check(net(*case, down=nn.Conv2d(3, 8, 16, stride=16), point2=nn.Conv2d(8, 8, 1)), (16, 48))
+
+
+def crop(x):
+    return x[:, :, :16, :16].contiguous()
+
+
+# (forward, forward of its child, sizes): contiguous() and the like copy for some inputs, and are views for others
+@cases({
+    "permuted, in a child": (
+        lambda m, x: last(h := m.stem(x), m.child(h) * 2 + m.point(h)),
+        lambda m, x: last(t := x.permute(0, 2, 3, 1).contiguous(), (t + m.linear(t)).permute(0, 3, 1, 2))),
+    "permuted input": lambda m, x: last(t := x.permute(0, 2, 3, 1).contiguous(), (t + m.linear3(t)).sin()),
+    "permuted, reread": lambda m, x: last(
+        h := m.stem(x), t := h.permute(0, 2, 3, 1).contiguous(), (t + m.linear(t)).sum() * h.sin()),
+    "reshaped": lambda m, x: last(
+        h := m.stem(x), t := h.permute(0, 2, 3, 1).reshape(x.shape[0], -1, 8), (t + m.linear(t)).sum() * h.sin()),
+    "flattened": lambda m, x: last(
+        h := m.stem(x), t := h.permute(0, 2, 3, 1).flatten(1, 2), (t + m.linear(t)).sum() * h.sin()),
+    "cropped": (lambda m, x: last(h := m.stem(x), (crop(h) + crop(m.other(x))).sin() + crop(h)), None, (20, 16)),
+    "cropped in a child": (lambda m, x: last(h := m.stem(x), m.child(h) + crop(m.point(h))),
+                           lambda m, x: last(t := crop(x), t + m.point(t)), (20, 16)),
+    "cropped input": (lambda m, x: last(t := crop(x), t + m.point3(t)), None, (20, 16)),
+    "converted": lambda m, x: last(h := m.stem(x), (h.float() + m.other(x)).sin() + h.to(torch.float32)),
+})
+def test_what_may_be_a_view_is_not_written_into(case):
+    check(net(*case[:2], linear3=nn.Linear(3, 3), point3=nn.Conv2d(3, 3, 1)), *case[2:])
+
+
+@torch.no_grad()
+@cases({
+    "float": lambda m, x: last(h := m.stem(x), t := h.float(), u := t + m.other(x).float(), u.sin() + h.float()),
+    "to": lambda m, x: last(h := m.stem(x), u := h.to(torch.float32) + m.other(x).float(), u.sin() + h),
+})
+def test_a_copy_made_in_bfloat16_may_become_float32(case):
+    model, x = net(*case).bfloat16(), image(2, 16)
+    fast = se_inject.optimize_for_inference(model, input_size=(3, 16, 16)).float()
+    assert deviation(model.float()(x), fast(x)) < 1e-5
+
+
+def kept(m, x):
+    m.last = m.stem(x)
+    return m.last
+
+
+def sums(m, x):
+    return last(y := m.other(x), m.child(x) + y.sin())
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["new", "run"])
+@pytest.mark.parametrize("batch", [1, 2])
+@cases({
+    "attribute": (lambda m, x: last(y := m.child(x) + m.other(x), y + m.child.last), kept),
+    "attribute, read in a child": (lambda m, x: m.child2(m.child(x) + m.other(x)), kept),
+    "made once": (sums, lambda m, x: m.cache.setdefault(
+        tuple(x.shape), torch.linspace(0, 1, x.shape[0] * 8 * 256).view(-1, 8, 16, 16) * torch.ones(1))),
+    "no buffer": (sums, lambda m, x: m.fixed),
+    "view of no buffer": (sums, lambda m, x: m.fixed.view(-1, 8, 256).unflatten(2, (16, 16))),
+})
+def test_what_a_module_keeps_is_not_written_into(case, batch, before):
+    model = net(*case, child2=lambda m, x: x + m.source.last)
+    model.child.last, model.child.cache, model.child.fixed = None, {}, torch.randn(batch, 8, 16, 16)
+    vars(model.child2)["source"] = model.child
+    if before:
+        with torch.no_grad():
+            model(image(batch, 16))
+    check(model, (16,), (batch,))
+
+
+@cases({"view": lambda m, f, x: x.view(x.shape), "sum": lambda m, f, x: f[0] + x.flatten(2).unflatten(2, x.shape[2:])})
+def test_a_child_takes_a_list_and_a_tensor(case):
+    check(net(lambda m, x: last(f := m.features(x), h := m.stem(x), v := m.child(f, h), (v + m.other(x)).cos() + h.sin()),
+              *case, features=lambda m, x: [m.stem(x), m.other(x), m.point(m.stem(x))]))
+
+
+# (forward, batches)
+@cases({
+    "rows": lambda m, x: last(h := m.stem(x), h[:, :, 1:] + h[:, :, :-1]),
+    "rows, other order": lambda m, x: last(h := m.stem(x), h[:, :, :-1] + h[:, :, 1:]),
+    "columns": lambda m, x: last(h := m.stem(x), h[..., 1:] + h[..., :-1]),
+    "channels": lambda m, x: last(h := m.stem(x), h[:, 1:] + h[:, :-1]),
+    "images": (lambda m, x: last(h := m.stem(x), h[1:] + h[:-1]), (3, 2)),
+    "rows of a product": lambda m, x: last(h := m.stem(x), h[:, :, 1:] + h[:, :, :-1] * m.gain),
+    "columns of a product": lambda m, x: last(h := m.stem(x), h[..., 1:] + h[..., :-1] * m.gain),
+    "transposed": lambda m, x: last(h := m.stem(x), h + h.transpose(2, 3)),
+    "corner in a sum": lambda m, x: last(h := m.point(m.stem(x)), m.other(x) + h * h[:, :, :1, :1]),
+    "corner of the shortcut": lambda m, x: last(h := m.stem(x), h + m.other(x) * h[:, :, :1, :1]),
+    "corner twice": lambda m, x: last(h := m.stem(x), k := h[:, :, :1, :1], h * k + k * h.sin()),
+    "corner and gain": lambda m, x: last(h := m.stem(x), h * h[:, :, :1, :1] * m.gain),
+    "class token": lambda m, x: last(h := m.stem(x).flatten(2).transpose(1, 2), h * h[:, :1] * 2 + m.linear(h)),
+    "expanded": lambda m, x: last(
+        h := m.stem(x).mean((2, 3), keepdim=True).expand(-1, -1, *x.shape[2:]), (h + m.other(x)) * 2),
+    "expanded twice": lambda m, x: last(h := m.stem(x)[:, :1].expand(-1, 8, -1, -1), h + m.other(x).mean((2, 3), keepdim=True)),
+    "expanded batch": (lambda m, x: last(h := m.stem(x)[:1].expand(x.shape[0], -1, -1, -1), h + m.gain * m.other(x)), (2, 1)),
+})
+def test_operands_that_overlap_are_not_written_into(case):
+    check(net(*case[:1]), (16, 41), *case[1:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name, made, injected", [
+    ("ghostnet_050", {}, None), ("xception41p", {}, None), ("repghostnet_050", {}, None), ("xception41", {}, {}),
+    ("resnet26", {}, {"placement": "identity"}), ("mobilenetv3_small_050", {}, {"placement": "inner", "existing": "stack"}),
+    ("xception41p", {"features_only": True}, None),
+    ("mobilenetv3_small_050", {"features_only": True, "feature_cls": "hook"}, None)])
+def test_what_methods_of_the_model_give(name, made, injected):
+    model = randomise(timm.create_model(name, **made)).eval()
+    if injected is not None:
+        randomise(se_inject.inject(model, **injected), 1)
+    fast, x = se_inject.optimize_for_inference(model, input_size=(3, 64, 64)), image(2, 64)
+    for method, kwargs in (
+            ("forward", {}), ("forward_features", {}), ("forward_intermediates", {"intermediates_only": True})):
+        if hasattr(model, method):
+            expected, out = getattr(model, method)(x, **kwargs), getattr(fast, method)(x, **kwargs)
+            assert len(out) == len(expected), method
+            assert all(deviation(a, b) < 1e-5 for a, b in zip(expected, out)), method
+
+
+@cases({
+    "convolution": lambda m, x: m.norm(m.stem(x)) + F.conv2d(x, m.stem.weight, padding=1),
+    "norm": lambda m, x: m.norm(m.stem(x)) * m.norm.weight[None, :, None, None],
+    "block": lambda m, x: last(y := m.wide(m.stem(x)), m.wide_se(y) + F.conv2d(y.sin(), m.wide_se.a.weight).mean()),
+})
+def test_weights_that_are_read_elsewhere(case):
+    check(net(*case))
+
+
+@pytest.mark.parametrize("path", ["stem", "norm", "branch", "branch.0", "branch.1", "branch.2"])
+@pytest.mark.parametrize("kind", ["output", "input", "collect output", "collect input"])
+def test_hooks_work(path, kind):
+    model = net(lambda m, x: last(y := m.norm(m.stem(x)), y + m.branch(y)),
+                branch=nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), SE(8)))
+    module, seen = model.get_submodule(path), []
+    hooks = {"output": lambda m, args, out: out * 2 + 1, "input": lambda m, args: (args[0] * 2 + 1,),
+             "collect output": lambda m, args, out: seen.append(out), "collect input": lambda m, args: seen.append(args[0])}
+    (module.register_forward_hook if "output" in kind else module.register_forward_pre_hook)(hooks[kind])
+    check(model, run=lambda m, x: last(seen.clear(), [m(x), *seen]))
+
+
+class OwnConv(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight, self.bias, padding=self.padding)
+
+
+def frozen(layer, *names):
+    for name in names:
+        layer.register_buffer(name, layer._parameters.pop(name).detach() + 0.3)
+
+
+@pytest.mark.parametrize("names", [["bias"], ["weight"], ["weight", "bias"]], ids="-".join)
+@pytest.mark.parametrize("kind", [nn.Conv2d, OwnConv, nn.BatchNorm2d])
+def test_weights_that_are_buffers(kind, names):
+    norm = nn.BatchNorm2d(8)
+    conv = (OwnConv if kind is OwnConv else nn.Conv2d)(3, 8, 3, padding=1)
+    frozen(norm if kind is nn.BatchNorm2d else conv, *names)
+    check(net(lambda m, x: m.after(m.before(x)), before=conv, after=norm))
+
+
+WEIGHTS = {
+    "weight_norm": weight_norm, "spectral_norm": spectral_norm, "prune": lambda m: prune.l1_unstructured(m, "weight", 0.5),
+    "new weight_norm": parametrizations.weight_norm, "new spectral_norm": parametrizations.spectral_norm,
+    "buffers": lambda m: frozen(m, "weight", "bias"), "no buffer": lambda m: None}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("before", [False, True], ids=["new", "run"])
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_weights_that_are_no_parameters_are_right_or_refused(kind, before):
+    model = net(lambda m, x: m.wide_se(m.scale(m.wide(m.norm(m.child(x))))), nn.Conv2d(3, 8, 3, padding=1),
+                scale=lambda m, x: x * m.layer_scale)
+    layer_scale = torch.rand(32, 1, 1) + 0.5
+    model.scale.layer_scale = layer_scale if kind == "no buffer" else nn.Parameter(layer_scale)
+    WEIGHTS[kind](model.child)
+    if before:
+        with torch.no_grad():
+            model(image(2, 16))
+    with contextlib.suppress(se_inject.SEInjectError):
+        check(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["autocast", "half", "half first"])
+def test_sums_over_positions_do_not_overflow_in_float16(kind):
+    model, x = net(lambda m, x: m.wide_se(m.wide(m.stem(x)))), image(2, 96) + 40  # the means do not
+    exact = copy.deepcopy(model).double()(x.double())
+    if kind == "half first":
+        model.half()
+    fast = se_inject.optimize_for_inference(model, input_size=(3, 96, 96))
+    if kind == "autocast":
+        with torch.autocast("cpu", torch.float16):
+            plain, out = model(x), fast(x)
+    else:
+        plain, out = model.half()(x.half()), fast.half()(x.half())
+    assert plain.isfinite().all() and out.isfinite().all()
+    assert deviation(exact, plain) < 5e-3 and deviation(exact, out) < 5e-3
+
+
+@torch.no_grad()
+def test_a_sequential_keeps_its_members():
+    model = randomise(torchvision.models.mobilenet_v3_small(num_classes=5)).eval()
+    fast = check(model, (64,))
+    plain, block, x = model.features[1].block, fast.features[1].block, torch.randn(2, 16, 16, 16)
+    assert len(block) == len(plain) == 3
+    assert list(block) == [block[i] for i in range(3)] == list(block.children())
+    assert isinstance(block[0], type(plain[0])) and len(block[:1]) == 1 and len(block[1:]) == 2
+    assert deviation(plain[:1](x), block[:1](x)) < 1e-5
+
+
+@cases({
+    "twice": lambda m, x: m.se2(m.se(m.stem(x))),
+    "identity between": lambda m, x: m.se2(m.identity(m.se(m.stem(x)))),
+    "in a sum": lambda m, x: last(y := m.stem(x), y + m.point(m.se2(m.identity(m.se(y))))),
+    "behind a block": lambda m, x: last(y := m.identity(m.se(m.stem(x))), y + m.wide_se(m.wide(y)).sum(1, keepdim=True)),
+})
+def test_blocks_in_a_row(case):
+    check(net(*case, se2=SE(8), identity=nn.Identity()))
+
+
+@pytest.mark.parametrize("shaped", [
+    lambda y: y.unsqueeze(-1).unsqueeze(-1), lambda y: y[:, :, None, None], lambda y: y.view(-1, 64, 1, 1),
+    lambda y: y.reshape(y.shape[0], 64, 1, 1)], ids=["unsqueeze", "index", "view", "reshape"])
+def test_a_block_on_vectors(shaped):
+    check(net(lambda m, x: m.child(shaped(m.fc(m.stem(x).mean((2, 3))))), SE(64, 8), fc=nn.Linear(8, 64)))
+
+
+@pytest.mark.parametrize("groups, channels, bias", [(8, 8, False), (2, 16, True), (4, 16, False), (1, 16, True)])
+def test_a_norm_behind_a_transposed_convolution(groups, channels, bias):
+    conv = nn.ConvTranspose2d(8, channels, 3, stride=2, groups=groups, bias=bias)
+    check(net(lambda m, x: m.after(m.child(m.stem(x))), conv, after=nn.BatchNorm2d(channels)))
+
+
+@pytest.mark.parametrize("where", ["model", "child"])
+def test_a_forward_of_an_instance_is_the_one_that_counts(where):
+    model = net(lambda m, x: m.child(m.stem(x)), lambda m, x: x + m.se(m.point(x)))
+    if where == "model":
+        model.forward = types.MethodType(lambda m, x: m.child(m.stem(x)) - m.wide_se(m.wide(m.stem(x))).sum(1, True), model)
+    else:
+        model.child.forward = types.MethodType(lambda m, x: x - m.se(m.point(x)), model.child)
+    check(model)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_convnext"])
+def test_gradients_and_autocast_take_the_authors_forward(name):
+    model = randomise(se_inject.inject(timm.create_model(name))).eval()
+    fast, grads = se_inject.optimize_for_inference(model), []
+    for m in (model, fast):
+        x = image(1, 160).requires_grad_()
+        m(x).sum().backward()
+        grads.append(x.grad)
+    assert deviation(*grads) < 1e-4
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(image(2, 160).double())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert deviation(exact, fast(image(2, 160))) < 2 * deviation(exact, model(image(2, 160)))
+            block = next(m for m in fast.modules() if "_se_code" in type(m).__dict__ and m is not fast)
+            args = []
+            block.register_forward_pre_hook(lambda _, given: args.extend(given))
+            fast(image(2, 160))
+            assert block(args[0]).dtype == type(block)._se_plain(block, args[0]).dtype
+
+
+@torch.no_grad()
+def test_a_forward_of_an_instance_with_timms_other_methods():
+    model = randomise(timm.create_model("test_resnet")).eval()
+    model.forward = types.MethodType(lambda m, x: last(h := m.conv1(x), m.bn1(h).mean((2, 3)) + h.mean((2, 3))), model)
+    x = image(2, 32)
+    assert deviation(model(x), se_inject.optimize_for_inference(model)(x)) < 1e-5
+
+
+def test_a_copy_inside_another_model_is_refused():
+    model = nn.Sequential(se_inject.optimize_for_inference(timm.create_model("test_resnet")))
+    for call in (se_inject.optimize_for_inference, se_inject.inject):
+        with pytest.raises(se_inject.SEInjectError, match="optimised for inference"):
+            call(model, input_size=(3, 64, 64))

@@ -1,0 +1,362 @@
+"""Gates folded into weights: nothing but rounding where they are constant, and a report that says what they do elsewhere."""
+
+import copy
+import math
+import pickle
+import re
+
+import pytest
+import timm
+import torch
+from timm.layers import SEModule
+from torch import nn
+
+import se_inject
+from se_inject.capture.inputs import record_model
+from se_inject.capture.snapshot import on_meta as abstract
+from se_inject.dataflow.module_graph import TracedModel as Traces
+from se_inject.rescale.absorb import Absorber
+from se_inject.rescale.gates import absorb_gate, around
+from se_inject.surgery.state import block_paths, injections_of
+from se_inject.tools import zoo
+
+from ..support.checks import randomise, total
+
+# name, its blocks that cannot be folded
+FAMILIES = [
+    ("resnet18", 0), ("mobilenetv2_050", 0), ("convnext_atto", 0), ("vit_tiny_patch16_224", 0), ("nf_resnet26", 0),
+    ("regnetx_002", 0), ("densenet121", 0), ("dla34", 0), ("efficientnet_lite0", 0), ("poolformer_s12", 0),
+    ("levit_128s", 0), ("res2net50_26w_4s", 0), ("hrnet_w18_small", 0), ("coat_lite_tiny", 0),
+    ("xcit_nano_12_p8_224", 2),  # its class token goes by another way
+    ("mixer_s32_224", 8),  # a linear layer over tokens has the channels on its other axis, and a bias
+]  # fmt: skip
+
+
+def constant_gates(model, low=0.4):
+    """Give every block a gate of its own for each channel, which is the same for all images."""
+    generator = torch.Generator().manual_seed(2)
+    for path in block_paths(model):
+        for m in model.get_submodule(path).modules():
+            if hasattr(m, "last_layer"):
+                nn.init.zeros_(m.last_layer().weight)
+                m.last_layer().bias.data.copy_(torch.rand(m.last_layer().bias.shape, generator=generator) * 2 - low)
+    return model
+
+
+def lived_in(model):
+    """Give the blocks weights as training would."""
+    generator = torch.Generator().manual_seed(3)
+    for path in block_paths(model):
+        for p in model.get_submodule(path).parameters():
+            p.data.add_(torch.randn(p.shape, generator=generator) * 0.2)
+    return model
+
+
+def images(n=4, size=(3, 32, 32), seed=4):
+    return torch.randn(n, *size, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name, kept", FAMILIES, ids=[f[0] for f in FAMILIES])
+def test_constant_gates_fold_away(name, kept):
+    model = randomise(timm.create_model(name)).eval()
+    keys, classes = list(model.state_dict()), [type(m) for m in model.modules()]
+    constant_gates(se_inject.inject(model))
+    x = images(2, zoo.smallest_input(model))
+    with torch.no_grad():
+        expected = total(model(x))
+    report = se_inject.fold(model, [x])
+    with torch.no_grad():
+        assert (total(model(x)) - expected).norm() <= 1e-5 * expected.norm()
+    assert report.change < 1e-5 and report.agreement == 1.0 and report.images == 2
+    assert len(report.kept) == kept and all(s.reason for s in report.kept) and all(s.into for s in report.folded)
+    assert all(s.variation < 1e-6 for s in report.sites)
+    if not kept:
+        assert list(model.state_dict()) == keys and [type(m) for m in model.modules()] == classes
+        base = timm.create_model(name).eval()
+        base.load_state_dict(model.state_dict(), strict=True)
+        with torch.no_grad():
+            assert torch.equal(total(base(x)), total(model(x)))
+
+
+@pytest.mark.parametrize("block", ["se", "ese", "eca", "ceca", "ecam", "gc"])
+def test_gates_by_the_formula(block):
+    """The reported mean and variation are those of output over input, computed apart."""
+    model = lived_in(se_inject.inject(randomise(timm.create_model("resnet18")), block=block)).eval()
+    seen = {p: [] for p in block_paths(model)}
+    handles = [
+        model.get_submodule(p).register_forward_hook(
+            lambda m, args, y, p=p: seen[p].append((y.double().sum((2, 3)), args[0].double().sum((2, 3)))))
+        for p in seen]
+    batches = [images(3, (3, 64, 64)), (images(2, (3, 64, 64), 5), torch.zeros(2)), images(1, (3, 64, 64), 6)]
+    model.double()
+    with torch.no_grad():
+        for b in batches:
+            model((b[0] if isinstance(b, tuple) else b).double())
+    for h in handles:
+        h.remove()
+    model.float()
+    report = se_inject.fold(model, batches)
+    assert report.images == 6 and len(report.folded) == 8
+    for s in report.sites:
+        gates = torch.cat([y / x for y, x in seen[s.path]])
+        variation = (gates.std(0, correction=0) / gates.mean(0).abs()).mean()
+        assert s.gate == pytest.approx(float(gates.mean()), rel=1e-3)
+        assert s.variation == pytest.approx(float(variation), rel=1e-2, abs=1e-6)
+
+
+@pytest.mark.parametrize("block, reason", [
+    ("cbam", "not its input times a gate"), ("coord", "place to place|not its input"), ("gca", "not its input times a gate"),
+    ("ge", "branches on what its layers compute")])
+def test_gates_that_are_not_of_channels_are_kept(block, reason):
+    model = se_inject.inject(timm.create_model("resnet18"), block=block).eval()
+    state, classes = copy.deepcopy(model.state_dict()), [type(m) for m in model.modules()]
+    report = se_inject.fold(model, [images(size=(3, 64, 64))])
+    assert not report.folded and all(re.search(reason, s.reason) and math.isnan(s.variation) for s in report.sites)
+    assert report.change == 0.0
+    assert [type(m) for m in model.modules()] == classes
+    assert all(torch.equal(t, state[k]) for k, t in model.state_dict().items())
+
+
+def test_a_part_is_folded_and_the_rest_saves_and_loads(tmp_path):
+    model = lived_in(se_inject.inject(timm.create_model("vit_tiny_patch16_224", img_size=32)))  # two blocks in an owner
+    model.eval().blocks[0].train()
+    trial = se_inject.fold(copy.deepcopy(model), [images()])
+    limit = sorted(s.variation for s in trial.sites)[9]
+    report = se_inject.fold(model, [images()], max_variation=limit)
+    assert {s.path for s in report.folded} == {s.path for s in trial.sites if s.variation <= limit}
+    assert len(report.folded) == 10 and all("varies by" in s.reason for s in report.kept)
+    left = [s.path for s in report.kept]
+    assert sorted(block_paths(model)) == sorted(left)
+    assert str(report).splitlines()[-1].startswith("10 of 24 blocks folded; on 4 images")
+    assert model.blocks[0].training and not model.blocks[1].training
+    model.eval()
+    se_inject.save(model, tmp_path / "m.safetensors")
+    with torch.no_grad():
+        y = model(images())
+        for other in (se_inject.load(tmp_path / "m.safetensors"), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert list(other.state_dict()) == list(model.state_dict())
+            assert torch.equal(other.eval()(images()), y)
+    again = se_inject.fold(model, [images()])
+    assert len(again.folded) == 14 and list(model.state_dict()) == list(
+        timm.create_model("vit_tiny_patch16_224", img_size=32).state_dict())
+
+
+def test_a_sequential_keeps_its_positions_when_a_part_is_folded():
+    model = constant_gates(se_inject.inject(timm.create_model("vgg11", mlp_ratio=0.02))).eval()
+    for path in block_paths(model)[:3]:
+        nn.init.normal_(model.get_submodule(path).fc2.weight)
+    length, x = len(model.features), images(size=(3, 64, 64))
+    report = se_inject.fold(model, [x], max_variation=1e-6)
+    assert block_paths(model) == [s.path for s in report.sites[:3]] and len(model.features) == length
+    with torch.no_grad():
+        features, _ = model.forward_intermediates(x)
+        assert torch.equal(features, model.forward_features(x))
+
+
+def test_what_is_folded_does_not_come_back_by_another_injection(tmp_path):
+    model = se_inject.inject(randomise(timm.create_model("resnet18")), stages=(1,))
+    lived_in(se_inject.inject(model, block="eca")).eval()
+    variation = {s.path: s.variation for s in se_inject.fold(copy.deepcopy(model), [images()]).sites}
+    report = se_inject.fold(model, [images()], max_variation=sorted(variation.values())[3])
+    assert len(report.folded) == 4
+    se_inject.save(model, tmp_path / "m.safetensors")
+    other = se_inject.load(tmp_path / "m.safetensors")
+    assert list(other.state_dict()) == list(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(other(images()), model(images()))
+
+
+def test_timm_saves_what_the_model_is_now(tmp_path):
+    """A folder that timm writes is read by timm: in part folded, folded and ejected models."""
+    model = lived_in(randomise(timm.create_model("se_inject/resnet18", num_classes=3, se_stages=(3, 4)))).eval()
+    ejected, folded = se_inject.eject(copy.deepcopy(model)), copy.deepcopy(model)
+    variation = [s.variation for s in se_inject.fold(folded, [images()]).sites]
+    se_inject.fold(model, [images()], max_variation=sorted(variation)[1])
+    assert len(block_paths(model)) == 2
+    for i, (m, name) in enumerate([(ejected, "resnet18"), (folded, "resnet18"), (model, "se_inject/resnet18")]):
+        assert m.pretrained_cfg["architecture"] == name
+        timm.models.save_for_hf(m, tmp_path / str(i), safe_serialization=True)
+        other = timm.create_model(f"local-dir:{tmp_path / str(i)}", pretrained=True).eval()
+        assert list(other.state_dict()) == list(m.state_dict())
+        with torch.no_grad():
+            assert torch.equal(other(images()), m(images()))
+
+
+class Counting(list):
+    """A loader that gives other images the second time."""
+
+    rounds = 0
+
+    def __iter__(self):
+        self.rounds += 1
+        return iter([images(seed=self.rounds)])
+
+
+def test_a_loader_may_shuffle():
+    model = lived_in(se_inject.inject(randomise(timm.create_model("resnet18")))).eval()
+    report = se_inject.fold(model, Counting())
+    assert 0 < report.change < 1
+
+
+@pytest.mark.parametrize("loader, message", [
+    ([], "no batch"), (iter([images()]), "an iterator"), ([torch.zeros(3, 32, 32)], "batches of floating-point images"),
+    ([{"image": images()}], "gave a dict"), ([images() * math.nan], "NaN"), ([images().byte()], "floating-point"),
+    ([images(size=(1, 32, 32))], "does not take"), ([images(), "x"], "gave a str"),
+], ids=["empty", "iterator", "dims", "dict", "nan", "bytes", "channels", "late"])
+def test_wrong_loaders_change_nothing(loader, message):
+    model = se_inject.inject(timm.create_model("resnet18"))
+    model.layer1.eval()
+    state = {k: t.clone() for k, t in model.state_dict().items()}
+    classes, modes = [type(m) for m in model.modules()], [m.training for m in model.modules()]
+    with pytest.raises(se_inject.SEInjectError, match=message):
+        se_inject.fold(model, loader)
+    assert [type(m) for m in model.modules()] == classes and [m.training for m in model.modules()] == modes
+    after = model.state_dict()
+    assert list(after) == list(state) and all(torch.equal(after[k], state[k]) for k in state)
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_an_error_late_undoes_everything(monkeypatch):
+    model = lived_in(se_inject.inject(timm.create_model("resnet18"))).eval()
+    state = {k: t.clone() for k, t in model.state_dict().items()}
+    with torch.no_grad():
+        y = model(images())
+    monkeypatch.setattr("se_inject.rescale.fold._compare", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        se_inject.fold(model, [images()])
+    with torch.no_grad():
+        assert torch.equal(model(images()), y)
+    assert list(model.state_dict()) == list(state)
+    assert len(injections_of(model)) == 1
+
+
+def test_a_fold_that_does_something_else_is_refused(monkeypatch):
+    model = lived_in(se_inject.inject(randomise(timm.create_model("resnet18")))).eval()
+    state = {k: t.clone() for k, t in model.state_dict().items()}
+    monkeypatch.setattr("se_inject.rescale.operator_rules.Scaling.scale", lambda self, values, factors: values * 1.5)
+    with pytest.raises(se_inject.SEInjectError, match="do not do what the mean gates do"):
+        se_inject.fold(model, [images()])
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(t, state[k]) for k, t in model.state_dict().items())
+
+
+def test_what_cannot_be_asked():
+    with pytest.raises(se_inject.SEInjectError, match="inject"):
+        se_inject.fold(timm.create_model("resnet18"), [images()])
+    with pytest.raises(se_inject.SEInjectError, match="max_variation='much'"):
+        se_inject.fold(se_inject.inject(timm.create_model("resnet18")), [images()], max_variation="much")
+
+
+def into(module, size=(8, 16, 16), path="se"):
+    """The parameters that take in the factor of the SE module at `path`, by name and power, or the reason why none do."""
+    with abstract(module):
+        absorber = Absorber(module, Traces(record_model(module, size)))
+        try:
+            return {s.key for s in absorb_gate(absorber, around(absorber, module.get_submodule(path), "NCHW"))}
+        except Exception as error:
+            return str(error)
+
+
+class Toy(nn.Module):
+    """conv1, norm, act, SE, conv2, by a function of the module and its input."""
+
+    def __init__(self, forward, **layers):
+        super().__init__()
+        self.conv1, self.conv2, self.se = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1), SEModule(8)
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+        self.by = forward
+
+    def forward(self, x):
+        return self.by(self, x)
+
+
+def halves(m, x):
+    a, b = m.conv1(x).relu().chunk(2, 1)
+    return torch.cat([b, a], 1)
+
+
+def in_place(m, x):
+    y = m.se(x)
+    y.mul_(m.gamma)
+    return m.conv2(y)
+
+
+def on_large_maps(m, x):
+    y = m.se(m.conv1(x))
+    return y if x.shape[-1] > 8 else y + m.conv1(x)
+
+
+def padded(m, x):
+    y = m.conv1(x)
+    if x.shape[-1] % 7:
+        y = torch.nn.functional.pad(y, (0, 1))
+    return m.se(y)
+
+
+UP, DOWN = {"conv1.weight", "conv1.bias"}, {"conv2.weight"}
+
+
+@pytest.mark.parametrize("toy, expected", [
+    (Toy(lambda m, x: m.se(m.conv1(x).relu())), UP),
+    (Toy(lambda m, x: m.se(m.pool(m.conv1(x).permute(0, 2, 3, 1).permute(0, 3, 1, 2))), pool=nn.MaxPool2d(2)), UP),
+    (Toy(lambda m, x: m.se(m.norm(m.conv1(x))), norm=nn.BatchNorm2d(8)), {"norm.weight", "norm.bias"}),
+    (Toy(lambda m, x: m.se(m.norm(m.conv1(x))), norm=nn.GroupNorm(2, 8)), {"norm.weight", "norm.bias"}),
+    (Toy(lambda m, x: m.se(m.norm(m.conv1(x))), norm=nn.BatchNorm2d(8, affine=False)), "norm"),
+    (Toy(lambda m, x: m.conv2(m.se(torch.nn.functional.silu(m.conv1(x))).relu())), DOWN),
+    (Toy(lambda m, x: m.conv2(torch.nn.functional.pad(m.se(x), (1, 1, 1, 1)))), DOWN),
+    (Toy(lambda m, x: m.conv2(m.se(x).flip(1))), DOWN),
+    (Toy(lambda m, x: m.conv2(m.se(x)) + m.conv1(m.se.bn(x)) * 0), DOWN),
+    (Toy(lambda m, x: m.se(x) + x), "added to something else"),
+    (Toy(lambda m, x: m.se(m.conv1(x)) + m.conv1(x)), "conv1.weight is used more than once"),
+    (Toy(lambda m, x: m.se(torch.cat([m.conv1(x)[:, :4], m.conv2(x)[:, 4:]], 1))), UP | {"conv2.weight", "conv2.bias"}),
+    (Toy(lambda m, x: m.se(halves(m, x))), UP),
+    (Toy(lambda m, x: (lambda y: m.se(y) + y)(m.conv1(x))), "also read by add"),
+    (Toy(lambda m, x: m.se(x).sigmoid()), "does not pass sigmoid"),
+    (Toy(lambda m, x: m.se(x)), "the model's own input or output"),
+    (Toy(lambda m, x: m.se(x) * m.gamma, gamma=nn.Parameter(torch.ones(8, 1, 1))), {"gamma"}),
+    (Toy(lambda m, x: m.se(x) * m.gamma, gamma=nn.Parameter(torch.ones(1))), "same for several channels"),
+    (Toy(lambda m, x: m.fc(m.se(x).flatten(1)), fc=nn.Linear(8 * 16 * 16, 2)), {"fc.weight"}),
+    (Toy(lambda m, x: m.fc(m.se(x).mean((2, 3))), fc=nn.Linear(8, 2)), {"fc.weight"}),
+    (Toy(lambda m, x: m.grouped(m.se(x)), grouped=nn.Conv2d(8, 16, 3, groups=4)), {"grouped.weight"}),
+    (Toy(lambda m, x: m.conv2(m.se(m.se(x)))), "called more than once"),
+    (Toy(in_place, gamma=nn.Parameter(torch.ones(8, 1, 1))), "changed in place"),
+    (Toy(on_large_maps), "branches on sizes"),
+    (Toy(lambda m, x: m.se(m.conv1(x)) * m.conv1.weight.mean()), "conv1.weight is used more than once"),
+    (Toy(padded), "branches on sizes"),
+])  # fmt: skip
+def test_where_a_factor_goes(toy, expected):
+    found = into(toy.eval())
+    assert (found == expected) if isinstance(expected, set) else (
+        isinstance(found, str) and re.search(expected, found)), found
+
+
+def test_shared_weights_are_refused():
+    toy = Toy(lambda m, x: m.se(m.conv1(x)) + m.other(x), other=nn.Conv2d(8, 8, 3, padding=1))
+    assert into(toy.eval()) == UP
+    toy.other.weight = toy.conv1.weight
+    assert "shared with another module" in into(toy)
+
+
+@pytest.mark.parametrize("forward", [
+    lambda m, x: m.conv2(m.grouped(m.se(x))),
+    lambda m, x: m.se(m.grouped(x)) + x,
+    lambda m, x: m.fc(m.se(x).flatten(1)),
+    lambda m, x: m.se(halves(m, x)) + x,
+    lambda m, x: m.conv2(m.se(x).view(-1, 4, 2, 16, 16).transpose(1, 2).reshape(-1, 8, 16, 16)),  # channel shuffle
+    lambda m, x: m.conv2(torch.nn.functional.pixel_unshuffle(m.se(x), 2)[:, ::4].repeat(1, 1, 2, 2)),
+])
+def test_the_scaled_weights_do_what_the_factor_does(forward):
+    toy = Toy(forward, grouped=nn.Conv2d(8, 8, 3, groups=4, padding=1), fc=nn.Linear(8 * 16 * 16, 2)).double().eval()
+    x, factors = images(size=(8, 16, 16)).double(), torch.rand(8, dtype=torch.float64) + 0.1
+    with abstract(toy):
+        absorber = Absorber(toy, Traces(record_model(toy, (8, 16, 16))))
+        scalings = absorb_gate(absorber, around(absorber, toy.se, "NCHW"))
+    toy.se.forward = lambda x: x * factors.view(-1, 1, 1)
+    with torch.no_grad():
+        expected = toy(x)
+        toy.se.forward = lambda x: x
+        for s in scalings:
+            p = toy.get_parameter(s.key)
+            p.copy_(s.scale(p, factors))
+        assert torch.allclose(toy(x), expected, rtol=1e-10, atol=1e-12)

@@ -1,0 +1,133 @@
+"""Two processes of torch.distributed, on the CPU, that are given models and hand back what these do."""
+
+from __future__ import annotations
+
+import atexit
+import copy
+import datetime
+import functools
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.layers import DropPath
+from torch import nn
+
+import se_inject
+from se_inject.surgery.state import block_paths
+
+
+def weighed(y: torch.Tensor) -> torch.Tensor:
+    """A loss that tells outputs apart."""
+    return (y * torch.linspace(-1, 1, y[0].numel(), dtype=y.dtype).view_as(y[0])).mean()
+
+
+class Pair:
+    """Two processes, one rank each."""
+
+    def __init__(self) -> None:
+        context = torch.multiprocessing.get_context("spawn")
+        store = os.path.join(tempfile.mkdtemp(), "store")
+        self.pools = [ProcessPoolExecutor(1, context, _join, (rank, store)) for rank in range(2)]
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        waiting = [pool.submit(function, *args) for pool in self.pools]
+        return [future.result(timeout=120) for future in waiting]
+
+    def close(self) -> None:
+        for pool in self.pools:
+            pool.shutdown()
+
+
+@functools.cache
+def pair() -> Pair:
+    """Started by the first who asks, and kept until `part`."""
+    new = Pair()
+    atexit.register(new.close)
+    return new
+
+
+def part() -> None:
+    """End the two processes, where there are some: they take as much memory as a worker."""
+    if pair.cache_info().currsize:
+        pair().close()
+        pair.cache_clear()
+
+
+def _join(rank: int, store: str) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60))
+
+
+def settled(model: nn.Module) -> nn.Module:
+    """In train mode, but for what depends on the rest of the batch or on chance. The model is changed.
+
+    Modules that keep what they computed from their weights do so in eval mode.
+    """
+    model.train()
+    for m in model.modules():
+        if isinstance(m, (nn.modules.batchnorm._BatchNorm, nn.Dropout, DropPath)):
+            m.eval()
+    return model
+
+
+def output(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(x)
+
+
+def two_steps(
+    model: nn.Module, call: nn.Module, x: torch.Tensor
+) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """Train `model`, that is wrapped as `call`, in place. The gradients of the first step, and both losses."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    losses, first = [], {}
+    for step in range(2):
+        loss = weighed(call(x))
+        loss.backward()
+        if step == 0:
+            first = {k: whole(p.grad).clone() for k, p in model.named_parameters() if p.grad is not None}
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return first, losses
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, dist.tensor.DTensor) else tensor
+
+
+def ddp(model: nn.Module, x: torch.Tensor, path: str) -> Any:
+    """Two steps of DDP, each rank on its part of the batch."""
+    model = copy.deepcopy(model)  # what comes from another process shares its memory
+    mine = x.chunk(2)[dist.get_rank()]
+    found = two_steps(model, nn.parallel.DistributedDataParallel(model), mine)
+    if block_paths(model) and dist.get_rank() == 0:
+        se_inject.save(model, path)
+    return *found, output(model, x)
+
+
+def fsdp(model: nn.Module, x: torch.Tensor, path: str, parts: list[str]) -> Any:
+    """Two steps of FSDP2, with the modules at `parts` sharded one by one."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    model = copy.deepcopy(model)
+    mesh = init_device_mesh("cpu", (2,))
+    for part in parts:
+        fully_shard(model.get_submodule(part), mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    found = two_steps(model, model, x.chunk(2)[dist.get_rank()])
+    assert all(isinstance(model.get_submodule(part), FSDPModule) for part in parts)
+    if block_paths(model):
+        se_inject.save(model, path)
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return *found, output(model, x), state

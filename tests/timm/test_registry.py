@@ -1,0 +1,181 @@
+"""timm's door: names, listing, arguments, and what happens to bad ones."""
+
+import argparse
+import subprocess
+import sys
+import types
+
+import pytest
+import timm
+import torch
+from timm.models import _factory, _registry
+
+import se_inject
+from se_inject.config import SEConfig
+from se_inject.surgery.state import block_paths
+from se_inject.timm_names import ALIAS, PREFIX, split_options
+from se_inject.timm_registry import TwinEntrypoints, register
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_every_name_has_its_twin():
+    names = [n for n in timm.list_models() if not n.startswith(PREFIX)]
+    assert len(names) > 1000
+    assert {PREFIX + n for n in names} == set(timm.list_models(f"{PREFIX}*"))
+    assert all(timm.is_model(PREFIX + n) and timm.is_model(ALIAS + n) for n in names)
+
+
+def test_tags_are_the_bases_own():
+    tags = timm.list_pretrained("resnet50")
+    assert tags and timm.list_pretrained("se_inject/resnet50") == [PREFIX + t for t in tags]
+    ours = timm.get_pretrained_cfg("se_inject/resnet50.a1_in1k")
+    theirs = timm.get_pretrained_cfg("resnet50.a1_in1k")
+    assert ours.hf_hub_id == theirs.hf_hub_id and ours.tag == theirs.tag == "a1_in1k"
+
+
+@pytest.mark.parametrize("first, second", [("timm", "se_inject"), ("se_inject", "timm")])
+def test_either_order_of_import_registers(first, second):
+    out = run(f"import {first}, {second}; import timm; m = timm.create_model('se_inject_resnet18');"
+              "print(type(m).__name__, 'layer1.0.se.fc1.weight' in m.state_dict())")
+    assert out == "ResNet True"
+
+
+def test_a_name_registered_later_has_a_twin(monkeypatch):
+    def late_resnet(pretrained=False, **kwargs):
+        return timm.create_model("resnet18", **kwargs)
+
+    module = types.ModuleType("late")
+    late_resnet.__module__ = "late"
+    monkeypatch.setitem(sys.modules, "late", module)
+    try:
+        timm.models.register_model(late_resnet)
+        model = timm.create_model("se_inject/late_resnet", num_classes=3)
+        assert model.num_classes == 3 and len(block_paths(model)) == 8
+    finally:
+        for name in ("late_resnet", "se_inject/late_resnet"):
+            _registry._model_entrypoints.pop(name, None)
+            _registry._model_to_module.pop(name, None)
+
+
+def test_collisions_raise_and_replace_nothing():
+    before = _registry._model_entrypoints["se_inject/resnet18"]
+    with pytest.raises(se_inject.SEInjectError, match="belongs to se_inject"):
+        _registry._model_entrypoints["se_inject/resnet18"] = lambda **kwargs: None
+    assert _registry._model_entrypoints["se_inject/resnet18"] is before
+    with pytest.raises(se_inject.SEInjectError, match="already has a model named 'se_inject/a'"):
+        TwinEntrypoints(_registry, {"a": print, "se_inject/a": print})
+
+
+def test_registering_twice_changes_nothing():
+    parse, table = _factory.parse_model_name, _registry._model_entrypoints
+    register(timm)
+    assert _factory.parse_model_name is parse and _registry._model_entrypoints is table
+
+
+def test_arguments_reach_both():
+    kwargs = {"se_ratio": 0.25, "se_stages": (2, 3), "num_classes": 5, "in_chans": 1}
+    given = dict(kwargs)
+    model = timm.create_model("se_inject/resnet18", **kwargs)
+    assert kwargs == given
+    assert model.num_classes == 5 and model.conv1.in_channels == 1
+    assert block_paths(model) == ["layer2.0.se", "layer2.1.se", "layer3.0.se", "layer3.1.se"]
+    assert model.layer2[0].se.fc1.out_channels == 32
+    assert model(torch.randn(2, 1, 64, 64)).shape == (2, 5)
+
+
+def test_wrong_options_are_named():
+    with pytest.raises(se_inject.SEInjectError, match="did you mean 'se_ratio'"):
+        timm.create_model("se_inject/resnet18", se_raito=0.5)
+    with pytest.raises(se_inject.SEInjectError, match="write ratio=1/16"):
+        timm.create_model("se_inject/resnet18", se_ratio=16)
+    with pytest.raises(RuntimeError, match="Unknown model"):
+        timm.create_model("se_inject/resnet1800")
+
+
+@pytest.mark.parametrize("value, options", [
+    ("se_ratio=0.125", {"ratio": 0.125}),
+    ("se_stages=3,4", {"stages": (3, 4)}),
+    ("se_stages=[3,4]", {"stages": (3, 4)}),
+    ("se_stages=3", {"stages": (3,)}),
+    ("se_include=layer3*", {"include": ("layer3*",)}),
+    ("se_include=['layer3*','*.1.*']", {"include": ("layer3*", "*.1.*")}),
+    ("se_bias=False", {"bias": False}),
+    ("se_block=eca", {"block": "eca"}),
+    ("se_ratio=1/8", "write a number, such as 0.125"),
+    ("se_bias=no", "expected True or False"),
+    ("se_stages=last", "expected int or a sequence of int"),
+    ("se_include=layer3*,layer4*", r"write include=\['layer3\*', 'layer4\*'\]"),
+])  # fmt: skip
+def test_options_as_timms_scripts_read_them(value, options):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model-kwargs", nargs="*", action=timm.utils.ParseKwargs)
+    try:
+        given = parser.parse_args(["--model-kwargs", value]).model_kwargs
+    except SyntaxError:  # older timm
+        pytest.skip("this timm's scripts take no such word")
+    if isinstance(options, str):
+        with pytest.raises(se_inject.SEInjectError, match=options):
+            split_options(given)
+    else:
+        assert split_options(given) == ((se_inject.SEConfig(**options),), {})
+
+
+def test_twin_is_the_model_that_inject_makes():
+    torch.manual_seed(1)
+    a = timm.create_model("se_inject/convnext_atto")
+    torch.manual_seed(1)
+    b = se_inject.inject(timm.create_model("convnext_atto"))
+    assert all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values()))
+    assert a.pretrained_cfg["architecture"] == "se_inject/convnext_atto"
+
+
+def test_the_model_keeps_timms_interface():
+    model = timm.create_model("se_inject/resnet18").eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(model.forward_head(model.forward_features(x)), model(x))
+    model.reset_classifier(7)
+    assert model(x).shape == (1, 7)
+    assert isinstance(model, timm.models.ResNet) and model.feature_info[-1]["module"] == "layer4"
+
+
+def test_features_only():
+    model = timm.create_model("se_inject/resnet18", features_only=True, out_indices=(1, 3))
+    assert [tuple(f.shape) for f in model(torch.randn(1, 3, 64, 64))] == [(1, 64, 16, 16), (1, 256, 4, 4)]
+    assert any(".se." in k for k in model.state_dict())
+
+
+@pytest.mark.parametrize("name, options", [
+    ("resnet18", {"feature_cls": "hook"}), ("tf_efficientnet_lite0", {}), ("vgg11", {}), ("hrnet_w18_small", {}),
+    ("vit_tiny_patch16_224", {})])  # fmt: skip
+def test_every_feature_wrapper(name, options):
+    ours = timm.create_model(f"se_inject/{name}", features_only=True, **options).eval()
+    theirs = timm.create_model(name, features_only=True, **options).eval()
+    state = ours.state_dict()
+    theirs.load_state_dict({k: state[k] for k in theirs.state_dict()})
+    assert len(state) > len(theirs.state_dict())
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(ours(x), theirs(x), strict=True))
+
+
+def test_importing_costs_little():
+    """Imports are counted, not timed: nothing but this package and wrapt comes on top of timm."""
+    out = run("import sys, timm, torch; before = set(sys.modules); import se_inject;"
+              "print(*sorted({m.partition('.')[0] for m in set(sys.modules) - before}))")
+    assert set(out.split()) <= {"se_inject", "wrapt", "__future__"} | set(sys.stdlib_module_names)
+    assert run("import sys, se_inject; print('torch' in sys.modules)") == "False"
+
+
+def test_config_is_checked():
+    with pytest.raises(se_inject.SEInjectError, match="did you mean 'auto'"):
+        SEConfig(placement="atuo")
+    with pytest.raises(se_inject.SEInjectError, match="give one"):
+        SEConfig(ratio=0.5, rd_channels=8)
+    with pytest.raises(se_inject.SEInjectError, match=r"did you mean 'rd_channels'"):
+        SEConfig.of(rd_chanels=4)
+    config = SEConfig(ratio=0.5, stages=[1, 2])
+    assert SEConfig.of(config.to_dict()) == config and config.stages == (1, 2)
