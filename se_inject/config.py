@@ -6,7 +6,6 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Callable, Iterable
-from fnmatch import fnmatchcase
 from typing import Any
 
 from .errors import ConfigError
@@ -135,20 +134,6 @@ class SEConfig:
             if value != f.default:
                 out[f.name] = list(value) if isinstance(value, tuple) else value
         return out
-
-    def rejects(self, site: Site) -> str | None:
-        """Why these filters leave `site` out, or None where they do not."""
-        if self.stages is not None and site.stage not in self.stages:
-            return f"stage {site.stage} is not in stages={list(self.stages)}"
-        if self.include is not None and not any(fnmatchcase(site.path, p) for p in self.include):
-            return "no include pattern matches"
-        if self.exclude is not None and any(fnmatchcase(site.path, p) for p in self.exclude):
-            return "an exclude pattern matches"
-        if site.channels < self.min_channels:
-            return f"{site.channels} channels are below min_channels={self.min_channels}"
-        if self.filter_fn is not None and not self.filter_fn(site):
-            return "filter_fn said no"
-        return None
 
 
 def _is_int(value: object) -> bool:

@@ -32,3 +32,11 @@ class TraceError(SEInjectError, RuntimeError):
 
 class WeightsError(SEInjectError, ValueError):
     """A file or state dict does not fit the model, or cannot be read safely."""
+
+
+class Refusal(Exception):
+    """Why something cannot be done at one place: "not here, because".
+
+    It never reaches a user. Whoever looks at the place turns it into the reason of a skipped site or of a kept block, or
+    into an `SEInjectError` where there is nothing else to do.
+    """

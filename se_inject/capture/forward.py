@@ -12,12 +12,11 @@ from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
-import torch.utils.checkpoint
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..errors import TraceError
-from .graphs import copy_graph, evaluate
+from ..errors import Refusal
+from .graphs import compute, evaluate, subgraph
 from .meta_ops import MetaOps, storage
 from .recording import Call, alike
 from .snapshot import restored
@@ -53,9 +52,6 @@ class Unpacked:
 def _modes() -> tuple[object, ...]:
     return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *(
         (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")))
-
-
-CHECKPOINTED = "checkpointed"  # in a node's meta: in which call of `torch.utils.checkpoint` the author's code computes it
 
 
 def _packing() -> Callable[..., object] | None:
@@ -105,19 +101,16 @@ class _OwnTracer(QuickTracer):
         self.decide = decide
         self.decided: dict[Hashable, bool] = {}
         self.modes = _modes()
-        self.packing = [_packing()]
+        self.packing = _packing()
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _modes() != self.modes:
-            raise TraceError("it changes the grad or autocast mode, which a trace does not hold")
+            raise Refusal("it changes the grad or autocast mode, which a trace does not hold")
         node = super().create_node(*args, **kwargs)
-        packing = _packing()
-        if packing is not self.packing[0]:
-            if getattr(packing, "__module__", "") != torch.utils.checkpoint.__name__:
-                raise TraceError("it changes what autograd saves, which a trace does not hold")
-            if packing is not self.packing[-1]:
-                self.packing.append(packing)
-            node.meta[CHECKPOINTED] = len(self.packing)
+        if _packing() is not self.packing:
+            raise Refusal(
+                "it checkpoints a part of itself, or changes what autograd saves, which a trace does not hold: turn its "
+                "gradient checkpointing off")
         return node
 
     def to_bool(self, obj: fx.Proxy) -> bool:
@@ -178,28 +171,28 @@ def trace_forward(
     no code will be made of the trace: the forward may set attributes, and what it computes of buffers is traced, too.
 
     Raises:
-        TraceError: The forward does something that fx cannot follow.
+        Refusal: The forward does something that fx cannot follow.
     """
     if isinstance(module, fx.GraphModule):
-        return copy_graph(module.graph)
+        return subgraph(module.graph)
     if is_plain_sequential(module):
         return _chain(module)
     kinds = [p.kind for p in signature_of(type(module).forward).parameters.values()]
     if inspect.Parameter.VAR_POSITIONAL in kinds and inspect.Parameter.KEYWORD_ONLY in kinds:
-        raise TraceError(f"{type(module).__name__}.forward has keyword arguments behind *args, which fx mixes up")
+        raise Refusal(f"{type(module).__name__}.forward has keyword arguments behind *args, which fx mixes up")
     with restored([module]), _other_modes():
         before = _state(module)
         try:
             graph = _OwnTracer(constants, decide, reading).trace(module)
         except Exception as error:  # fx raises what the traced code raises
-            raise TraceError(f"{type(module).__name__}.forward cannot be traced: {error}") from error
+            raise Refusal(f"{type(module).__name__}.forward cannot be traced: {error}") from error
         if not reading and _state(module) != before:
-            raise TraceError(
+            raise Refusal(
                 f"{type(module).__name__}.forward sets attributes or buffers of its module, or draws random numbers, "
                 "which a trace does not hold")
     for node in graph.nodes:
         if node.op == "get_attr" and node.target.startswith("_tensor_constant"):
-            raise TraceError(f"{type(module).__name__}.forward makes a tensor that the trace would freeze")
+            raise Refusal(f"{type(module).__name__}.forward makes a tensor that the trace would freeze")
     return graph
 
 
@@ -233,7 +226,7 @@ def own_forward(call: Call, marker: str | None = None, reading: bool = False) ->
     With `marker`, the slot of that name is filled while tracing; `reading` is `trace_forward`'s.
 
     Raises:
-        TraceError: fx cannot follow the forward, or the trace does not make the calls that were recorded.
+        Refusal: fx cannot follow the forward, or the trace does not make the calls that were recorded.
     """
     constants, values = _bind(call)
     decisions: list[bool] = []
@@ -267,13 +260,10 @@ def own_forward(call: Call, marker: str | None = None, reading: bool = False) ->
                 value = args[0]
             else:
                 try:
-                    if node.op == "call_function":
-                        list_or_number = node.target in IN_PLACE and not isinstance(args[0], torch.Tensor)
-                        value = (IN_PLACE[node.target] if list_or_number else node.target)(*args, **kwargs)
-                    else:
-                        value = getattr(args[0], node.target)(*args[1:], **kwargs)
+                    list_or_number = node.target in IN_PLACE and not isinstance(args[0], torch.Tensor)
+                    value = IN_PLACE[node.target](*args) if list_or_number else compute(node, args, kwargs)
                 except Exception as error:
-                    raise TraceError(f"{type(call.module).__name__}.forward, node {node}: {error}") from error
+                    raise Refusal(f"{type(call.module).__name__}.forward, node {node}: {error}") from error
             env[node] = node.meta["val"] = value
             node.meta["writes"] = writes if node.op == "call_module" else frozenset(s._cdata for s in ops.written[before:])
     _no_more(call, children)
@@ -304,23 +294,23 @@ def _check_writes(graph: fx.Graph, call: Call) -> None:
     """That the trace writes into the tensors that the module's own forward has written into.
 
     Raises:
-        TraceError: It does not.
+        Refusal: It does not.
     """
     name = f"{type(call.module).__name__}.forward"
     traced = 0
     for node in graph.nodes:
         if READ_AGAIN in node.meta and isinstance(node.args[0].meta["val"], torch.Tensor):
-            raise TraceError(f"{name} reads a tensor again that it has changed in place")
+            raise Refusal(f"{name} reads a tensor again that it has changed in place")
         traced += 0 if node.op == "call_module" else len(node.meta["writes"])
     if traced < len({s._cdata for s in call.own_writes}):
-        raise TraceError(f"{name} changes a tensor in place in a way which a trace does not hold")
+        raise Refusal(f"{name} changes a tensor in place in a way which a trace does not hold")
 
 
 def bind(forward: Forward, call: Call) -> dict[fx.Node, Call]:
     """The recorded child calls of `call`, by the nodes of a forward that a module like it was traced with.
 
     Raises:
-        TraceError: The call took another path.
+        Refusal: The call took another path.
     """
     calls: dict[fx.Node, Call] = {}
     children = iter(call.children)
@@ -349,8 +339,8 @@ def _no_more(call: Call, children: Iterator[Call]) -> None:
         raise _another_path(call)
 
 
-def _another_path(call: Call) -> TraceError:
-    return TraceError(f"{type(call.module).__name__}.forward took another path when traced")
+def _another_path(call: Call) -> Refusal:
+    return Refusal(f"{type(call.module).__name__}.forward took another path when traced")
 
 
 def _bind(call: Call) -> tuple[dict[str, Any], dict[str, Any]]:

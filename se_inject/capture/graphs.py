@@ -1,23 +1,59 @@
-"""TODO"""
+"""Graphs of forwards: copied in whole or in part, compared, computed node by node."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from torch import fx, nn
 
-from ..errors import TraceError
+from ..errors import Refusal
 
 
-def copy_graph(graph: fx.Graph) -> fx.Graph:
-    """The same nodes in the same order, without what is known about them."""
+def subgraph(graph: fx.Graph, nodes: Iterable[fx.Node] | None = None, output: fx.Node | None = None) -> fx.Graph:
+    """A new graph of some nodes, in their order and without what is known about them. The inputs are always among them.
+
+    Args:
+        graph: Where the nodes are; not changed.
+        nodes: Which; None is all. What one of them reads must be among them.
+        output: What the new graph returns; None is what `graph` returns, if its output is among the nodes.
+    """
+    kept = None if nodes is None else set(nodes)
     new = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        copies[node] = new.node_copy(node, copies.__getitem__)
-        copies[node].meta = {}
+        if (kept is None or node in kept or node.op == "placeholder") and not (node.op == "output" and output is not None):
+            copies[node] = new.node_copy(node, copies.__getitem__)
+            copies[node].meta = {}
+    if output is not None:
+        new.output(copies[output])
     return new
+
+
+def sources_of(node: fx.Node) -> set[fx.Node]:
+    """A node and all nodes that it is computed from."""
+    found: set[fx.Node] = set()
+    todo = [node]
+    while todo:
+        n = todo.pop()
+        if n not in found:
+            found.add(n)
+            todo += n.all_input_nodes
+    return found
+
+
+def compute(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the operator of a node makes of these arguments.
+
+    Raises:
+        Refusal: The node is no operator, but an input, a parameter or the call of a module.
+    """
+    if node.op == "call_function":
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    raise Refusal(f"{node} is no operator")
 
 
 def same_graph(a: fx.Graph, b: fx.Graph, constants: dict[str, Any]) -> bool:
@@ -54,16 +90,16 @@ def counterparts(a: fx.Graph, b: fx.Graph) -> dict[fx.Node, fx.Node]:
     there = {number: node for node, number in number_nodes(b, numbers).items()}
     found = {node: there[number] for node, number in number_nodes(a, numbers).items() if number in there}
     taken = set(found.values())
-    ways = [(output_of(a), output_of(b))]
-    while ways:
-        x, y = ways.pop()
+    todo = [(output_of(a), output_of(b))]
+    while todo:
+        x, y = todo.pop()
         found[x] = y
         if len(x.all_input_nodes) != len(y.all_input_nodes):
             continue
         for n, m in zip(x.all_input_nodes, y.all_input_nodes):
             if n not in found and m not in taken and (n.op, n.target) == (m.op, m.target):
                 taken.add(m)
-                ways.append((n, m))
+                todo.append((n, m))
     return found
 
 
@@ -89,21 +125,19 @@ def evaluate(node: fx.Node, module: nn.Module, values: dict[str, Any], known: di
     """The value of a node that depends on the sizes of arguments and parameters alone.
 
     Raises:
-        TraceError: It depends on what is in a tensor, or on a child.
+        Refusal: It depends on the contents of a tensor, or on a child.
     """
     if node not in known:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: evaluate(n, module, values, known))
         if node.op == "placeholder":
             known[node] = values.get(str(node.target).lstrip("*"))
         elif node.op == "get_attr":
             tensors = {**module._parameters, **module._buffers}  # not through fx, which is tracing
             if node.target not in tensors:
-                raise TraceError("it branches on what its children hold")
+                raise Refusal("it branches on what its children hold")
             known[node] = tensors[str(node.target)]
-        elif node.op == "call_function":
-            known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        elif node.op == "call_method":
-            known[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        elif node.op == "call_module":
+            raise Refusal("it branches on what its layers compute")
         else:
-            raise TraceError("it branches on what its layers compute")
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: evaluate(n, module, values, known))
+            known[node] = compute(node, args, kwargs)
     return known[node]

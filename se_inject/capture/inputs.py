@@ -1,4 +1,4 @@
-"""TODO"""
+"""What a model takes: its input sizes, and a recorded run on one of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from ..errors import ConfigError, TraceError
 from .channels import BATCH_AXIS, CHANNEL_AXIS, mark
 from .meta_ops import MetaOps
-from .recording import Call, record, run
+from .recording import Run, record, run
 from .snapshot import on_meta
 
 BATCH = 2  # images in the recorded run; more than one, so that no size of 1 stands for two things
@@ -22,29 +22,27 @@ def checked_size(size: object) -> tuple[int, ...]:
     raise ConfigError(f"input_size={size!r}: expected (C, H, W), three whole numbers above 0, such as (3, 224, 224)")
 
 
-def record_on(model: nn.Module, sizes: list[tuple[int, ...]], dtype: torch.dtype) -> tuple[Call, int, tuple[int, ...]]:
-    """Run on the first of `sizes` that the model takes; the error is that of the first."""
+def record_model(model: nn.Module, size: tuple[int, ...] | None = None) -> Run:
+    """The recorded run of a model on an input of this (C, H, W), or of the likeliest size that it takes.
+
+    Use it inside `on_meta`.
+
+    Raises:
+        ConfigError: It is no (C, H, W).
+        TraceError: The model does not take it; without `size`, the error is that of the likeliest.
+    """
     first: TraceError | None = None
-    for size in map(tuple, sizes):
+    for channels, *sides in input_sizes(model) if size is None else [checked_size(size)]:
+        images = torch.empty(BATCH, channels, *sides, device="meta", dtype=dtype_of(model))
+        mark(images, 0, BATCH_AXIS)
+        mark(images, 1, CHANNEL_AXIS)
         try:
-            images = torch.empty(BATCH, *size, device="meta", dtype=dtype)
-            mark(images, 0, BATCH_AXIS)
-            mark(images, 1, CHANNEL_AXIS)
-            return *record(model, images), size
+            root, macs = record(model, images)
+            return Run(root, (channels, *sides), macs // BATCH)
         except TraceError as error:
             first = first or error
     assert first is not None
     raise first
-
-
-def record_model(model: nn.Module, size: tuple[int, ...] | None = None) -> Call:
-    """The recorded run of a model on an input of this (C, H, W), or of its own size. Use it inside `abstract`.
-
-    Raises:
-        ConfigError: It is no (C, H, W).
-        TraceError: The model does not take it.
-    """
-    return record_on(model, input_sizes(model) if size is None else [checked_size(size)], dtype_of(model))[0]
 
 
 def input_sizes(model: nn.Module) -> list[tuple[int, ...]]:

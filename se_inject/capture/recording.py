@@ -71,6 +71,15 @@ def _same(value: Any) -> Any:
     return value
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """One recorded run of a model: the call of the model itself, the (C, H, W) of its images, and multiply-adds for one."""
+
+    root: Call
+    input_size: tuple[int, ...]
+    macs: int
+
+
 def run(model: nn.Module, inputs: torch.Tensor, ops: MetaOps | None = None) -> int:
     """Run `model` once, without computing, and return its multiply-adds. Use it inside `abstract`.
 

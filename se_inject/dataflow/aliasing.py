@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from ..capture.meta_ops import storage
+from . import ops
 from .module_graph import ModuleGraph
-from .ops import ADDS, CATS, CONVS, DIVISIONS, LAYOUTS, MULS, SLICES
+from .ops import NEW, VIEW
 from .value_flow import ValueFlow
-
-# Operators whose result is in new memory, or, where they work in place, in that of the input that the recorded run shows.
-# What is on neither list may keep its result, or give out what it keeps.
-_NEW = CONVS | ADDS | MULS | CATS | DIVISIONS | {
-    F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.linear, operator.matmul, torch.matmul, torch.bmm, torch.addmm,
-    F.batch_norm, F.layer_norm, F.group_norm, F.instance_norm, F.rms_norm, F.normalize, F.scaled_dot_product_attention,
-    F.relu, F.relu_, F.relu6, F.gelu, F.silu, F.elu, F.mish, F.softplus, F.leaky_relu, F.hardswish, F.hardsigmoid, F.hardtanh,
-    F.sigmoid, F.tanh, F.prelu, F.softmax, F.dropout, F.avg_pool2d, F.max_pool2d, F.adaptive_avg_pool2d, F.interpolate, F.pad,
-    operator.sub, operator.isub, operator.itruediv, operator.neg, operator.pow, torch.sub, torch.addcmul, torch.stack,
-    torch.where, torch.roll, torch.mean, torch.sum, torch.sigmoid, torch.tanh, torch.relu, torch.softmax, torch.clamp,
-    "matmul", "bmm", "sub", "sub_", "neg", "pow", "clone", "repeat", "roll", "mean", "sum", "norm", "softmax", "sigmoid",
-    "sigmoid_", "tanh", "relu", "relu_", "clamp", "exp", "sqrt", "rsqrt",
-}  # fmt: skip
-# Those whose result is a view of their input, or may be, by its strides, its dtype or its size.
-_VIEWS = (LAYOUTS - {"expand", "expand_as"}) | SLICES | {
-    "chunk", "split", "unbind", "select", "reshape_as", "float", "double", "half", "bfloat16", "type",
-    torch.chunk, torch.split, torch.unbind}  # fmt: skip
 
 
 def describe_memory(
@@ -61,7 +43,7 @@ def _is_new(flow: ValueFlow, view: ModuleGraph, node: fx.Node) -> bool | None:
     """Whether a value is in memory that its node takes; False where it may be a view of an input, None where that is not
     known."""
     if node.op != "call_module":
-        return True if node.target in _NEW else False if node.target in _VIEWS else None
+        return {NEW: True, VIEW: False}.get(ops.of(node).memory or "")
     call, moved = view.call_of(node), False
     while True:
         view, node = flow.origin(view, node)
@@ -69,10 +51,11 @@ def _is_new(flow: ValueFlow, view: ModuleGraph, node: fx.Node) -> bool | None:
             return False
         if node.op not in ("call_function", "call_method"):
             return None
-        if node.target in _NEW:
+        memory = ops.of(node).memory
+        if memory == NEW:
             return not (moved and node.meta["writes"])  # in place, and then perhaps a view: of what, the run may not show
         source = node.args[0] if node.args else None
-        if node.target not in _VIEWS or not isinstance(source, fx.Node):
+        if memory != VIEW or not isinstance(source, fx.Node):
             return None
         node, moved = source, True
 

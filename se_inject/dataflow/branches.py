@@ -8,8 +8,8 @@ from typing import Any
 from torch import fx, nn
 
 from ..capture.forward import trace_forward
-from ..capture.graphs import copy_graph, counterparts, same_graph
-from ..errors import TraceError
+from ..capture.graphs import counterparts, same_graph, subgraph
+from ..errors import Refusal
 from .module_graph import ModuleGraph
 
 MOST = 32  # ways through one forward
@@ -34,7 +34,7 @@ def trace_branches(module: nn.Module, constants: dict[str, Any], reading: bool =
     """All ways through `module`'s forward, each traced; `reading` is `trace_forward`'s. `module` is not changed.
 
     Raises:
-        TraceError: There is one way, which fx cannot follow, or there are too many.
+        Refusal: There is one way, which fx cannot follow, or there are too many.
     """
     paths: list[Branch] = []
     todo: list[tuple[bool, ...]] = [()]
@@ -51,14 +51,14 @@ def trace_branches(module: nn.Module, constants: dict[str, Any], reading: bool =
         graph, error, refused = None, "", False
         try:
             graph = trace_forward(module, constants, decide, reading)
-        except TraceError as e:
+        except Refusal as e:
             if not conditions:
                 raise
             error, refused = str(e), _is_authors(e.__cause__)
         paths.append(Branch(tuple(outcomes), tuple(conditions), graph, error, refused))
         todo += [(*outcomes[:i], False) for i in range(len(prefix), len(outcomes))]
         if len(paths) + len(todo) > MOST:
-            raise TraceError(f"{type(module).__name__}.forward branches on sizes in more than {MOST} ways")
+            raise Refusal(f"{type(module).__name__}.forward branches on sizes in more than {MOST} ways")
     return paths
 
 
@@ -75,7 +75,7 @@ def _is_authors(error: BaseException | None) -> bool:
 
 def known_branch(graph: fx.Graph) -> Branch:
     """A forward with one way, which was traced before. `graph` is not changed."""
-    return Branch((), (), copy_graph(graph))
+    return Branch((), (), subgraph(graph))
 
 
 def same_branches(a: list[Branch], b: list[Branch], constants: dict[str, Any]) -> bool:
@@ -103,12 +103,7 @@ def _without_conditions(path: Branch) -> fx.Graph:
         if node in asked and node.op != "placeholder" and all(u in gone for u in node.users):
             gone.add(node)
             asked.update(node.all_input_nodes)
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in path.graph.nodes:
-        if node not in gone:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-    return graph
+    return subgraph(path.graph, [node for node in path.graph.nodes if node not in gone])
 
 
 def branches(view: ModuleGraph) -> bool:
@@ -119,7 +114,7 @@ def branches(view: ModuleGraph) -> bool:
 def _branches(view: ModuleGraph) -> bool:
     try:
         paths = trace_branches(view.module, view.forward.constants, reading=True)
-    except TraceError:
+    except Refusal:
         return True
     (taken,) = (p for p in paths if p.outcomes == view.forward.decisions)
     return any(not p.refused and p is not taken and not same_work(taken, p) for p in paths)
@@ -133,7 +128,7 @@ def other_ways(view: ModuleGraph) -> list[dict[fx.Node, fx.Node]]:
 def _other_ways(view: ModuleGraph) -> list[dict[fx.Node, fx.Node]]:
     try:
         paths = trace_branches(view.module, view.forward.constants, reading=True)
-    except TraceError:
+    except Refusal:
         return [{}]
     (taken,) = (p for p in paths if p.outcomes == view.forward.decisions)
     return [

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import fx, nn
@@ -14,16 +15,20 @@ from ..capture.channels import channel_axis
 from ..capture.fingerprint import Fingerprints, frozen
 from ..capture.forward import Forward, bind, own_forward
 from ..capture.meta_ops import storage
-from ..capture.recording import Call
-from ..errors import TraceError
-from .ops import LINEAR, MULS, is_tensor, shape
+from ..capture.recording import Call, Run
+from ..errors import Refusal
+from . import ops
+from .ops import is_tensor, shape
 
 _T = TypeVar("_T")
-_LINEAR_MODULES: tuple[type[nn.Module], ...] = (
-    nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.Identity,
-    nn.modules.dropout._DropoutNd, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Upsample,
-    nn.PixelShuffle, nn.PixelUnshuffle, nn.ZeroPad2d,
-)  # fmt: skip
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+@functools.lru_cache(maxsize=4096)
+def is_layer(cls: Any) -> bool:
+    """Whether a class is one of torch's layers or derived from one: it has no owner's forward, whatever its children."""
+    return not issubclass(cls, _CONTAINERS) and any(
+        base is not nn.Module and base.__module__.startswith("torch.nn.") for base in cls.__mro__)
 
 
 def is_weight(tensor: torch.Tensor) -> bool:
@@ -56,17 +61,18 @@ def _ints(value: Any) -> tuple[int, ...]:
 class TracedModel:
     """Every module of one recorded run that was called and could be traced; each is traced once."""
 
-    def __init__(self, root: Call) -> None:
-        self.root = root
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.root = run.root
         self.calls: dict[nn.Module, list[Call]] = {}
-        for call in root.walk():
+        for call in run.root.walk():
             self.calls.setdefault(call.module, []).append(call)
-        self.signatures = Fingerprints()
+        self.fingerprints = Fingerprints()
         self._views: dict[nn.Module, ModuleGraph | None] = {}
         self._inside: dict[Call, ModuleGraph] = {}
         self._forwards: dict[Hashable, Forward] = {}
         self.failures: dict[nn.Module, str] = {}
-        self._linear: dict[nn.Module, bool] = {}
+        self._linear: dict[object, bool] = {}
         self._weighty: dict[nn.Module, bool] = {}
 
     def view(self, module: nn.Module) -> ModuleGraph | None:
@@ -76,7 +82,7 @@ class TracedModel:
             if self._composes(module):
                 try:
                     view = self._view(self.calls[module][0])
-                except TraceError as error:
+                except Refusal as error:
                     self.failures[module] = str(error)
             self._views[module] = view
         return self._views[module]
@@ -86,7 +92,7 @@ class TracedModel:
         set attributes.
 
         Raises:
-            TraceError: fx cannot follow it.
+            Refusal: fx cannot follow it.
         """
         view = self.view(call.module)
         if view is not None and view.call is call:
@@ -97,7 +103,7 @@ class TracedModel:
 
     def _view(self, call: Call, reading: bool = False) -> ModuleGraph:
         """A view of the called module, on the trace of a module like it where there was one."""
-        key = (self.signatures.of(call.module), frozen(call.args), frozen(call.kwargs), reading)
+        key = (self.fingerprints.of(call.module), frozen(call.args), frozen(call.kwargs), reading)
         forward = self._forwards.get(key)
         if forward is not None:
             return ModuleGraph(forward, call, bind(forward, call), self)
@@ -106,10 +112,8 @@ class TracedModel:
         return ModuleGraph(forward, call, calls, self)
 
     def _composes(self, module: nn.Module) -> bool:
-        if module not in self.calls or not type(module).__module__.partition(".")[0]:
-            return False
-        builtin = type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.Sequential)
-        return not builtin and not isinstance(module, _LINEAR_MODULES)
+        cls: Any = type(module)
+        return module in self.calls and not is_layer(cls)
 
     def has_weights(self, module: nn.Module) -> bool:
         if module not in self._weighty:
@@ -125,18 +129,30 @@ class TracedModel:
         return view is not None and view.scaled_input(view.nodes[-1].args[0])
 
     def is_linear(self, module: nn.Module) -> bool:
-        """Whether a module is linear in its input; unknown modules are not."""
-        if module not in self._linear:
-            act = getattr(module, "act", None)
-            if isinstance(act, nn.Module) and not isinstance(act, nn.Identity):  # timm's norm-act layers
-                linear = False
-            elif isinstance(module, _LINEAR_MODULES):
-                linear = True
-            else:
-                view = self.view(module)
-                linear = view is not None and not any(view.is_nonlinear(n) for n in view.nodes)
-            self._linear[module] = linear
-        return self._linear[module]
+        """Whether a module is linear in its input, norms included. A module that cannot be traced is not."""
+        key = type(module) if type(module).__module__.startswith("torch.nn.") and not module._modules else module
+        if key not in self._linear:  # torch's layers are looked at once for each class
+            try:
+                view = self.inside(self.calls[module][0])
+                self._linear[key] = not any(map(view.is_nonlinear, view.nodes))
+            except Refusal:
+                self._linear[key] = False
+        return self._linear[key]
+
+
+SAME, SCALE, SLICE, LAYOUT = "same", "scale", "slice", "layout"
+
+
+class Step(NamedTuple):
+    """From `node` back to the value that it passes on, a tensor, or for a part also a list of tensors.
+
+    `kind` is ``same`` (identity, dropout, drop path), ``scale`` (by parameters or numbers), ``slice`` (a part) or ``layout``
+    (another shape, order or dtype).
+    """
+
+    kind: str
+    node: fx.Node
+    source: fx.Node
 
 
 class ModuleGraph:
@@ -285,9 +301,13 @@ class ModuleGraph:
             return False
         if not self.carries_data(node) and not isinstance(node.meta.get("val"), torch.Tensor):
             return False  # sizes and other plain values
-        if node.target in MULS:  # a product of two activations is not linear
-            return sum(isinstance(a, fx.Node) and is_tensor(a) and self.moves(a) for a in node.args[:2]) > 1
-        return node.target not in LINEAR
+        op = ops.of(node)
+
+        def varying(names: tuple[str, ...]) -> int:
+            found = (ops.argument(node, name) for name in names)
+            return sum(is_tensor(a) and self.moves(a) for a in found)
+
+        return not (op.normalizes or (op.linear and varying(op.factors) <= 1 and not varying(op.fixed)))
 
     def work(self, mask: int) -> int:
         """Number of learned layers called in a set of nodes."""
@@ -344,25 +364,39 @@ class ModuleGraph:
                         len(dims) - 1 if len(dims) == 3 else 1)
         return 1 if len(dims) == 4 else len(dims) - 1
 
-    def is_constant_factor(self, node: fx.Node) -> fx.Node | None:
-        """For a product of an activation with a parameter or number, the activation."""
-        if node.target not in MULS or len(node.args) < 2:
-            return None
-        a, b = node.args[0], node.args[1]
-        for x, k in ((a, b), (b, a)):
-            if not isinstance(x, fx.Node) or not is_tensor(x) or not self.moves(x):
-                continue
-            if isinstance(k, (int, float)):
-                return x
-            if isinstance(k, fx.Node) and (not is_tensor(k) or not self.moves(k)):
-                return x
-        return None
+    def steps_back(self, node: fx.Node) -> Iterator[Step]:
+        """From a value back through what only passes it on; ends at the operator, layer or input that makes it."""
+        while (step := self._step_back(node)) is not None:
+            yield step
+            node = step.source
+
+    def _step_back(self, node: fx.Node) -> Step | None:
+        op = ops.of(node)
+        first: Any = ops.argument(node, "input") if op.name else None
+        if node.op == "call_module":
+            first = node.args[0] if len(node.args) == 1 and not node.kwargs and self.passes(node) else None
+            kind = SAME if isinstance(first, fx.Node) and self._calls[node].passes else SCALE
+        elif op.drops:
+            kind = SAME
+        elif op.slices:
+            kind = SLICE
+        elif op.views or op.casts:
+            kind = LAYOUT
+        else:
+            first, kind = self.scaled(node), SCALE
+        return Step(kind, node, first) if is_tensor(first) or (kind == SLICE and isinstance(first, fx.Node)) else None
+
+    def scaled(self, node: fx.Node) -> fx.Node | None:
+        """For a product of an activation with a parameter or a number, the activation."""
+        return next((
+            x for x, k in ops.products(node) if self.moves(x) and (
+                isinstance(k, (int, float)) or (isinstance(k, fx.Node) and not (is_tensor(k) and self.moves(k))))), None)
 
     def scaled_input(self, node: Any) -> bool:
         """Whether a value is an input of the module, times constants."""
         scaled = False
         while isinstance(node, fx.Node) and node.op != "placeholder":
-            node, scaled = self.is_constant_factor(node), True
+            node, scaled = self.scaled(node), True
         return isinstance(node, fx.Node) and scaled
 
     def passes(self, node: fx.Node) -> bool:

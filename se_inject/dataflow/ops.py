@@ -1,31 +1,293 @@
-"""TODO"""
+"""One row for each operator that a forward may call: how it is spelled, and what it does to values and to memory.
+
+A node of a trace names its operator in one of several spellings: ``x + y`` is ``operator.add``, ``torch.add``, the method
+``add``, in place ``operator.iadd`` or ``add_``, and in an exported graph ``aten.add.Tensor``. All spellings of an operator
+lead to the same row, so that they get the same answer everywhere. An operator without a row has no trait: nothing is
+assumed of it.
+
+To make an operator known, add a row. The tests run each row on random tensors and check each trait, in both directions.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import operator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx
 
-ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
-MULS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
-CATS = {torch.cat, torch.concat, torch.concatenate}
-LAYOUTS = {
-    "view", "reshape", "expand", "expand_as", "unsqueeze", "squeeze", "flatten", "contiguous", "view_as", "to",
-    "type_as", "unflatten", "permute", "transpose", "swapaxes", "movedim", torch.reshape, torch.flatten,
-    torch.unsqueeze, torch.squeeze, torch.permute, torch.transpose, torch.movedim,
-}  # fmt: skip
-SLICES = {operator.getitem, "narrow", torch.narrow}
-LINEAR = ADDS | MULS | CATS | LAYOUTS | SLICES | {
-    operator.sub, operator.isub, torch.sub, "sub", "sub_", operator.neg, operator.truediv,
-    operator.itruediv, operator.floordiv, operator.ifloordiv, "div",
-    "size", "mean", "sum", "chunk", "split", "roll", "clone", "dim", torch.mean,
-    torch.sum, torch.chunk, torch.split, torch.roll, torch.stack,
-    F.pad, F.avg_pool2d, F.adaptive_avg_pool2d, F.interpolate, F.conv1d, F.conv2d, F.linear, F.batch_norm,
-    F.layer_norm, F.group_norm, F.dropout, F.pixel_shuffle, F.pixel_unshuffle, getattr,
-}
+NEW, VIEW = "new", "view"
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """What is known of one operator. *The input* is its first argument.
+
+    Attributes:
+        name: Its name in torch.
+        args: Names of the arguments, by position.
+        linear: The result is affine in the tensor arguments. Of `factors` at most one may vary; `fixed` may not vary.
+        factors: Arguments that are multiplied with each other.
+        fixed: Arguments in which the operator is not affine.
+        normalizes: It divides the input by the input's own deviation (in train mode, for a batch norm). That is not
+            linear, and no nonlinear work either.
+        scales: A positive factor on one element of the input is the same factor on that element of the result.
+        elementwise: An element of the result depends on the same element of the inputs alone.
+        reduces: It takes the ``mean``, ``sum`` or ``max`` over the axes `dim`.
+        pools: It combines neighboring positions, each channel apart: by ``mean``, ``max`` or ``power``, or to ``resize``.
+            A positive factor on a channel of the input is the same factor on that channel of the result.
+        views: The result has the elements of the input in another shape or order; some may be repeated.
+        slices: The result has some of the elements of the input.
+        casts: The result is the input, perhaps of another dtype or in other memory.
+        asks: The result is a plain value, such as a size.
+        drops: It drops elements in train mode; in eval mode it returns the input.
+        memory: ``new``: the result is in memory that the operator takes, or in place in that of an input. ``view``: it may be
+            in the memory of an input. None: not known; the operator may keep its result, or give out what it keeps.
+        unless: Arguments that must not be set for the row to hold.
+    """
+
+    name: str
+    args: tuple[str, ...] = ("input",)
+    linear: bool = False
+    factors: tuple[str, ...] = ()
+    fixed: tuple[str, ...] = ()
+    normalizes: bool = False
+    scales: bool = False
+    elementwise: bool = False
+    reduces: str = ""
+    pools: str = ""
+    views: bool = False
+    slices: bool = False
+    casts: bool = False
+    asks: bool = False
+    drops: bool = False
+    memory: str | None = None
+    unless: tuple[str, ...] = ()
+
+
+UNKNOWN = Op("")
+ROWS: dict[str, Op] = {}
+SPELLINGS: dict[Any, str] = {}  # a function, or the name of a method: to the name of the row
+_ORDERS: dict[Any, tuple[str, ...]] = {}  # functions whose arguments come in another order than the row says
+_WRITES: set[Any] = set()  # spellings that write into their first argument
+_OPERATORS = {"add", "sub", "mul", "matmul", "neg", "abs", "pow"}  # those of Python that mean what torch means by the name
+
+
+def _row(
+    name: str, args: str = "input", *, also: Iterable[Any] = (), orders: Mapping[Any, str] | None = None,
+    memory: str | None = "", **traits: Any,
+) -> None:  # fmt: skip
+    """Add a row under its name's spellings in torch, and under those of `also`: further names, or functions.
+
+    Where `memory` is not given, torch's schemas say it.
+    """
+    factors, fixed, unless = (tuple(traits.pop(key, "").split()) for key in ("factors", "fixed", "unless"))
+    ROWS[name] = Op(
+        name, tuple(args.split()), factors=factors, fixed=fixed, unless=unless,
+        memory=_memory_by_schema(name) if memory == "" else memory, **traits)
+    for spelling in (name, *also):
+        _spell(name, spelling)
+    for function, order in (orders or {}).items():
+        _spell(name, function)
+        _ORDERS[function] = tuple(order.split())
+
+
+def _spell(name: str, spelling: Any) -> None:
+    if not isinstance(spelling, str):
+        SPELLINGS.setdefault(spelling, name)
+        return
+    for word, writes in ((spelling, False), (f"{spelling}_", True)):
+        homes: list[Any] = [torch, F]
+        found = [getattr(home, word) for home in homes if callable(getattr(home, word, None))]
+        if hasattr(torch.Tensor, word):
+            found.append(word)
+        for target in found:
+            SPELLINGS.setdefault(target, name)
+            if writes:
+                _WRITES.add(target)
+    if spelling in _OPERATORS:
+        SPELLINGS[getattr(operator, spelling)] = SPELLINGS[f"__{spelling}__"] = name
+        if hasattr(operator, f"i{spelling}"):
+            SPELLINGS[getattr(operator, f"i{spelling}")] = SPELLINGS[f"__i{spelling}__"] = name
+            _WRITES.update((getattr(operator, f"i{spelling}"), f"__i{spelling}__"))
+
+
+def _memory_by_schema(name: str) -> str | None:
+    """What the schemas of ``aten::<name>`` say of the memory of the result."""
+    schemas = torch._C._jit_get_schemas_for_operator(f"aten::{name}")
+    results = [r.alias_info for schema in schemas for r in schema.returns]
+    if not results:
+        return None
+    return VIEW if any(alias is not None and not alias.is_write for alias in results) else NEW
+
+
+# sums and products
+_row("add", "input other alpha", linear=True, elementwise=True)
+_row("sub", "input other alpha", also=("subtract",), linear=True, elementwise=True)
+_row("mul", "input other", also=("multiply",), linear=True, factors="input other", scales=True, elementwise=True)
+_row("div", "input other rounding_mode", also=("divide", "true_divide", operator.truediv, operator.itruediv, "__truediv__"),
+     linear=True, fixed="other", scales=True, elementwise=True, unless="rounding_mode")
+_WRITES.add(operator.itruediv)
+_row("neg", also=("negative",), linear=True, scales=True, elementwise=True)
+_row("addcmul", "input tensor1 tensor2 value", linear=True, factors="tensor1 tensor2", elementwise=True)
+_row("matmul", "input other", linear=True, factors="input other")
+_row("bmm", "input mat2", linear=True, factors="input mat2")
+_row("mm", "input mat2", linear=True, factors="input mat2")
+_row("addmm", "input mat1 mat2", linear=True, factors="mat1 mat2")
+_row("linear", "input weight bias", linear=True, factors="input weight")
+for _n in (1, 2, 3):
+    _row(f"conv{_n}d", "input weight bias stride padding dilation groups", linear=True, factors="input weight")
+    _row(f"conv_transpose{_n}d", "input weight bias stride padding output_padding groups dilation", linear=True,
+         factors="input weight")
+MATMULS = {"matmul", "bmm", "mm"}
+CONVS = {"conv1d", "conv2d", "conv3d"}
+TRANSPOSED_CONVS = {"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
+
+# norms
+_row("batch_norm", "input running_mean running_var weight bias training momentum eps", linear=True, normalizes=True,
+     factors="input weight", fixed="running_mean running_var",
+     orders={torch.batch_norm: "input weight bias running_mean running_var training momentum eps cudnn_enabled"})
+_row("layer_norm", "input normalized_shape weight bias eps", normalizes=True)
+_row("group_norm", "input num_groups weight bias eps", normalizes=True)
+_row("rms_norm", "input normalized_shape weight eps", normalizes=True)
+_row("instance_norm", "input running_mean running_var weight bias use_input_stats momentum eps", normalizes=True,
+     orders={torch.instance_norm: "input weight bias running_mean running_var use_input_stats momentum eps cudnn_enabled"})
+_row("normalize", "input p dim eps", memory=NEW)
+
+# activations and other functions of one element
+for _name in ("relu", "leaky_relu", "abs"):
+    _row(_name, scales=True, elementwise=True)
+_row("prelu", "input weight", scales=True, elementwise=True, fixed="weight")
+for _name in (
+        "relu6", "silu", "gelu", "elu", "selu", "celu", "mish", "softplus", "softsign", "hardswish", "hardsigmoid", "hardtanh",
+        "sigmoid", "tanh", "logsigmoid", "hardshrink", "softshrink", "tanhshrink", "exp", "log", "sqrt", "rsqrt", "square",
+        "reciprocal", "erf", "sin", "cos"):
+    _row(_name, elementwise=True, also=(torch.special.expit,) if _name == "sigmoid" else (),
+         memory=NEW if _name in ("softsign", "logsigmoid", "tanhshrink", "relu6", "mish", "hardtanh") else "")
+_row("clamp", "input min max", also=("clip",), elementwise=True)
+_row("pow", "input exponent", elementwise=True)
+for _name in ("softmax", "where", "norm", "scaled_dot_product_attention"):
+    _row(_name)
+
+# reductions and pools
+_row("mean", "input dim keepdim", linear=True, reduces="mean")
+_row("sum", "input dim keepdim", linear=True, reduces="sum")
+_row("amax", "input dim keepdim", reduces="max")
+for _n in (1, 2, 3):
+    _row(f"avg_pool{_n}d", "input kernel_size stride padding", linear=True, pools="mean")
+    _row(f"adaptive_avg_pool{_n}d", "input output_size", linear=True, pools="mean")
+    _row(f"max_pool{_n}d", "input kernel_size stride padding", pools="max")
+    _row(f"adaptive_max_pool{_n}d", "input output_size", pools="max")
+    _row(f"lp_pool{_n}d", "input norm_type kernel_size stride", pools="power", memory=NEW)
+_row("interpolate", "input size scale_factor mode", also=("upsample", "upsample_nearest", "upsample_bilinear"), linear=True,
+     pools="resize", memory=NEW)
+
+# elements moved, kept or left out
+for _name in (
+        "view", "reshape", "view_as", "reshape_as", "expand", "expand_as", "broadcast_to", "unsqueeze", "squeeze", "flatten",
+        "unflatten", "ravel", "permute", "transpose", "t", "swapaxes", "swapdims", "movedim", "moveaxis"):
+    _row(_name, linear=True, views=True)
+for _name in ("repeat", "tile", "roll", "flip", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"):
+    _row(_name, linear=True)
+_row("pad", "input pad mode value", linear=True)
+_row("cat", "tensors dim", also=("concat", "concatenate"), linear=True)
+_row("stack", "tensors dim", linear=True)
+_row("getitem", "input index", also=(operator.getitem, "__getitem__"), linear=True, slices=True, memory=VIEW)
+_row("narrow", "input dim start length", linear=True, slices=True)
+_row("select", "input dim index", linear=True, slices=True)
+for _name in ("chunk", "split", "tensor_split", "unbind"):
+    _row(_name, linear=True, memory=VIEW)
+for _name in ("to", "type", "type_as", "float", "double", "half", "bfloat16", "contiguous"):
+    _row(_name, linear=True, scales=True, casts=True, memory=VIEW)
+_row("clone", linear=True, scales=True, casts=True)
+for _name in ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout"):
+    _row(_name, "input p training", linear=True, scales=True, drops=True, memory=NEW)
+for _name in ("size", "dim", "numel", "ndimension", "stride", "is_floating_point", "is_contiguous"):
+    _row(_name, asks=True, memory=None)
+_row("getattr", also=(getattr,), linear=True, asks=True, memory=None)  # x.shape, but also x.T
+
+
+def of(node: object) -> Op:
+    """The row of the operator that a node calls; `UNKNOWN` for other nodes and operators."""
+    if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method"):
+        return UNKNOWN
+    row = ROWS.get(SPELLINGS.get(node.target) or _aten_name(node.target), UNKNOWN)
+    if row.unless and any(argument(node, name) is not None for name in row.unless):
+        return UNKNOWN
+    return row
+
+
+def name_of(node: object) -> str:
+    """The name of the operator that a node calls; empty where it has no row."""
+    return of(node).name
+
+
+@functools.lru_cache(maxsize=4096)
+def _aten_name(target: Any) -> str:
+    packet = getattr(target, "overloadpacket", target)
+    if not isinstance(packet, torch._ops.OpOverloadPacket) or not str(packet).startswith("aten."):
+        return ""
+    name = str(packet).removeprefix("aten.")
+    return name.removesuffix("_") if name not in ROWS else name
+
+
+@functools.lru_cache(maxsize=4096)
+def _order(target: Any) -> tuple[str, ...]:
+    """The names of a spelling's arguments, by position."""
+    if target in _ORDERS:
+        return _ORDERS[target]
+    row = ROWS.get(SPELLINGS.get(target) or _aten_name(target), UNKNOWN)
+    schema = getattr(target, "_schema", None)
+    if schema is None or not _aten_name(target):
+        return row.args
+    names = {"self": row.args[0], "train": "training"}
+    return tuple(names.get(a.name, a.name) for a in schema.arguments)
+
+
+_OTHER_NAMES = {"input": ("self",), "dim": ("axis",), "keepdim": ("keepdims",), "training": ("train",)}
+
+
+def argument(node: fx.Node, name: str, default: Any = None) -> Any:
+    """An argument of an operator, by the name that its row has for it; it may be given by position or by name."""
+    order = _order(node.target)
+    if name in order and order.index(name) < len(node.args):
+        return node.args[order.index(name)]
+    return next((node.kwargs[key] for key in (name, *_OTHER_NAMES.get(name, ())) if key in node.kwargs), default)
+
+
+def layer_arguments(node: fx.Node) -> tuple[Any, Any, Any, int]:
+    """Input, weight, bias and groups of a convolution or a linear layer."""
+    return argument(node, "input"), argument(node, "weight"), argument(node, "bias"), argument(node, "groups", 1)
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether the spelling of a node's operator writes into its first argument."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if isinstance(node.target, str) and node.target.endswith("_") and not node.target.endswith("__"):
+        return True
+    schema = getattr(node.target, "_schema", None)
+    return node.target in _WRITES or node.kwargs.get("inplace") is True or (schema is not None and schema.is_mutable)
+
+
+def products(node: object) -> Iterator[tuple[fx.Node, Any]]:
+    """Both readings of a product: a tensor, and what it is multiplied by. Nothing for other operators."""
+    if isinstance(node, fx.Node) and name_of(node) == "mul":
+        a, b = argument(node, "input"), argument(node, "other")
+        for x, k in ((a, b), (b, a)):
+            if is_tensor(x):
+                yield x, k
+
+
+def unexpanded(node: fx.Node) -> fx.Node:
+    """What a value is before it was expanded."""
+    while name_of(node) in ("expand", "expand_as", "broadcast_to") and is_tensor(node.args[0]):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def is_tensor(node: object) -> bool:
@@ -34,46 +296,3 @@ def is_tensor(node: object) -> bool:
 
 def shape(node: fx.Node) -> tuple[int, ...]:
     return tuple(node.meta["val"].shape)
-
-
-SAME = {F.dropout, F.dropout2d, "contiguous", "clone", "to", "type_as", torch.clone}  # also dropout: in train mode, too
-POSITIVE = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_", F.leaky_relu, F.leaky_relu_, F.prelu, torch.prelu,
-             torch.abs, "abs"}
-POOLS = {
-    F.avg_pool2d, F.adaptive_avg_pool2d, F.max_pool2d, F.adaptive_max_pool2d, F.lp_pool2d, F.interpolate,
-    torch.max_pool2d, torch.nn.functional.upsample}
-MEANS = {"mean", torch.mean, "sum", torch.sum, "amax", torch.amax}
-CONVS = {F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d}
-BATCH_NORMS = {F.batch_norm, torch.batch_norm}
-SIZES = {getattr, "size", "dim"}
-DIVISIONS = {operator.truediv, operator.itruediv, torch.div, torch.true_divide, "div"}
-
-
-def conv_arguments(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None, fx.Node | None, int]:
-    names = ("input", "weight", "bias")
-    x, w, b = (argument(node, i, n) for i, n in enumerate(names))
-    groups = 1 if node.target is F.linear else argument(node, 6, "groups", 1)
-    return x, w, b, groups
-
-
-def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
-    """An argument of a function, given by position or by name."""
-    return node.args[position] if position < len(node.args) else node.kwargs.get(name, default)
-
-
-AVERAGES = {t for t in MEANS if "mean" in str(t)}
-ADAPTIVE_POOLS = {F.adaptive_avg_pool2d, F.adaptive_avg_pool1d, torch.adaptive_avg_pool1d}
-ELEMENTWISE = {
-    F.relu, F.relu_, F.relu6, F.silu, F.gelu, F.hardswish, F.hardsigmoid, F.hardtanh, F.leaky_relu, F.elu, F.mish, F.softplus,
-    F.sigmoid, F.tanh, torch.relu, torch.sigmoid, torch.tanh, "relu", "sigmoid", "sigmoid_", "tanh", "tanh_", "clamp"} | (
-        MULS | ADDS | DIVISIONS)
-POOLINGS = {
-    "mean", torch.mean, "amax", torch.amax, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.avg_pool2d,
-    operator.matmul, torch.matmul}  # a product with attention weights is a weighted mean
-
-
-def unexpanded(node: fx.Node) -> fx.Node:
-    """What a value is before it was expanded."""
-    while node.op == "call_method" and node.target in ("expand", "expand_as") and is_tensor(node.args[0]):
-        node = node.args[0]  # type: ignore[assignment]
-    return node

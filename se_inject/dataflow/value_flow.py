@@ -9,7 +9,8 @@ from typing import Any
 from torch import fx, nn
 
 from ..capture.recording import Call
-from ..errors import TraceError
+from ..errors import Refusal
+from . import ops
 from .branches import branches, other_ways
 from .module_graph import ModuleGraph, TracedModel
 
@@ -31,7 +32,7 @@ class ValueFlow:
         """The forward that calls `view`'s module, and the node that does; None for the model itself.
 
         Raises:
-            TraceError: fx cannot follow that forward.
+            Refusal: fx cannot follow that forward.
         """
         if view.call.parent is None:
             return None
@@ -68,7 +69,7 @@ class ValueFlow:
                 continue
             try:
                 inside = self.traces.inside(call)
-            except TraceError:
+            except Refusal:
                 return view, node
             if self.barriers is not None and (call.module in self.barriers or branches(inside)):
                 return view, node
@@ -76,6 +77,15 @@ class ValueFlow:
             if not isinstance(result, fx.Node):
                 return view, node
             view, node = inside, result
+
+    def unmoved(self, view: ModuleGraph, node: fx.Node, computed: bool = True) -> tuple[ModuleGraph, fx.Node]:
+        """The `origin` of a value, through changes of layout too; where it is not `computed`, as far as `outward` goes."""
+        while True:
+            view, node = self.origin(view, node) if computed else self.outward(view, node)
+            source = ops.argument(node, "input") if ops.of(node).views else None
+            if not isinstance(source, fx.Node):
+                return view, node
+            node = source
 
     def passes(self, call: Call) -> bool:
         """Whether a call returns its input, at any size: an identity, and in eval mode dropout and drop path."""
@@ -85,7 +95,7 @@ class ValueFlow:
             if self.barriers is None:
                 return not other_ways(self.traces.inside(call))
             return not any(c.module in self.barriers or branches(self.traces.inside(c)) for c in call.walk())
-        except TraceError:
+        except Refusal:
             return False
 
     def keeps(self, call: Call) -> bool:

@@ -1,38 +1,93 @@
-"""Channel attention that a model already has, recognised by structure."""
+"""Channel attention that a model already has, recognized by structure."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import itertools
 from bisect import bisect_left
 
 from torch import fx, nn
 
+from ..capture.graphs import subgraph
 from ..capture.recording import Call
+from ..dataflow import ops
 from ..dataflow.module_graph import ModuleGraph, TracedModel
-from ..dataflow.ops import ADDS, MULS, POOLINGS, is_tensor, shape, unexpanded
+from ..dataflow.ops import is_tensor, shape, unexpanded
+from ..dataflow.value_flow import ValueFlow
+from ..errors import Refusal
 
-_POOLING_LAYERS = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.AvgPool2d)
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Gate:
+    """A block multiplies its input by this: the value of `node` in the forward `view`, which varies along `axis`.
+
+    `moved` says that the input is in another layout there.
+    """
+
+    view: ModuleGraph
+    node: fx.Node
+    axis: int
+    moved: bool
+
+    def function(self) -> nn.Module:
+        """A module of the same weights that returns the gate alone. Call it outside `on_meta`."""
+        graph = self.view.forward.graph
+        before = itertools.takewhile(lambda n: n is not self.node, graph.nodes)  # what is behind may write in place
+        return fx.GraphModule(self.view.module, subgraph(graph, [*before, self.node], self.node))
+
+
+def gate_of(flow: ValueFlow, call: Call) -> Gate:
+    """The gate of the block that was called: one factor for each image and channel.
+
+    Raises:
+        Refusal: Its output is not its input times a gate.
+    """
+    other = Refusal("its output is not its input times a gate")
+    inside = flow.traces.inside(call)
+    inputs = [n for n in inside.nodes if n.op == "placeholder" and is_tensor(n)]
+    result = inside.nodes[-1].args[0]
+    if len(inputs) != 1 or not isinstance(result, fx.Node):
+        raise other
+    start = flow.unmoved(inside, inputs[0], computed=False)[1]
+    view, node = flow.unmoved(inside, result)
+    for x, g in ops.products(node):
+        if not is_tensor(g) or flow.unmoved(view, x, computed=False)[1] is not start or (
+                flow.unmoved(view, g, computed=False)[1] is start):
+            continue
+        g = unexpanded(g)
+        xs, gs = shape(x), shape(g)
+        if len(gs) != len(xs) or gs[0] != xs[0]:
+            raise other
+        wide = [d for d, n in enumerate(gs) if d > 0 and n != 1] or [view.channel_dim(x)]
+        if len(wide) != 1 or gs[wide[0]] != xs[wide[0]]:
+            raise Refusal("its gate differs from place to place")
+        return Gate(view, g, wide[0], flow.outward(view, x)[1] is not flow.outward(inside, inputs[0])[1])
+    raise other
 
 
 def is_gate(view: ModuleGraph, node: fx.Node) -> bool:
     """Whether `node` scales (or shifts) a map by a learned gate that was pooled from that same map.
 
-    The gate has the map's channels and one position, comes from the map, and passed a learned
-    layer on its way; a norm has no such layer, and a spatial mask has no channels.
+    The gate has the map's channels and one position, comes from the map, and passes a learned
+    layer; a norm has no such layer, and a spatial mask has no channels.
     """
-    if node.target not in MULS | ADDS or len(node.args) < 2 or not all(is_tensor(a) for a in node.args[:2]):
+    scales = ops.name_of(node) == "mul"
+    if not scales and ops.name_of(node) != "add":
         return False
-    for x, g in (node.args[:2], node.args[1::-1]):
-        assert isinstance(x, fx.Node) and isinstance(g, fx.Node)
-        g = unexpanded(g)
+    a, b = ops.argument(node, "input"), ops.argument(node, "other")
+    if not (is_tensor(a) and is_tensor(b)):
+        return False
+    for x, g in ((a, unexpanded(b)), (b, unexpanded(a))):
         xs, gs = shape(x), shape(g)
         if len(xs) < 3 or len(xs) != len(gs) or not view.ancestors[view.index[g]] >> view.index[x] & 1:
             continue
         channel = view.channel_dim(x) if len(xs) < 5 else 2
         places = [d for d in range(channel if len(xs) == 5 else 1, len(xs)) if d != channel]
-        way = view.region(g, x)
+        between = view.region(g, x)
         pooled = all(gs[d] == 1 for d in places) and (
-            any(xs[d] > 1 for d in places) or (node.target in MULS and _pools(view, way)))
-        if pooled and gs[channel] == xs[channel] and view.learned(way):
+            any(xs[d] > 1 for d in places) or (scales and _pools(view, between)))
+        if pooled and gs[channel] == xs[channel] and view.learned(between):
             return True
     return False
 
@@ -40,13 +95,14 @@ def is_gate(view: ModuleGraph, node: fx.Node) -> bool:
 def _pools(view: ModuleGraph, mask: int) -> bool:
     """Whether a set of nodes takes a mean over positions, which on a map of one position the shapes do not show."""
     for node in view.members(mask):
-        if node.target in POOLINGS:
+        op = ops.of(node)
+        if op.reduces or op.pools in ("mean", "max") or op.name in ops.MATMULS:  # attention weights make a weighted mean
             return True
         if node.op == "call_module":
-            module = view.call_of(node).module
-            inside = view.traces.view(module)
-            if isinstance(module, _POOLING_LAYERS) or (inside is not None and _pools(inside, (1 << len(inside.nodes)) - 1)):
-                return True
+            with contextlib.suppress(Refusal):
+                inside = view.traces.inside(view.call_of(node))
+                if _pools(inside, (1 << len(inside.nodes)) - 1):
+                    return True
     return False
 
 

@@ -6,12 +6,9 @@ from collections.abc import Iterable
 
 from torch import fx, nn
 
-from ..capture.tracer import IN_PLACE
 from ..dataflow.module_graph import ModuleGraph
-from ..dataflow.ops import CATS, LAYOUTS, SLICES, argument
+from ..dataflow.ops import argument, name_of, of
 from .placement import Place
-
-_SILENT = LAYOUTS | SLICES | {getattr, "size", "dim"}
 
 
 def draw(place: Place, gate: str) -> str:
@@ -22,7 +19,7 @@ def draw(place: Place, gate: str) -> str:
     """
     unit, view = place.unit, place.unit.view
     operands = [] if unit.merge is None else _operands(unit.merge)
-    joined = unit.merge is not None and unit.merge.target in CATS
+    joined = unit.merge is not None and name_of(unit.merge) == "cat"
     if unit.kind == "residual":
         operands = [unit.output, *unit.shortcuts]
     elif joined and unit.output in operands:  # new features
@@ -38,7 +35,7 @@ def draw(place: Place, gate: str) -> str:
 
 
 def _operands(merge: fx.Node) -> list[fx.Node]:
-    first = argument(merge, 0, "tensors")
+    first = argument(merge, "tensors")
     return [o for o in (first if isinstance(first, (list, tuple)) else merge.all_input_nodes) if isinstance(o, fx.Node)]
 
 
@@ -73,15 +70,20 @@ def _chain(
             names.append(f"{at.target}({' ─ '.join(_chain(place, place.view, inner, None, gate))})")
         elif at.op == "call_module":
             names.append(str(at.target))
-        elif at.op in ("call_function", "call_method") and at.target not in _SILENT:
-            target = IN_PLACE.get(at.target, at.target)
-            name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
-            names.append(name.strip("_"))
+        elif at.op in ("call_function", "call_method") and not _is_silent(at):
+            name = at.target if isinstance(at.target, str) else getattr(at.target, "__name__", str(at.target))
+            names.append(name_of(at) or name.strip("_"))
         sources = [s for s in view.sources(at) if view.moves(s)]
         if not sources:
             break
         at, behind = max(sources, key=view.index.__getitem__), at
     return names[::-1]
+
+
+def _is_silent(node: fx.Node) -> bool:
+    """Whether a drawing leaves an operator out: changes of layout, parts, and questions about sizes."""
+    op = of(node)
+    return op.views or op.casts or op.slices or op.asks
 
 
 def _on_this_way(place: Place, behind: fx.Node | None) -> bool:

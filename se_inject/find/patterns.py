@@ -10,11 +10,10 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import fx
 
-from ..dataflow.module_graph import ModuleGraph
-from ..dataflow.ops import ADDS, CATS, SLICES, argument, is_tensor, shape
+from ..dataflow.module_graph import LAYOUT, SLICE, ModuleGraph
+from ..dataflow.ops import argument, is_tensor, name_of, shape
 
 LINEAR = "its branch is linear: a convolution or a position encoding in another form"
 UNLEARNED = "no convolution or linear layer in its branch"
@@ -52,14 +51,12 @@ def _candidates(view: ModuleGraph) -> list[Candidate]:
 
 def _operands(node: fx.Node) -> list[fx.Node] | None:
     """The operands of a sum of equal maps, if `node` is one: an addition, or the sum of a stack."""
-    if node.op not in ("call_function", "call_method"):
-        return None
     found: list[Any] = []
-    first = argument(node, 0, "input")
-    if node.target in ADDS:
-        found = [first, argument(node, 1, "other")]
-    elif node.target in ("sum", torch.sum) and isinstance(first, fx.Node) and first.target is torch.stack:
-        parts = argument(first, 0, "tensors")
+    name = name_of(node)
+    if name == "add":
+        found = [argument(node, "input"), argument(node, "other")]
+    elif name == "sum" and name_of(first := argument(node, "input")) == "stack":
+        parts = argument(first, "tensors")
         if len(first.users) == 1 and _dim(node) == _dim(first) and isinstance(parts, (list, tuple)):
             found = list(parts)
     maps = all(is_tensor(n) and shape(n) == shape(found[0]) and len(shape(n)) >= 3 for n in found)
@@ -67,7 +64,7 @@ def _operands(node: fx.Node) -> list[fx.Node] | None:
 
 
 def _dim(node: fx.Node) -> object:
-    dim = argument(node, 1, "dim", 0)
+    dim = argument(node, "dim", 0)
     return dim[0] if isinstance(dim, (list, tuple)) and len(dim) == 1 else dim
 
 
@@ -129,17 +126,11 @@ def _residuals(view: ModuleGraph) -> Iterator[Candidate]:
 
 def _bare(view: ModuleGraph, node: fx.Node, fork: fx.Node | None) -> bool:
     """Whether `node` is the fork, or an input where there is none, or a part or a multiple of it."""
-    while node is not fork and node.op != "placeholder":
-        if node.op == "call_module" and view.passes(node):
-            source: object = node.args[0]
-        elif node.target in SLICES:
-            source = node.args[0]
-        else:
-            source = view.is_constant_factor(node)
-        if not isinstance(source, fx.Node):
-            return False
-        node = source
-    return True
+    for step in view.steps_back(node):
+        if node is fork or step.kind == LAYOUT:
+            break
+        node = step.source
+    return node is fork or node.op == "placeholder"
 
 
 def _aggregations(view: ModuleGraph, residuals: list[Candidate]) -> Iterator[Candidate]:
@@ -153,9 +144,9 @@ def _aggregations(view: ModuleGraph, residuals: list[Candidate]) -> Iterator[Can
     for node in view.nodes:
         if node.op == "call_module":
             yield from _fused_by_caller(view, node)
-        if node.op != "call_function" or node.target not in CATS or not is_tensor(node) or len(shape(node)) < 3:
+        if name_of(node) != "cat" or not is_tensor(node) or len(shape(node)) < 3:
             continue
-        operands, dim = argument(node, 0, "tensors"), argument(node, 1, "dim", 0)
+        operands, dim = argument(node, "tensors"), argument(node, "dim", 0)
         if not isinstance(operands, (list, tuple)) or len(operands) < 2 or not all(is_tensor(o) for o in operands):
             continue
         if not isinstance(dim, int) or dim % len(shape(node)) != view.channel_dim(node):
@@ -175,7 +166,7 @@ def _aggregations(view: ModuleGraph, residuals: list[Candidate]) -> Iterator[Can
                   and any(view.learned(sums[o].branch & regions[p]) for p in parts if _operands(p) is None)]
         if end is not None:
             yield Candidate(view, "aggregation", end, mask | view.region(end, node), fork, node)
-        elif shared or (len(learned) < len(regions) and any(_bare_part(o, fork) for o in regions)):
+        elif shared or (len(learned) < len(regions) and any(_bare_part(view, o, fork) for o in regions)):
             for o in parts:
                 if shared and not any(view.learned(c.branch & regions[o]) for c in shared):
                     continue  # the shortcut's
@@ -188,9 +179,11 @@ def _aggregations(view: ModuleGraph, residuals: list[Candidate]) -> Iterator[Can
             yield Candidate(view, "aggregation", node, mask, fork, node)
 
 
-def _bare_part(node: fx.Node, fork: fx.Node | None) -> bool:
-    while node is not fork and node.target in SLICES and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
+def _bare_part(view: ModuleGraph, node: fx.Node, fork: fx.Node | None) -> bool:
+    for step in view.steps_back(node):
+        if node is fork or step.kind != SLICE:
+            break
+        node = step.source
     return node is fork or node.op == "placeholder"
 
 
@@ -205,7 +198,7 @@ def fused(view: ModuleGraph, node: fx.Node) -> fx.Node | None:
     learned, end = False, node
     while len(end.users) == 1:
         (user,) = end.users
-        if user.op == "output" or user.target in ADDS | CATS or not is_tensor(user):
+        if user.op == "output" or name_of(user) in ("add", "cat") or not is_tensor(user):
             break
         data = [n for n in user.all_input_nodes if is_tensor(n) and n.op != "get_attr"]
         if data != [end] or shape(user)[2:] != shape(node)[2:]:

@@ -6,12 +6,11 @@ import dataclasses
 import types
 from collections.abc import Iterator
 
-import torch
 from torch import fx, nn
 
 from ..capture.forward import is_plain_sequential
-from ..dataflow.module_graph import ModuleGraph, TracedModel, is_conv, is_depthwise, mixes
-from ..dataflow.ops import CATS, LAYOUTS, SLICES, is_tensor, shape
+from ..dataflow.module_graph import LAYOUT, SLICE, ModuleGraph, TracedModel, is_conv, is_depthwise, mixes
+from ..dataflow.ops import is_tensor, name_of, shape
 from .patterns import Candidate
 from .slots import Slot, is_inner
 
@@ -98,30 +97,22 @@ def _walk_back(
     Returns the forward and the node, the node behind it on the way, and whether a slice was passed.
     """
     node, behind, sliced = end, None, False
-    at, after, cut, layout = node, behind, False, False
-    while True:
-        source: object = None
-        counts, changes = True, False
-        if at.op == "call_module" and len(at.args) == 1 and not at.kwargs and view.passes(at):
-            source, counts = at.args[0], not layout or _is_drop_or_scale(view, at)
-        elif at.target is torch.nn.functional.dropout:
-            source, counts = at.args[0], not layout
-        elif at.target in SLICES and is_tensor(at.args[0]):
-            source = at.args[0] if _slices_channels(view, at, at.args[0]) else None  # type: ignore[arg-type]
-            cut |= source is not None
-        elif at.target in LAYOUTS and at.args:
-            source, counts, changes = at.args[0], False, True
-        else:
-            source = view.is_constant_factor(at)
-        if not is_tensor(source) or not branch >> view.index[source] & 1:  # type: ignore[index]
+    cut = layout = False
+    for step in view.steps_back(end):
+        if not branch >> view.index[step.source] & 1 or not is_tensor(step.source):
             break
-        assert isinstance(source, fx.Node)
-        if changes and len(source.users) > 1:
-            break
-        layout |= changes
-        at, after = source, at
-        if counts:
-            node, behind, sliced, layout = at, after, cut, False
+        if step.kind == LAYOUT:
+            if len(step.source.users) > 1:
+                break
+            layout = True
+            continue
+        if step.kind == SLICE:
+            if not _slices_channels(view, step.node, step.source):
+                break
+            cut = True
+        elif layout and not _is_drop_or_scale(view, step.node):
+            continue
+        node, behind, sliced, layout = step.source, step.node, cut, False
     inside = _child(traces, view, node)
     if inside is not None:
         out = inside.nodes[-1].args[0]
@@ -143,7 +134,7 @@ def _way(view: ModuleGraph, end: fx.Node, start: fx.Node) -> Iterator[fx.Node]:
 def _is_drop_or_scale(view: ModuleGraph, node: fx.Node) -> bool:
     """Whether a node is a drop path, a layer scale or a gain, and not merely a dropout or an identity."""
     if node.op != "call_module":
-        return view.is_constant_factor(node) is not None
+        return view.scaled(node) is not None
     return view.passes(node) and not isinstance(view.call_of(node).module, (nn.Identity, nn.modules.dropout._DropoutNd))
 
 
@@ -184,7 +175,7 @@ def _inner(traces: TracedModel, view: ModuleGraph, end: fx.Node, branch: int) ->
             at = sources[0]
             continue
         fork = view.fork(sources)
-        if at.target in CATS and is_tensor(at):
+        if name_of(at) == "cat" and is_tensor(at):
             between = view.region(at, fork)
             convs = [c.module for call in view.calls(between) for c in call.walk() if is_conv(c.module)]
             if convs:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 
 from torch import fx, nn
 
@@ -36,36 +38,69 @@ class PlacedSite:
 
 
 def find_sites(
-    model: nn.Module, traces: TracedModel, config: SEConfig, input_size: tuple[int, ...]
+    model: nn.Module, traced: TracedModel, config: SEConfig, *, taken: Mapping[nn.Module, str], drawn: bool = False
 ) -> tuple[list[PlacedSite], list[Site]]:
     """All sites of a recorded model, in the order of execution, the skipped ones with their reason.
 
-    Then those of which nothing is known but that a forward could not be traced.
+    Args:
+        model: The model that was recorded.
+        traced: Its traces.
+        config: Where blocks go, and which.
+        taken: Owners that have blocks already, each with the path of one.
+        drawn: Whether each site gets its drawing.
+
+    Returns:
+        (sites, untraced): the sites with their places, and one ``unknown`` site for each module whose forward cannot be
+        traced.
     """
-    gates = Gates(traces)
-    units, slots = find_units(traces, gates, config)
-    stages = Stages(model, traces, input_size)
+    gates = Gates(traced)
+    units, slots = find_units(traced, gates, config)
+    stages = Stages(model, traced)
     by_owner: dict[nn.Module, list[Place]] = defaultdict(list)
-    for place in _distinct([find_place(c, slots.get(c.view.module), config.placement, traces) for c in units]):
+    for place in _distinct([find_place(c, slots.get(c.view.module), config.placement, traced) for c in units]):
         by_owner[place.view.module].append(place)
     out: list[PlacedSite] = []
     for module, group in by_owner.items():
         group.sort(key=lambda p: p.view.index[p.node])
         for place, name in zip(group, _slot_names(module, group)):
-            out.append(_site(place, name, traces, gates, stages, config))
+            reason = _why_not(place, gates, config, taken)
+            out.append(PlacedSite(_site(place, name, reason, stages, config, drawn), place, _gain(place)))
     out.sort(key=lambda s: stages.position(s.place))
-    return out, [_unknown(call, why, stages) for call, why in find_untraced(traces, units)]
+    return out, [_unknown(call, why, stages) for call, why in find_untraced(traced, units)]
+
+
+def rejected(config: SEConfig, site: Site) -> str | None:
+    """Why the filters of `config` leave `site` out, or None where they do not."""
+    if config.stages is not None and site.stage not in config.stages:
+        return f"stage {site.stage} is not in stages={list(config.stages)}"
+    if config.include is not None and not any(fnmatchcase(site.path, p) for p in config.include):
+        return "no include pattern matches"
+    if config.exclude is not None and any(fnmatchcase(site.path, p) for p in config.exclude):
+        return "an exclude pattern matches"
+    if site.channels < config.min_channels:
+        return f"{site.channels} channels are below min_channels={config.min_channels}"
+    if config.filter_fn is not None and not config.filter_fn(site):
+        return "filter_fn said no"
+    return None
 
 
 def _unknown(call: Call, why: str, stages: Stages) -> Site:
     dims = tuple(call.output.shape)
     dim = channel_axis(call.output)
     dim = 1 if dim is None and len(dims) == 4 else len(dims) - 1 if dim is None else dim
-    size = tuple(d for i, d in enumerate(dims) if i not in (0, dim))
+    size = _positions(dims, dim)
     return Site(
         path=f"{call.path}.se" if call.path else "se", owner=call.path, slot="se", kind="unknown", channels=dims[dim],
-        layout="NCHW" if dim == 1 else "NLC" if len(dims) == 3 else "NHWC", size=size, stage=stages.at(call.end, size),
+        layout=_layout(dims, dim), size=size, stage=stages.at(call.end, size),
         style="se", rd_channels=0, params=0, macs=0, reason=why)
+
+
+def _layout(dims: Sequence[int], channels: int) -> str:
+    return "NLC" if len(dims) == 3 and channels == 2 else "NCHW" if channels == 1 else "NHWC"
+
+
+def _positions(dims: Sequence[int], channels: int) -> tuple[int, ...]:
+    return tuple(d for i, d in enumerate(dims) if i not in (0, channels))
 
 
 def _distinct(places: list[Place]) -> list[Place]:
@@ -102,49 +137,56 @@ def _slot_names(module: nn.Module, places: list[Place]) -> list[str]:
     return [named[id(p)] for p in places]
 
 
-def _site(place: Place, slot: str, traces: TracedModel, gates: Gates, stages: Stages, config: SEConfig) -> PlacedSite:
+def _site(place: Place, slot: str, reason: str | None, stages: Stages, config: SEConfig, drawn: bool) -> Site:
     c, view = place.unit, place.view
-    dims = shape(place.node)
-    dim = view.channel_dim(place.node)
-    channels = dims[dim]
-    layout = "NLC" if len(dims) == 3 and dim == 2 else "NCHW" if dim == 1 else "NHWC"
-    size = tuple(d for i, d in enumerate(dims) if i not in (0, dim))
+    dims, dim = shape(place.node), view.channel_dim(place.node)
+    channels, layout, size = dims[dim], _layout(dims, dim), _positions(dims, dim)
     wide = channels >= (out := _output_channels(c.view, channels))  # no narrow middle of a bottleneck
     base = (_input_channels(c.view) or channels) if place.inner and wide else channels
     style = "efficientnet" if place.inner and layout == "NCHW" and (place.depthwise or channels > out) else "se"
     spec = block_spec(config, channels, base, layout, style, from_input=place.inner)
-    owner = view.path
-    reason = place.reason or c.reason
-    if reason is None and "_se_edits" in view.module.__dict__:
-        reason = f"already has channel attention at {_own_block(view)}"
-    if reason is None:
-        taken = gates.in_region(c.view, c.branch) or _gated_behind(view, place.node, gates)
-        if taken is not None and config.existing == "skip":
-            reason = f"already has channel attention at {taken}"
-        elif taken is not None and config.existing == "replace" and not (place.fill and place.fill.replaces):
-            reason = f"its channel attention is no module that could be swapped at {taken}"
-        elif place.fill is None and any(c.changes_list for c in traces.calls[view.module]):
-            reason = f"{type(view.module).__name__}.forward changes a list that it is given"
-        elif layout == "NLC" and size == (1,):
-            reason = "only one position: nothing to squeeze"
-        elif layout == "NLC" and get_block(config.block).positions:
-            reason = f"block={config.block!r} needs a map with height and width, and this is a sequence of tokens"
-        elif place.fill is not None and place.fill.gain != 1.0 and problem(config, place.fill.gain):
-            reason = problem(config, place.fill.gain)
-        elif not all(batch_is_first(n.meta["val"]) for n in _values(place, dims)):
-            reason = f"the batch is not the first axis of its tensor, of shape {dims}"
-        elif dim not in (1, len(dims) - 1) or len(dims) > 4 or (len(dims) == 3 and dim == 1):
-            reason = f"layout of shape {dims} is not known"
-    calls = len(traces.calls[view.module])
     params, macs = cost(spec, config, size) if reason is None else (0, 0)
+    gate = f"[{config.block.upper()} {channels}{f' to {spec.rd_channels}' if spec.rd_channels else ''}]"
     site = Site(
-        path=f"{owner}.{slot}" if owner else slot, owner=owner, slot=slot, kind=c.kind, channels=channels,
+        path=f"{view.path}.{slot}" if view.path else slot, owner=view.path, slot=slot, kind=c.kind, channels=channels,
         layout=layout, size=size, stage=stages.of(place), style=style, rd_channels=spec.rd_channels,
-        params=params, macs=calls * macs, reason=reason, replaces=_replaced(place),
-        drawing=draw(place, _gate(config, channels, spec.rd_channels)))
-    if site.reason is None:
-        site = dataclasses.replace(site, reason=config.rejects(site))
-    return PlacedSite(site, place, 1.0 if place.fill is None else place.fill.gain)
+        params=params, macs=len(view.traces.calls[view.module]) * macs, reason=reason, replaces=_replaced(place),
+        drawing=draw(place, gate) if drawn else "")
+    return site if reason is not None else dataclasses.replace(site, reason=rejected(config, site))
+
+
+def _why_not(place: Place, gates: Gates, config: SEConfig, taken: Mapping[nn.Module, str]) -> str | None:
+    """Why a place gets no block, whatever the filters say; None where it may."""
+    c, view = place.unit, place.view
+    known = place.reason or c.reason
+    if known is not None:
+        return known
+    dims, dim = shape(place.node), view.channel_dim(place.node)
+    if view.module in taken:
+        return f"already has channel attention at {taken[view.module]}"
+    there = gates.in_region(c.view, c.branch) or _gated_behind(view, place.node, gates)
+    if there is not None and config.existing == "skip":
+        return f"already has channel attention at {there}"
+    if there is not None and config.existing == "replace" and not (place.fill and place.fill.replaces):
+        return f"its channel attention is no module that could be swapped at {there}"
+    if place.fill is None and any(call.changes_list for call in view.traces.calls[view.module]):
+        return f"{type(view.module).__name__}.forward changes a list that it is given"
+    tokens = len(dims) == 3 and dim == 2
+    if tokens and _positions(dims, dim) == (1,):
+        return "only one position: nothing to squeeze"
+    if tokens and get_block(config.block).positions:
+        return f"block={config.block!r} needs a map with height and width, and this is a sequence of tokens"
+    if place.fill is not None and place.fill.gain != 1.0 and (why := problem(config, place.fill.gain)):
+        return why
+    if not all(batch_is_first(n.meta["val"]) for n in _values(place, dims)):
+        return f"the batch is not the first axis of its tensor, of shape {dims}"
+    if dim not in (1, len(dims) - 1) or len(dims) > 4 or (len(dims) == 3 and dim == 1):
+        return f"layout of shape {dims} is not known"
+    return None
+
+
+def _gain(place: Place) -> float:
+    return 1.0 if place.fill is None else place.fill.gain
 
 
 def _replaced(place: Place) -> tuple[str, ...]:
@@ -156,18 +198,9 @@ def _replaced(place: Place) -> tuple[str, ...]:
     return tuple(f"{owner}{place.fill.name}.{key}" for key in old.state_dict())
 
 
-def _gate(config: SEConfig, channels: int, squeeze: int) -> str:
-    return f"[{config.block.upper()} {channels}{f' to {squeeze}' if squeeze else ''}]"
-
-
 def _values(place: Place, dims: tuple[int, ...]) -> list[fx.Node]:
     """The gated value and, of the same shape, the sum that it goes into, which may know more of its axes."""
     return [n for n in (place.node, place.unit.merge) if n is not None and is_tensor(n) and shape(n) == dims]
-
-
-def _own_block(view: ModuleGraph) -> str:
-    slot = view.module.__dict__["_se_edits"].edits[0].slot
-    return f"{view.path}.{slot}" if view.path else str(slot)
 
 
 def _gated_behind(view: ModuleGraph, node: fx.Node, gates: Gates) -> str | None:

@@ -13,8 +13,8 @@ from torch import fx, nn
 
 from ..capture.forward import Forward, bind, own_forward
 from ..dataflow.module_graph import ModuleGraph, TracedModel
-from ..dataflow.ops import MULS, is_tensor, shape
-from ..errors import TraceError
+from ..dataflow.ops import is_tensor, name_of, shape
+from ..errors import Refusal
 from .attention import Gates
 
 SLOT_NAMES = ("se", "attn", "attn2", "attn3", "attn_last")
@@ -123,7 +123,7 @@ def _probe(view: ModuleGraph, name: str) -> tuple[Forward, fx.Node, float] | Non
     """Fill a None slot with a marker and see whether, where, and with which gain the author's code calls it."""
     try:
         forward, _ = own_forward(view.call, marker=name)
-    except TraceError:
+    except Refusal:
         return None
     calls = [n for n in forward.graph.nodes if n.op == "call_module" and n.target == name]
     if len(calls) != 1 or not _usable(calls[0]):
@@ -132,7 +132,7 @@ def _probe(view: ModuleGraph, name: str) -> tuple[Forward, fx.Node, float] | Non
     if extra == 0:
         return forward, calls[0], 1.0
     users = list(calls[0].users)
-    if extra == 1 and len(users) == 1 and users[0].target in MULS:
+    if extra == 1 and len(users) == 1 and name_of(users[0]) == "mul":
         factors = [a for a in users[0].args if isinstance(a, (int, float))]
         if len(factors) == 1 and factors[0] in (0.5, 1.0, 2.0, 4.0):  # powers of two undo exactly
             return forward, calls[0], float(factors[0])

@@ -22,11 +22,12 @@ class Stages:
     by the reduction that it gives; where a model has no feature info, by halvings of the image, the stem being 0.
     """
 
-    def __init__(self, model: nn.Module, traces: TracedModel, input_size: tuple[int, ...]) -> None:
+    def __init__(self, model: nn.Module, traces: TracedModel) -> None:
         info = getattr(model, "feature_info", None)
         info = getattr(info, "info", info)
         entries = [e for e in info if isinstance(e, dict)] if isinstance(info, (list, tuple)) else []
-        self._positions = input_size[1] * input_size[2] if len(input_size) == 3 else 0
+        size = traces.run.input_size
+        self._positions = size[1] * size[2] if len(size) == 3 else 0
         self._reductions: list[float] = [e["reduction"] for e in entries if isinstance(e.get("reduction"), (int, float))]
         if len(self._reductions) != len(entries):
             self._reductions = []

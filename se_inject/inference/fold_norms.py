@@ -7,7 +7,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
@@ -16,11 +15,9 @@ from ..capture.recording import Call
 from ..dataflow.aliasing import storages
 from ..dataflow.branches import branches, trace_branches
 from ..dataflow.module_graph import ModuleGraph, TracedModel, spelled
-from ..dataflow.ops import BATCH_NORMS, CONVS, LAYOUTS, argument, conv_arguments, is_tensor, shape
+from ..dataflow.ops import CONVS, TRANSPOSED_CONVS, argument, is_tensor, layer_arguments, name_of, of, shape
 from ..dataflow.value_flow import ValueFlow
-from ..errors import TraceError
-
-_TRANSPOSED = {F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
+from ..errors import Refusal
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,10 +45,6 @@ class Norms:
     kept: dict[str, str]
 
 
-class NotFolded(Exception):
-    """Why a norm cannot be folded."""
-
-
 def find_folds(flow: ValueFlow, others: list[Call]) -> tuple[list[_Fold], Norms]:
     """The batch norms that can be folded, and all of them by path. Use it inside `abstract`; nothing is changed.
 
@@ -66,14 +59,14 @@ def find_folds(flow: ValueFlow, others: list[Call]) -> tuple[list[_Fold], Norms]
         try:
             fold = _fold(flow, module)
             if fold.layer in read or module in read:
-                raise NotFolded("another module reads its weights, or those of the layer before it")
+                raise Refusal("another module reads its weights, or those of the layer before it")
             if any(names[id(p)] > 1 for p in fold.layer._parameters.values()):
-                raise NotFolded("the layer before it shares its weight")
+                raise Refusal("the layer before it shares its weight")
             if not all(run.pairs(module, fold.layer) for run in runs):
-                raise NotFolded("another method of the model reads what comes before it")
+                raise Refusal("another method of the model reads what comes before it")
             folds.append(fold)
             found.folded[calls[0].path] = traces.calls[fold.layer][0].path
-        except (NotFolded, TraceError) as reason:
+        except Refusal as reason:
             found.kept[calls[0].path] = str(reason)
     return folds, found
 
@@ -81,32 +74,32 @@ def find_folds(flow: ValueFlow, others: list[Call]) -> tuple[list[_Fold], Norms]
 def _fold(flow: ValueFlow, norm: nn.Module) -> _Fold:
     traces = flow.traces
     view = _only_view(flow, norm, "it")
-    nodes = [n for n in view.nodes if n.target in BATCH_NORMS]
+    nodes = [n for n in view.nodes if name_of(n) == "batch_norm"]
     if len(nodes) != 1:
-        raise NotFolded(f"{type(norm).__name__}.forward is no batch norm")
+        raise Refusal(f"{type(norm).__name__}.forward is no batch norm")
     (node,) = nodes
-    if argument(node, 5, "training", False) or not all(
-            _is_own(norm, argument(node, i, name), name) for i, name in (
-                (1, "running_mean"), (2, "running_var"), (3, "weight"), (4, "bias"))):
-        raise NotFolded("it normalises by other than its own statistics and weights")
+    if argument(node, "training", False) or not all(
+            _is_own(norm, argument(node, name), name) for name in ("running_mean", "running_var", "weight", "bias")):
+        raise Refusal("it normalises by other than its own statistics and weights")
     rest = _chain(flow, view, node)
     above, value = _from_layer(flow, view, node)
     layer = above.module
     if len(traces.calls[layer]) > 1:
-        raise NotFolded("the layer before it is called more than once")
-    linear = value.target is F.linear
-    if not linear and value.target not in CONVS | _TRANSPOSED:
-        raise NotFolded(f"it comes behind {spelled(value, above)}")
+        raise Refusal("the layer before it is called more than once")
+    name = name_of(value)
+    linear, transposed = name == "linear", name in TRANSPOSED_CONVS
+    if not linear and not transposed and name not in CONVS:
+        raise Refusal(f"it comes behind {spelled(value, above)}")
     if linear and channel_axis(value.meta["val"]) != len(shape(value)) - 1:
-        raise NotFolded("the linear layer before it has its channels on another axis")
-    _, weight, bias, groups = conv_arguments(value)
-    if value.target in _TRANSPOSED and groups > 1:
-        raise NotFolded("the layer before it is a transposed convolution with groups")
+        raise Refusal("the linear layer before it has its channels on another axis")
+    _, weight, bias, groups = layer_arguments(value)
+    if transposed and groups > 1:
+        raise Refusal("the layer before it is a transposed convolution with groups")
     if weight is None or not _is_own(layer, weight, "weight") or not _is_own(layer, bias, "bias"):
-        raise NotFolded(f"{traces.calls[layer][0].path or 'the layer before it'} computes its weight")
+        raise Refusal(f"{traces.calls[layer][0].path or 'the layer before it'} computes its weight")
     if not all(_ends_in_layer(layer, g, value) for g in _graphs(above)):
-        raise NotFolded("the layer before it does more than a convolution")
-    return _Fold(norm, layer, argument(node, 7, "eps", 1e-5), linear, value.target in _TRANSPOSED, rest)
+        raise Refusal("the layer before it does more than a convolution")
+    return _Fold(norm, layer, argument(node, "eps", 1e-5), linear, transposed, rest)
 
 
 def _read_from_above(traces: TracedModel) -> Iterator[nn.Module]:
@@ -155,28 +148,28 @@ def _graphs(view: ModuleGraph) -> list[fx.Graph]:
 def _ends_in_layer(layer: nn.Module, graph: fx.Graph, like: fx.Node) -> bool:
     """Whether a forward returns what the same operator with the same weights makes of something."""
     (node,) = list(graph.nodes)[-1].args
-    if not isinstance(node, fx.Node) or node.target is not like.target:
+    if not isinstance(node, fx.Node) or name_of(node) != name_of(like):
         return False
-    _, weight, bias, _ = conv_arguments(node)
+    _, weight, bias, _ = layer_arguments(node)
     return _is_own(layer, weight, "weight") and _is_own(layer, bias, "bias")
 
 
 def _only_view(flow: ValueFlow, module: nn.Module, what: str) -> ModuleGraph:
     calls = flow.traces.calls[module]
     if len(calls) > 1:
-        raise NotFolded(f"{what} is called more than once")
+        raise Refusal(f"{what} is called more than once")
     _check_plain(flow, module, what)
     view = flow.traces.inside(calls[0])
     if branches(view):
-        raise NotFolded(f"{what} branches on sizes")
+        raise Refusal(f"{what} branches on sizes")
     return view
 
 
 def _check_plain(flow: ValueFlow, module: nn.Module, what: str) -> None:
     if module in (flow.barriers or ()):
-        raise NotFolded(f"{what} has hooks")
+        raise Refusal(f"{what} has hooks")
     if "forward" in module.__dict__:
-        raise NotFolded(f"{what} has a forward that is not its class's")
+        raise Refusal(f"{what} has a forward that is not its class's")
 
 
 def _is_own(module: nn.Module, node: object, name: str) -> bool:
@@ -193,7 +186,7 @@ def _chain(flow: ValueFlow, view: ModuleGraph, node: fx.Node) -> tuple[str, ...]
     while True:
         (user, *more) = node.users
         if more or user.op not in ("call_module", "output") or list(user.all_input_nodes) != [node]:
-            raise NotFolded(f"{type(view.module).__name__}.forward does more than to normalise and to call its children")
+            raise Refusal(f"{type(view.module).__name__}.forward does more than to normalise and to call its children")
         if user.op == "output":
             return tuple(names)
         if not flow.passes(view.call_of(user)):
@@ -203,19 +196,19 @@ def _chain(flow: ValueFlow, view: ModuleGraph, node: fx.Node) -> tuple[str, ...]
 
 def _from_layer(flow: ValueFlow, view: ModuleGraph, node: fx.Node) -> tuple[ModuleGraph, fx.Node]:
     """The operator that computes what a norm normalises, where nothing else reads it."""
-    x = argument(node, 0, "input")
+    x = argument(node, "input")
     channels = shape(x)[1]
     if channel_axis(x.meta["val"]) != 1:
-        raise NotFolded("it normalises another axis than the channels")
+        raise Refusal("it normalises another axis than the channels")
     crossed: list[ModuleGraph] = []
     while True:
         readers = [u for u in x.users if u.op == "output" or (view.carries_data(u) and not _reads_shape(u, x))]
         if len(readers) != 1:
-            raise NotFolded("what comes before it is also read elsewhere")
+            raise Refusal("what comes before it is also read elsewhere")
         if x.op == "placeholder":
             above = flow.caller(view)
             if above is None:
-                raise NotFolded("it normalises the model's input")
+                raise Refusal("it normalises the model's input")
             given = flow.bound(view.module, above[1]).get(str(x.target))
             _check_plain(flow, view.module, view.path)
             view = above[0]
@@ -229,17 +222,17 @@ def _from_layer(flow: ValueFlow, view: ModuleGraph, node: fx.Node) -> tuple[Modu
                 view = flow.traces.inside(call)
                 given = view.nodes[-1].args[0]
                 crossed.append(view)
-        elif x.target in LAYOUTS and _keeps_channels(x, channels):
+        elif (of(x).views or of(x).casts) and _keeps_channels(x, channels):
             given = x.args[0]
         else:
             for other in crossed:  # that of the layer is looked at on all its ways
                 if other is not view and branches(other):
-                    raise NotFolded(f"{type(other.module).__name__}.forward branches on sizes")
+                    raise Refusal(f"{type(other.module).__name__}.forward branches on sizes")
                 if "forward" in other.module.__dict__:
-                    raise NotFolded(f"{type(other.module).__name__} has a forward that is not its class's")
+                    raise Refusal(f"{type(other.module).__name__} has a forward that is not its class's")
             return view, x
         if not isinstance(given, fx.Node):
-            raise NotFolded("what comes before it comes together with others")
+            raise Refusal("what comes before it comes together with others")
         x = given
 
 

@@ -7,40 +7,26 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 
 from ..capture.channels import batch_is_first, channel_axis
+from ..capture.graphs import compute
 from ..capture.meta_ops import storage
 from ..capture.recording import Call
 from ..dataflow.aliasing import storages
 from ..dataflow.module_graph import ModuleGraph, spelled
-from ..dataflow.ops import (
-    ADAPTIVE_POOLS,
-    ADDS,
-    AVERAGES,
-    BATCH_NORMS,
-    CONVS,
-    ELEMENTWISE,
-    LAYOUTS,
-    MULS,
-    argument,
-    conv_arguments,
-    is_tensor,
-    shape,
-)
+from ..dataflow.ops import CONVS, argument, is_tensor, layer_arguments, name_of, of, products, shape
 from ..dataflow.value_flow import ValueFlow
-from ..errors import TraceError
+from ..errors import Refusal
 from .merged_layers import Affine, Layer
 from .upstream import Source
 
-_METHODS: dict[Any, str] = {
-    **dict.fromkeys((F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), "relu_"),
-    **dict.fromkeys((F.sigmoid, torch.sigmoid, torch.sigmoid_, "sigmoid", "sigmoid_"), "sigmoid_")}
+_IN_PLACE = ("relu", "sigmoid")  # activations with a method that works in place
 
 
-class NotLinear(Exception):
-    """Why a squeeze stays where it is."""
+def _is_mean(node: fx.Node) -> bool:
+    """Whether an operator takes a mean over axes, or pools a map to a given size."""
+    return of(node).reduces == "mean" or name_of(node).startswith("adaptive_avg_pool")
 
 
 class GateBuilder:
@@ -58,15 +44,15 @@ class GateBuilder:
         `axis` is that of the channels.
 
         Raises:
-            NotLinear: The gate is computed in another way.
+            Refusal: The gate is computed in another way.
         """
         found: list[Layer] = []
         at: tuple[ModuleGraph, fx.Node] = view, gate
         while True:
             above, node = self._unmoved(*at)
             if node.op == "placeholder":
-                raise NotLinear("its gate is not made from the mean of its input alone")
-            if node.target in AVERAGES | ADAPTIVE_POOLS:
+                raise Refusal("its gate is not made from the mean of its input alone")
+            if _is_mean(node):
                 self._check_mean(above, node, start, axis)
                 return found[::-1]
             affine = self._vector_step(above, node)
@@ -83,17 +69,17 @@ class GateBuilder:
                 found.append(scaled[1])
                 at = above, scaled[0]
                 continue
-            if node.target in _METHODS and list(node.all_input_nodes) == [node.args[0]]:
-                found.append(_METHODS[node.target])
+            if name_of(node) in _IN_PLACE and list(node.all_input_nodes) == [node.args[0]]:
+                found.append(f"{name_of(node)}_")
                 at = above, node.args[0]  # type: ignore[assignment]
                 continue
             module = above.module
             inputs = [n for n in above.nodes if n.op == "placeholder" and is_tensor(n)]
             if len(inputs) != 1 or not _is_elementwise(above):
-                raise NotLinear(f"{spelled(node, above)} is neither a linear layer nor an activation")
+                raise Refusal(f"{spelled(node, above)} is neither a linear layer nor an activation")
             outside = self.flow.outward(above, inputs[0])
             if outside[0] is above:
-                raise NotLinear(f"{spelled(node, above)} is neither a linear layer nor an activation")
+                raise Refusal(f"{spelled(node, above)} is neither a linear layer nor an activation")
             found.append(module)
             at = outside
 
@@ -102,40 +88,36 @@ class GateBuilder:
         while True:
             view, node = self.flow.origin(view, node)
             source = node.args[0] if node.args else None
-            if node.target in LAYOUTS and isinstance(source, fx.Node) and is_tensor(source) and (
+            if (of(node).views or of(node).casts) and isinstance(source, fx.Node) and is_tensor(source) and (
                     _vector(node) == _vector(source) is not None):
                 node = source
                 continue
             return view, node
 
     def _check_mean(self, view: ModuleGraph, node: fx.Node, start: fx.Node, axis: int) -> None:
-        x = argument(node, 0, "input")
+        x = argument(node, "input")
         above, source = self.flow.outward(view, x)
         if source is not start:
-            raise NotLinear(f"its squeeze reads {spelled(source, above)}, and not its input alone")
-        dims = argument(node, 1, "dim" if node.target in AVERAGES else "output_size")
-        if node.target in ADAPTIVE_POOLS:
+            raise Refusal(f"its squeeze reads {spelled(source, above)}, and not its input alone")
+        dims = argument(node, "output_size" if of(node).pools else "dim")
+        if of(node).pools:
             whole = dims in (1, (1, 1), [1, 1]) and axis == 1
         else:
             gone = {d % x.meta["val"].dim() for d in ([dims] if isinstance(dims, int) else dims or ())}
             whole = gone == set(range(1, x.meta["val"].dim())) - {axis}
         if not whole:
-            raise NotLinear("its squeeze is not the mean over all positions")
+            raise Refusal("its squeeze is not the mean over all positions")
 
     def _vector_step(self, view: ModuleGraph, node: fx.Node) -> tuple[fx.Node, Affine] | None:
         """What a linear layer on a vector is computed from, and its map."""
-        x = argument(node, 0, "input")
-        if (node.target is F.linear or node.target in CONVS) and is_tensor(x) and self._is_pointwise(view, node) and (
+        x = argument(node, "input")
+        if (name_of(node) == "linear" or name_of(node) in CONVS) and is_tensor(x) and self._is_pointwise(view, node) and (
                 _vector(x) is not None and _vector(node) is not None):
             return x, self._layer(view, node)
         return None
 
     def _scalar(self, view: ModuleGraph, node: fx.Node) -> tuple[fx.Node, float] | None:
-        if node.target in MULS and len(node.args) == 2:
-            for x, k in (node.args, node.args[::-1]):
-                if isinstance(x, fx.Node) and is_tensor(x) and isinstance(k, (int, float)):
-                    return x, float(k)
-        return None
+        return next(((x, float(k)) for x, k in products(node) if isinstance(k, (int, float))), None)
 
     # towards what a block's input is made of
 
@@ -148,10 +130,8 @@ class GateBuilder:
             view, node = self.flow.origin(last.view, last.node)
             try:
                 x, at, step = self._step(view, node, last.axis)
-            except NotLinear as reason:
+            except Refusal as reason:
                 return found, str(reason)
-            except TraceError as error:
-                return found, str(error)
             view, node = self.flow.outward(view, x)
             if self._is_written_before(start.view.call, view, node):
                 return found, f"{spelled(node, view)} is changed in place later"
@@ -179,26 +159,27 @@ class GateBuilder:
         """Through one operator that maps each position's channels alike: its input, the channels' axis, and the map.
 
         Raises:
-            NotLinear: The operator does something else.
+            Refusal: The operator does something else.
         """
-        other = NotLinear(f"{spelled(node, view)}{f' in {view.path}' if view.path else ''} is not linear over channels alone")
-        x: Any = argument(node, 0, "input")
+        other = Refusal(f"{spelled(node, view)}{f' in {view.path}' if view.path else ''} is not linear over channels alone")
+        x: Any = argument(node, "input")
         if node.op not in ("call_function", "call_method") or not is_tensor(node):
             raise other
-        if node.target is F.linear or node.target in CONVS:
-            if not self._is_pointwise(view, node) or axis != (len(shape(node)) - 1 if node.target is F.linear else 1):
+        op = of(node)
+        if op.name == "linear" or op.name in CONVS:
+            if not self._is_pointwise(view, node) or axis != (len(shape(node)) - 1 if op.name == "linear" else 1):
                 raise other
             return x, axis, lambda: self._layer(view, node)
-        if node.target in BATCH_NORMS and axis == 1 and not argument(node, 5, "training", False):
+        if op.name == "batch_norm" and axis == 1 and not argument(node, "training", False):
             return x, 1, lambda: self._norm(view, node)
-        if node.target in (F.dropout, F.dropout2d) and not argument(node, 2, "training", True):
+        if op.drops and not argument(node, "training", True):
             return x, axis, None
-        if node.target in MULS | ADDS and len(node.args) == 2 and not node.kwargs:
+        if op.name in ("mul", "add") and len(node.args) == 2 and not node.kwargs:
             for moving, k in (node.args, node.args[::-1]):
                 if isinstance(moving, fx.Node) and is_tensor(moving) and view.moves(moving) and (
                         shape(moving) == shape(node) and self._is_constant(view, k, axis, node)):
                     return moving, axis, lambda k=k: self._shift_or_scale(view, k, axis, node)  # type: ignore[misc]
-        if node.target in LAYOUTS and is_tensor(x):
+        if (op.views or op.casts) and is_tensor(x):
             t, s = node.meta["val"], x.meta["val"]
             at = channel_axis(s)
             if at is not None and channel_axis(t) == axis and t.numel() == s.numel() and t.shape[axis] == s.shape[at] and (
@@ -208,17 +189,17 @@ class GateBuilder:
 
     def _is_pointwise(self, view: ModuleGraph, node: fx.Node) -> bool:
         """Whether a layer looks at one position at a time, with weights that no input reaches."""
-        _, weight, bias, _ = conv_arguments(node)
+        _, weight, bias, _ = layer_arguments(node)
         if not isinstance(weight, fx.Node) or any(isinstance(p, fx.Node) and view.moves(p) for p in (weight, bias)):
             return False
-        if node.target is F.linear:
+        if name_of(node) == "linear":
             return True
-        stride, padding = argument(node, 3, "stride", 1), argument(node, 4, "padding", 0)
+        stride, padding = argument(node, "stride", 1), argument(node, "padding", 0)
         return set(shape(weight)[2:]) == {1} and set(_each(stride)) == {1} and (
             padding in ("valid", "same") or set(_each(padding)) == {0})
 
     def _layer(self, view: ModuleGraph, node: fx.Node) -> Affine:
-        _, weight, bias, groups = conv_arguments(node)
+        _, weight, bias, groups = layer_arguments(node)
         w = self.value(view, weight).double().flatten(1)
         b = w.new_zeros(len(w)) if bias is None else self.value(view, bias).double()
         return Affine(torch.block_diag(*w.chunk(groups)) if groups > 1 else w, b)
@@ -226,9 +207,9 @@ class GateBuilder:
     def _norm(self, view: ModuleGraph, node: fx.Node) -> Affine:
         mean, var, weight, bias = (
             None if a is None else self.value(view, a).double()
-            for a in (argument(node, i, n) for i, n in enumerate(("running_mean", "running_var", "weight", "bias"), 1)))
+            for a in (argument(node, n) for n in ("running_mean", "running_var", "weight", "bias")))
         assert mean is not None and var is not None
-        scale = torch.rsqrt(var + argument(node, 7, "eps", 1e-5)) * (1 if weight is None else weight)
+        scale = torch.rsqrt(var + argument(node, "eps", 1e-5)) * (1 if weight is None else weight)
         return Affine(scale, (0 if bias is None else bias) - mean * scale)
 
     @staticmethod
@@ -244,7 +225,7 @@ class GateBuilder:
     def _shift_or_scale(self, view: ModuleGraph, k: Any, axis: int, node: fx.Node) -> Affine:
         channels = shape(node)[axis]
         value = torch.as_tensor(self.value(view, k)).double().flatten().expand(channels)
-        if node.target in MULS:
+        if name_of(node) == "mul":
             return Affine(value, torch.zeros_like(value))
         return Affine(torch.ones_like(value), value)
 
@@ -255,14 +236,10 @@ class GateBuilder:
         if node.op == "get_attr":
             name = f"{view.path}.{node.target}" if view.path else str(node.target)
             if name not in self.values:
-                raise NotLinear(f"{name} is neither a parameter nor a buffer")
+                raise Refusal(f"{name} is neither a parameter nor a buffer")
             return self.values[name]
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.value(view, n))
-        if node.op == "call_function":
-            return node.target(*args, **kwargs)  # type: ignore[no-any-return, operator]
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)  # type: ignore[no-any-return]
-        raise NotLinear(f"{spelled(node, view)} is no constant")
+        return compute(node, args, kwargs)  # type: ignore[no-any-return]
 
 
 def _each(value: Any) -> tuple[Any, ...]:
@@ -279,4 +256,4 @@ def _vector(node: fx.Node) -> tuple[int, int] | None:
 def _is_elementwise(view: ModuleGraph) -> bool:
     """Whether a forward works on each element alone, and has no parameters."""
     return not any(True for _ in view.module.parameters()) and all(
-        n.op in ("placeholder", "output") or n.target in ELEMENTWISE for n in view.nodes if n.op == "output" or is_tensor(n))
+        n.op in ("placeholder", "output") or of(n).elementwise for n in view.nodes if n.op == "output" or is_tensor(n))

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..capture.tracer import IN_PLACE
 from ..dataflow.aliasing import Memory
-from ..dataflow.ops import ADDS, MULS, is_tensor, shape
+from ..dataflow.ops import is_tensor, name_of, products, shape, writes
 
 
 @dataclasses.dataclass(eq=False)
@@ -45,7 +44,7 @@ def write_in_place(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
 
 
 def _is_sum(node: fx.Node) -> bool:
-    return node.op in ("call_function", "call_method") and node.target in ADDS and not node.kwargs and len(
+    return name_of(node) == "add" and not node.kwargs and len(
         node.args) == 2 and is_tensor(node) and all(is_tensor(a) and _like(a, node) for a in node.args)
 
 
@@ -57,16 +56,15 @@ def _like(a: Any, node: fx.Node) -> bool:
 
 def _writes(node: fx.Node) -> bool:
     """Whether it is the author's own operator in place, which also has an effect on who else has that memory."""
-    return node.target in IN_PLACE or str(node.target).endswith("_")
+    return writes(node)
 
 
 def _split(node: fx.Node) -> tuple[fx.Node, fx.Node | float] | None:
     """A product as its full operand and the one that is broadcast over positions, or the number."""
-    if node.op not in ("call_function", "call_method") or node.target not in MULS or node.kwargs or len(
-            node.args) != 2 or not is_tensor(node):
+    if node.kwargs or not is_tensor(node):
         return None
-    for full, k in (node.args, node.args[::-1]):
-        if not is_tensor(full) or not _like(full, node):
+    for full, k in products(node):
+        if not _like(full, node):
             continue
         if isinstance(k, (int, float)):
             return full, float(k)  # type: ignore[return-value]

@@ -10,25 +10,25 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import fx, nn
 
-from ..capture.graphs import copy_graph
+from ..capture.graphs import subgraph
 from ..capture.inputs import record_model
 from ..capture.meta_ops import storage
 from ..capture.recording import Call
-from ..capture.snapshot import HOOKS, on_meta, restored, surgery_lock
+from ..capture.snapshot import HOOKS, restored, surgery_lock
 from ..dataflow.branches import branches
-from ..dataflow.module_graph import ModuleGraph, TracedModel
-from ..dataflow.ops import ADDS, MULS, is_tensor, shape, unexpanded
+from ..dataflow.module_graph import ModuleGraph
+from ..dataflow.ops import is_tensor, name_of, shape
 from ..dataflow.value_flow import ValueFlow
-from ..errors import SEInjectError, TraceError
-from ..find.attention import Gates
-from ..rescale.gates import Gate
+from ..errors import Refusal, SEInjectError, TraceError
+from ..find.attention import Gate, Gates, gate_of
 from ..surgery.codegen import regenerate
 from ..surgery.load_hooks import remove_hooks
-from ..surgery.refusals import refuse_optimizing
-from ..surgery.state import block_paths, edited_owners
+from ..surgery.refusals import refuse
+from ..surgery.session import traced
+from ..surgery.state import REPORT, block_paths, edited_owners, set_injections
 from .fold_norms import Norms, apply_folds, find_folds
 from .forward_class import become, optimized_class
-from .gate_layers import GateBuilder, NotLinear
+from .gate_layers import GateBuilder
 from .in_place import write_in_place
 from .inline import InlinedGraph, cannot_inline, inline
 from .merged_layers import Affine, Layer, MergedGate
@@ -67,25 +67,25 @@ def optimize_for_inference(model: nn.Module, *, input_size: tuple[int, ...] | No
         >>> fast = se_inject.optimize_for_inference(model)  # doctest: +SKIP
         >>> print(fast.se_report)  # doctest: +SKIP
     """
-    refuse_optimizing(model)
+    refuse(model, "optimize_for_inference", values=True)
     for owner in edited_owners(model):
         regenerate(owner)
     blocks = set(block_paths(model))
     fast = _copied(model).eval().requires_grad_(False)
     remove_hooks(fast)
-    fast.__dict__.pop("_se_injections", None)
+    set_injections(fast, ())
     hooked = {m for m in fast.modules() if any(m.__dict__[kind] for kind in HOOKS)}
-    with on_meta(fast):
+    with traced(fast, input_size) as t:
         others = [call for call in (_run_of(fast, method, input_size) for method in _METHODS) if call is not None]
-        folds, norms = find_folds(ValueFlow(TracedModel(record_model(fast, input_size)), hooked), others)
+        folds, norms = find_folds(ValueFlow(t, hooked), others)
     apply_folds(fast, folds)
     values = {**dict(fast.named_parameters(remove_duplicate=False)), **dict(fast.named_buffers(remove_duplicate=False))}
-    with on_meta(fast):
-        changes = _Planner(fast, ValueFlow(TracedModel(record_model(fast, input_size)), hooked), values).plan(blocks)
+    with traced(fast, input_size) as t:
+        changes = _Planner(fast, ValueFlow(t, hooked), values).plan(blocks)
     report = changes.apply(norms)
-    fast.__dict__["se_report"] = report
+    fast.__dict__[REPORT] = report
     if isinstance(fast, fx.GraphModule):  # whose copies have what is named there
-        fast.meta.setdefault("_user_preserved_attributes", {})["se_report"] = report
+        fast.meta.setdefault("_user_preserved_attributes", {})[REPORT] = report
     _logger.info("%s", report.summary())
     return fast
 
@@ -100,7 +100,7 @@ def _run_of(model: nn.Module, method: str, input_size: tuple[int, ...] | None) -
     with restored([model]):
         model.__dict__["forward"] = getattr(model, method)
         try:
-            return record_model(model, input_size)
+            return record_model(model, input_size).root
         except TraceError:
             return None
 
@@ -193,7 +193,7 @@ class _Planner:
                     block = self._block(call)
                     self.lowered[call] = block
                     self.reports.append(block.report)
-                except (NotLinear, TraceError) as reason:
+                except Refusal as reason:
                     self.reports.append(OptimizedBlock(call.path, None, None, str(reason)))
         regions = self._merged([*(
             _Region(b.root, b.inside, [b]) for b in self.lowered.values()), *self._sums()])
@@ -208,40 +208,43 @@ class _Planner:
     def _block(self, call: Call) -> _Block:
         """
         Raises:
-            NotLinear: The block stays as it is.
+            Refusal: The block stays as it is.
         """
         if len(self.traces.calls[call.module]) > 1:
-            raise NotLinear("it is called more than once")
+            raise Refusal("it is called more than once")
         if any(c.module in (self.flow.barriers or ()) or "forward" in c.module.__dict__ for c in call.walk()):
-            raise NotLinear("it has hooks, or a forward that is not its class's")
+            raise Refusal("it has hooks, or a forward that is not its class's")
         if call.writes:
-            raise NotLinear("it writes into its input")
+            raise Refusal("it writes into its input")
         if branches(self.traces.inside(call)):
-            raise NotLinear("it branches on sizes")
+            raise Refusal("it branches on sizes")
         if isinstance(call.module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
-            raise NotLinear("it is a container")
+            raise Refusal("it is a container")
         above = self.flow.caller(self.traces.inside(call))
         if above is None:
-            raise NotLinear("it is the model itself")
+            raise Refusal("it is the model itself")
         view, node = above
         if len(node.all_input_nodes) != 1 or node.kwargs or len(node.args) != 1:
-            raise NotLinear("it takes in more than one tensor")
+            raise Refusal("it takes in more than one tensor")
         x = node.all_input_nodes[0]
         start = self.flow.outward(view, x)[1]
-        inner, gate, axis = self._product(call, start)
+        gate = gate_of(self.flow, call)
+        if gate.moved:
+            raise Refusal("it works in another layout than its input's")
+        axis = gate.axis
         why = cannot_inline(self.flow, view.call, False)
         if why is not None:
-            raise NotLinear(f"its owner is left alone: {why}")
+            raise Refusal(f"its owner is left alone: {why}")
         dims = shape(node)
         out = tuple(n if d == axis else 1 for d, n in enumerate(dims))[1:]
         try:
-            layers = self.lowering.layers_of(inner, gate, start, axis)
-        except NotLinear as reason:
-            if inner.call is not call or self.traces.view(call.module) is None:
+            layers = self.lowering.layers_of(gate.view, gate.node, start, axis)
+        except Refusal as reason:
+            if gate.view.call is not call or self.traces.view(call.module) is None:
                 raise
-            source, as_is = Source(view, x, axis), Gate(call.module, inner.forward.graph, gate)
+            source = Source(view, x, axis)
             report = OptimizedBlock(call.path, self._named(source), None, str(reason))
-            return _Block(call, view, node, axis, source, view.call, set(), as_is, report)
+            return _Block(call, view, node, axis, source, view.call, set(), gate, report)
         source, root, inside, layers, why = self._source(view, x, axis, layers)
         key = next(iter(dict(call.module.named_parameters())), None)
         like = self.values[f"{call.path}.{key}" if key else next(iter(dict(self.model.named_parameters())))]
@@ -250,33 +253,6 @@ class _Planner:
         report = OptimizedBlock(
             call.path, self._named(source), source.channels if source.steps else None, why)
         return _Block(call, view, node, axis, source, root, inside, MergedGate(positions, made, out, like), report)
-
-    def _product(self, call: Call, start: fx.Node) -> tuple[ModuleGraph, fx.Node, int]:
-        """Where a block's input is multiplied by its gate: that forward, the gate, and the axis of the channels.
-
-        Raises:
-            NotLinear: The block does something else.
-        """
-        other = NotLinear("its output is not its input times a gate")
-        result = self.traces.inside(call).nodes[-1].args[0]
-        if not isinstance(result, fx.Node):
-            raise other
-        view, node = self.flow.origin(self.traces.inside(call), result)
-        if node.target not in MULS or len(node.args) < 2 or not all(is_tensor(a) for a in node.args[:2]):
-            raise other
-        for x, g in (node.args[:2], node.args[1::-1]):
-            assert isinstance(x, fx.Node) and isinstance(g, fx.Node)
-            if self.flow.outward(view, x)[1] is not start or self.flow.outward(view, g)[1] is start:
-                continue
-            g = unexpanded(g)
-            xs, gs = shape(x), shape(g)
-            if len(gs) != len(xs) or gs[0] != xs[0]:
-                raise other
-            wide = [d for d, n in enumerate(gs) if d > 0 and n != 1]
-            if len(wide) != 1 or gs[wide[0]] != xs[wide[0]]:
-                raise NotLinear("its gate differs from place to place")
-            return view, g, wide[0]
-        raise other
 
     def _source(
         self, view: ModuleGraph, x: fx.Node, axis: int, layers: list[Layer]
@@ -299,7 +275,7 @@ class _Planner:
             return (*here[:4], cheaper)
         try:
             root, inside = self._together(view.call, best.view.call)
-        except NotLinear as reason:
+        except Refusal as reason:
             return (*here[:4], str(reason))
         assert first is not None  # there is one candidate without
         merged = first
@@ -311,7 +287,7 @@ class _Planner:
         """The innermost call that both are inside of, and the calls on the way from it to both.
 
         Raises:
-            NotLinear: One of the forwards cannot be put together with others.
+            Refusal: One of the forwards cannot be put together with others.
         """
         ways = []
         for call in (a, b):
@@ -324,7 +300,7 @@ class _Planner:
         for call in (root, *inside):
             reason = cannot_inline(self.flow, call, call is not root)
             if reason is not None:
-                raise NotLinear(f"the cheaper tensor is in another forward: {reason}")
+                raise Refusal(f"the cheaper tensor is in another forward: {reason}")
         return root, inside
 
     @staticmethod
@@ -351,7 +327,7 @@ class _Planner:
             view = self.traces.view(module)
             if view is None:
                 continue
-            sums = [n for n in view.nodes if n.target in ADDS and n.op in ("call_function", "call_method") and len(
+            sums = [n for n in view.nodes if name_of(n) == "add" and len(
                 n.args) == 2 and all(is_tensor(a) and view.moves(a) and shape(a) == shape(n) for a in n.args)]  # type: ignore[arg-type]
             if not sums:
                 continue
@@ -382,7 +358,7 @@ class _Planner:
             result = inside.nodes[-1].args[0]
             more = self._to_product(inside, result) if isinstance(result, fx.Node) else None
             return None if more is None else [call, *more]
-        if node.target in MULS and len(node.args) == 2:
+        if name_of(node) == "mul" and len(node.args) == 2:
             sizes = [a.meta["val"].numel() if is_tensor(a) else 1 for a in node.args]  # type: ignore[union-attr]
             return [] if min(sizes) < max(sizes) else None
         return None
@@ -411,7 +387,7 @@ class _Planner:
             _put_gate(flat, block, name)
             changes.gates.append((block.call.module, name, block.gate))
         done = write_in_place(flat.graph)
-        changes.sums += sum(1 for n in done if n.target in ADDS)
+        changes.sums += sum(name_of(n) == "add" for n in done)
         if not region.blocks and not done:
             return
         view = self.traces.view(region.root.module)
@@ -420,7 +396,7 @@ class _Planner:
         if isinstance(region.root.module, fx.GraphModule):
             changes.classes.append((region.root.module, flat.graph))
         else:
-            plain = copy_graph(view.forward.graph)
+            plain = subgraph(view.forward.graph)
             changes.classes.append((region.root.module, optimized_class(region.root.module, flat.graph, plain, constants)))
 
 

@@ -13,31 +13,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from ..capture.recording import Call
 from ..dataflow.branches import other_ways
 from ..dataflow.module_graph import ModuleGraph, TracedModel, spelled
-from ..dataflow.ops import (
-    ADDS,
-    CONVS,
-    DIVISIONS,
-    MEANS,
-    MULS,
-    POOLS,
-    POSITIVE,
-    SAME,
-    SIZES,
-    argument,
-    conv_arguments,
-    is_tensor,
-    shape,
-)
+from ..dataflow.ops import CONVS, argument, is_tensor, layer_arguments, of, shape
 from ..dataflow.value_flow import ValueFlow
-from ..errors import TraceError
-from .element_labels import ONE, NoMove, compact
-from .operator_rules import Scaling, Unabsorbed, across, apart, before, beside, moved, operand, readers, times, vector
+from ..errors import Refusal
+from .element_labels import ONE, compact
+from .operator_rules import Scaling, across, apart, before, beside, moved, operand, readers, times, vector
 
 
 class Absorber:
@@ -59,26 +44,20 @@ class Absorber:
     # what both directions use
 
     def view(self, call: Call) -> ModuleGraph:
-        try:
-            return self.traces.inside(call)
-        except TraceError as error:
-            raise Unabsorbed(str(error)) from None
+        return self.traces.inside(call)
 
     def caller(self, view: ModuleGraph) -> tuple[ModuleGraph, fx.Node]:
         """The forward that calls `view`'s module, and the node that does."""
-        try:
-            above = self.flow.caller(view)
-        except TraceError as error:
-            raise Unabsorbed(str(error)) from None
+        above = self.flow.caller(view)
         if above is None:
-            raise Unabsorbed("the model's own input or output would change")
+            raise Refusal("the model's own input or output would change")
         return above
 
     def _check_ways(self, view: ModuleGraph, node: fx.Node, user: fx.Node) -> None:
         """That a value is read by the same on each way through a forward that branches on sizes.
 
         Raises:
-            Unabsorbed: It is not, or that cannot be known.
+            Refusal: It is not, or that cannot be known.
         """
         if not view.forward.decisions:
             return
@@ -86,9 +65,9 @@ class Absorber:
             there = pairs.get(node)
             ours = {pairs.get(u) for u in readers(view, node)}
             if there is None or pairs.get(user) is None or None in ours or ours != {
-                    u for u in there.users if u.target not in SIZES} or not (
+                    u for u in there.users if not of(u).asks} or not (
                     self._is_single(there) and self._is_single(pairs[user])):
-                raise Unabsorbed(f"{type(view.module).__name__}.forward branches on sizes, and does something else there")
+                raise Refusal(f"{type(view.module).__name__}.forward branches on sizes, and does something else there")
 
     def _parameter(self, view: ModuleGraph, node: fx.Node, labels: torch.Tensor, power: int) -> list[Scaling]:
         path, _, name = str(node.target).rpartition(".")
@@ -96,19 +75,19 @@ class Absorber:
         p = module._parameters.get(name)
         key = f"{view.path}.{node.target}" if view.path else str(node.target)
         if p is None:
-            raise Unabsorbed(f"{key} is no parameter")
+            raise Refusal(f"{key} is no parameter")
         if self._names[id(p)] > 1:
-            raise Unabsorbed(f"{key} is shared with another module")
+            raise Refusal(f"{key} is shared with another module")
         if len(self.traces.calls.get(module, ())) != (0 if path else 1):
-            raise Unabsorbed(f"{key} is used more than once")
+            raise Refusal(f"{key} is used more than once")
         if not self._is_single(node) or tuple(p.shape) != labels.shape or self._reads(view.call.parent, key):
-            raise Unabsorbed(f"{key} is used more than once")
+            raise Refusal(f"{key} is used more than once")
         return [Scaling(key, labels, power)]
 
     def _reads(self, call: Call | None, key: str) -> bool:
         """Whether a forward around a layer reads the layer's parameter itself."""
         while call is not None:
-            with contextlib.suppress(Unabsorbed):
+            with contextlib.suppress(Refusal):
                 view = self.view(call)
                 path = f"{view.path}." if view.path else ""
                 if key.startswith(path) and self._used(view.forward.graph)["get_attr", key[len(path):]]:
@@ -132,10 +111,10 @@ class Absorber:
         """The scalings that multiply the value of `node`, as `user` reads it, by the labelled factors.
 
         Raises:
-            Unabsorbed: There are none.
+            Refusal: There are none.
         """
         if not is_tensor(node):
-            raise Unabsorbed("it comes out of its module together with others")
+            raise Refusal("it comes out of its module together with others")
         if bool((compact(labels) < 0).all()):
             return []
         self._check_ways(view, node, user)
@@ -158,7 +137,7 @@ class Absorber:
         """The labels that serve all readers of a value, and what those take in that shall not see the factor."""
         more: list[Scaling] = []
         if list(user.all_input_nodes).count(node) != 1 or times(user, node) != 1:
-            raise Unabsorbed(f"{spelled(user)} reads its input twice")
+            raise Refusal(f"{spelled(user)} reads its input twice")
         for other in readers(view, node):
             if other is user:
                 continue
@@ -168,44 +147,43 @@ class Absorber:
             elif self.compensate:
                 more += self.into(view, other, node, labels, -power)
             else:
-                raise Unabsorbed(f"its input is also read by {spelled(other, view)}")
+                raise Refusal(f"its input is also read by {spelled(other, view)}")
         return labels, more
 
     def _up_through(self, view: ModuleGraph, node: fx.Node, labels: torch.Tensor, power: int) -> list[Scaling]:
-        target, first = node.target, argument(node, 0, "input")
-        if target in SAME:
-            return self.up(view, first, labels, node, power)
-        if target in POSITIVE:
-            return self.up(view, first, labels, node, power)
-        if target in ADDS | {torch.addcmul}:
+        op, first = of(node), argument(node, "input")
+        if op.name in ("add", "addcmul"):
             return self._up_sum(view, node, labels, power)
-        if target in MULS:
+        if op.name == "mul":
             return self._up_product(view, node, [a for a in node.args[:2] if is_tensor(a)], labels, power)
-        if target in DIVISIONS and not node.kwargs:
+        if op.name == "div":
+            if node.kwargs:
+                raise Refusal(f"it does not pass {spelled(node)}")
             return self.up(view, first, operand(first, labels), node, power)
-        if target in POOLS or (target in MEANS and argument(node, 1, "dim") is not None):
-            dims = (-2, -1) if target in POOLS else argument(node, 1, "dim")
-            if target in MEANS and len(shape(node)) != len(shape(first)):
-                gone = sorted(d % len(shape(first)) for d in ([dims] if isinstance(dims, int) else dims))
-                for d in gone:
+        if op.scales:
+            return self.up(view, first, labels, node, power)
+        dims = _mixed_axes(node)
+        if dims is not None:
+            if op.reduces and len(shape(node)) != len(shape(first)):
+                for d in sorted(d % len(shape(first)) for d in ([dims] if isinstance(dims, int) else dims)):
                     labels = labels.unsqueeze(d)
             return self.up(view, first, across(labels, dims, shape(first), node), node, power)
-        if target in (F.batch_norm, torch.batch_norm, F.group_norm, F.layer_norm, F.rms_norm):
+        if op.normalizes:
             return self._up_norm(view, node, labels, power)
-        if target is F.linear or target in CONVS:
+        if op.name == "linear" or op.name in CONVS:
             return self._up_conv(view, node, labels, power)
         return self._up_moved(view, node, labels, power)
 
     def _up_sum(self, view: ModuleGraph, node: fx.Node, labels: torch.Tensor, power: int) -> list[Scaling]:
-        terms = [argument(node, 0, "input"), argument(node, 1, "other")]
+        terms = [argument(node, "input"), argument(node, "other")]
         out: list[Scaling] = []
-        if node.target is torch.addcmul:
-            terms = [argument(node, 0, "input")]
+        if of(node).name == "addcmul":
+            terms = [argument(node, "input")]
             factors = [a for a in node.args[1:3] if is_tensor(a)]
             out += self._up_product(view, node, factors, labels, power)
         terms = [t for t in terms if is_tensor(t) or t != 0]  # a sum that begins with 0
         if node.kwargs or not all(map(is_tensor, terms)):
-            raise Unabsorbed(f"a constant is added at {spelled(node)}")
+            raise Refusal(f"a constant is added at {spelled(node)}")
         for t in terms:
             out += self.up(view, t, operand(t, labels), node, power)
         return out
@@ -221,33 +199,31 @@ class Absorber:
     @staticmethod
     def _first(*ways: Callable[[], list[Scaling]]) -> list[Scaling]:
         """The first way that there is; else the reason of the first."""
-        reason: Unabsorbed | None = None
+        reason: Refusal | None = None
         for way in ways:
             try:
                 return way()
-            except Unabsorbed as error:
+            except Refusal as error:
                 reason = reason or error
-        raise reason or Unabsorbed("nothing there takes it in")
+        raise reason or Refusal("nothing there takes it in")
 
     def _up_norm(self, view: ModuleGraph, node: fx.Node, labels: torch.Tensor, power: int) -> list[Scaling]:
-        at = 3 if node.target in (F.batch_norm, torch.batch_norm) else 2
-        weight = argument(node, at, "weight")
-        bias = None if node.target is F.rms_norm else argument(node, at + 1, "bias")
+        weight, bias = argument(node, "weight"), argument(node, "bias")
         if weight is None:
-            raise Unabsorbed(f"{spelled(node, view)} has no weight")
+            raise Refusal(f"{spelled(node, view)} has no weight")
         out: list[Scaling] = []
         for p in (weight, bias):
             if p is not None:
-                own = labels if node.target in (F.layer_norm, F.rms_norm) else labels.movedim(1, -1)
+                own = labels if of(node).name in ("layer_norm", "rms_norm") else labels.movedim(1, -1)
                 out += self.up(view, p, operand(p, own), node, power)
         return out
 
     def _up_conv(self, view: ModuleGraph, node: fx.Node, labels: torch.Tensor, power: int) -> list[Scaling]:
-        x, weight, bias, _ = conv_arguments(node)
+        x, weight, bias, _ = layer_arguments(node)
         if not is_tensor(weight):
-            raise Unabsorbed(f"{spelled(node, view)} has no weight")
+            raise Refusal(f"{spelled(node, view)} has no weight")
         assert isinstance(weight, fx.Node) and isinstance(x, fx.Node)
-        axis = -1 if node.target is F.linear else 1
+        axis = -1 if of(node).name == "linear" else 1
 
         def rows() -> list[Scaling]:
             v = vector(labels, axis, node)
@@ -270,12 +246,12 @@ class Absorber:
                 out += self.up(view, source, own, node, power)
             elif view.carries_data(source):  # one of the parts of a split
                 if len(source.all_input_nodes) != 1 or not is_tensor(source.args[0]):
-                    raise Unabsorbed(f"it comes out of {spelled(source, view)} together with others")
+                    raise Refusal(f"it comes out of {spelled(source, view)} together with others")
                 whole = source.args[0]
                 parts = [(n, labels if n is node else torch.full(shape(n), ONE, dtype=torch.float64))
                          for n in source.users if is_tensor(n)]
                 if len(parts) != len(source.users):
-                    raise Unabsorbed(f"it comes out of {spelled(source, view)} together with others")
+                    raise Refusal(f"it comes out of {spelled(source, view)} together with others")
                 out += self.up(view, whole, before(source, whole, parts), source, power)  # type: ignore[arg-type]
         return out
 
@@ -285,7 +261,7 @@ class Absorber:
         """The scalings that do to all readers of `node` what multiplying its value by the labelled factors would do.
 
         Raises:
-            Unabsorbed: There are none.
+            Refusal: There are none.
         """
         out: list[Scaling] = []
         for user in readers(view, node):
@@ -301,7 +277,7 @@ class Absorber:
         self._check_ways(view, node, user)
         if user.op == "output":
             if user.args[0] is not node:
-                raise Unabsorbed("it leaves its module together with others")
+                raise Refusal("it leaves its module together with others")
             parent, at = self.caller(view)
             return self.down(parent, at, labels, power)
         if user.op == "call_module":
@@ -310,31 +286,29 @@ class Absorber:
             names = [k for k, v in self.flow.bound(call.module, user).items() if v is node]
             inputs = [n for n in inside.nodes if n.op == "placeholder" and n.target in names]
             if len(names) != 1 or len(inputs) != 1:
-                raise Unabsorbed(f"{call.path} takes it in among others")
+                raise Refusal(f"{call.path} takes it in among others")
             return self.down(inside, inputs[0], labels, power)
         return self._into_operator(view, user, node, labels, power)
 
     def _into_operator(
         self, view: ModuleGraph, user: fx.Node, node: fx.Node, labels: torch.Tensor, power: int
     ) -> list[Scaling]:
-        target = user.target
-        is_first = argument(user, 0, "input") is node and times(user, node) == 1
-        if target in MULS and times(user, node) == 1:
+        op = of(user)
+        is_first = argument(user, "input") is node and times(user, node) == 1
+        if op.name == "mul" and times(user, node) == 1:
             return self._into_product(view, user, node, labels, power)
-        if target in SAME and is_first:
+        if op.name == "add" and not user.kwargs and 0 in [a for a in user.args if not isinstance(a, fx.Node)]:
             return self.down(view, user, labels, power)
-        if target in POSITIVE and is_first:
-            return self.down(view, user, labels, power)
-        if target in ADDS and not user.kwargs and 0 in [a for a in user.args if not isinstance(a, fx.Node)]:
-            return self.down(view, user, labels, power)
-        if target in ADDS:
-            raise Unabsorbed(f"it is added to something else at {spelled(user, view)}")
-        if target in DIVISIONS and is_first and not user.kwargs:
+        if op.name == "add":
+            raise Refusal(f"it is added to something else at {spelled(user, view)}")
+        if op.name == "div" and is_first and not user.kwargs:
             return self.down(view, user, labels.expand(shape(user)), power)
-        if (target in POOLS or (target in MEANS and argument(user, 1, "dim") is not None)) and is_first:
-            dims = (-2, -1) if target in POOLS else argument(user, 1, "dim")
+        if op.scales and op.name != "div" and is_first:
+            return self.down(view, user, labels, power)
+        dims = _mixed_axes(user)
+        if dims is not None and is_first:
             return self.down(view, user, across(labels, dims, shape(user), user), power)
-        if (target is F.linear or target in CONVS) and is_first:
+        if (op.name == "linear" or op.name in CONVS) and is_first:
             return self._into_conv(view, user, labels, power)
         return self._down_moved(view, user, node, labels, power)
 
@@ -354,13 +328,13 @@ class Absorber:
         return self._first(other, lambda: self.down(view, user, result, power))
 
     def _into_conv(self, view: ModuleGraph, user: fx.Node, labels: torch.Tensor, power: int) -> list[Scaling]:
-        _, weight, _, groups = conv_arguments(user)
+        _, weight, _, groups = layer_arguments(user)
         if not is_tensor(weight):
-            raise Unabsorbed(f"{spelled(user, view)} has no weight")
+            raise Refusal(f"{spelled(user, view)} has no weight")
         assert isinstance(weight, fx.Node)
 
         def columns() -> list[Scaling]:
-            v = vector(labels, -1 if user.target is F.linear else 1, user)
+            v = vector(labels, -1 if of(user).name == "linear" else 1, user)
             rows, inputs, *kernel = shape(weight)
             own = v.view(groups, 1, inputs).expand(groups, rows // groups, inputs).reshape(
                 rows, inputs, *[1] * len(kernel)).expand(shape(weight))
@@ -374,6 +348,14 @@ class Absorber:
     def _down_moved(self, view: ModuleGraph, user: fx.Node, node: fx.Node, labels: Any, power: int) -> list[Scaling]:
         try:
             there = moved(user, {node: labels})
-        except NoMove:
-            raise Unabsorbed(f"it does not pass {spelled(user, view)}") from None
+        except Refusal:
+            raise Refusal(f"it does not pass {spelled(user, view)}") from None
         return self.down(view, user, there, power)
+
+
+def _mixed_axes(node: fx.Node) -> Any:
+    """The axes over which an operator combines elements, and apart from which it is homogeneous; None for other operators."""
+    op = of(node)
+    if op.pools:
+        return range(2, len(shape(node)))
+    return argument(node, "dim") if op.reduces else None

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..errors import Refusal
+
 ONE, FREE = -1.0, -2.0  # the factor is 1; any factor is right, as the element is zero or not used
 _aten = torch.ops.aten
 _MOVES = {
@@ -24,20 +26,16 @@ _MOVES = {
 }  # fmt: skip
 
 
-class NoMove(Exception):
-    """An operator computes something, or has no labels for what it makes."""
-
-
 class MovesOnly(TorchDispatchMode):
-    """Inside, operators that do not merely move elements raise `NoMove`. Zeros that are padded on are labelled `FREE`."""
+    """Inside, operators that do not merely move elements raise `Refusal`. Zeros that are padded on are labelled `FREE`."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         packet = func._overloadpacket
         if packet not in _MOVES:
-            raise NoMove(str(packet))
+            raise Refusal(str(packet))
         if packet is _aten.constant_pad_nd:
             if len(args) > 2 and args[2] != 0:
-                raise NoMove("a padding that is not zero")
+                raise Refusal("a padding that is not zero")
             args = (*args[:2], FREE)
         return func(*args, **(kwargs or {}))
 

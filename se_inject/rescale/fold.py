@@ -12,18 +12,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..capture.inputs import record_model
-from ..capture.snapshot import on_meta
-from ..dataflow.module_graph import TracedModel
-from ..errors import ConfigError, SEInjectError, TraceError
+from ..errors import ConfigError, Refusal, SEInjectError, TraceError
+from ..find.attention import Gate, gate_of
 from ..site import Site
-from ..surgery.codegen import generate, regenerate
+from ..surgery.codegen import generate
 from ..surgery.edits import apply_edits, undo_edits
 from ..surgery.pipeline import forget_injections
-from ..surgery.state import OwnerEdits, base_class, edited_owners, injections_of
+from ..surgery.session import traced
+from ..surgery.state import base_class, edited_owners, edits_of, injections_of, set_injections, slots_of
 from .absorb import Absorber
-from .gates import Gate, absorb_gate, around, gate_of, outer_gain
-from .operator_rules import Scaling, Unabsorbed
+from .gates import absorb_gate, around, outer_gain
+from .operator_rules import Scaling
 from .report import FoldedSite, FoldReport
 
 
@@ -153,31 +152,37 @@ def _batches(loader: Iterable[Any], model: nn.Module) -> Iterator[torch.Tensor]:
 
 def _find(model: nn.Module, size: tuple[int, ...]) -> list[_Found]:
     """All blocks in the order of their sites, each with the weights that may take its gate in, or the reason why not."""
-    for owner in edited_owners(model):
-        regenerate(owner)
     found = [_Found(site, model.get_submodule(site.path)) for i in injections_of(model) for site in i.sites]
-    with on_meta(model):
-        try:
-            traces = TracedModel(record_model(model, size))
-        except TraceError as error:
-            raise SEInjectError(
-                f"fold({type(model).__name__}): the model does not take the loader's images, of (C, H, W) = {size}: {error}"
-            ) from error
-        absorber = Absorber(model, traces)
-        for f in found:
-            try:
-                calls = traces.calls.get(f.block, [])
-                if not calls:
-                    raise Unabsorbed("it is not called on these images")
-                f.gate = gate_of(absorber, calls[0], f.site.layout)
-                if f.site.replaces:
-                    raise Unabsorbed("it replaced the base's own attention, which would come back")
-                at = around(absorber, f.block, f.site.layout)
-                f.outer = outer_gain(at.view, at.view.module.__dict__["_se_edits"], f.site.slot)
-                f.scalings = tuple(absorb_gate(absorber, at))
-            except Unabsorbed as error:
-                f.reason = str(error)
+    try:
+        with traced(model, size) as t:
+            absorber = Absorber(model, t)
+            for f in found:
+                try:
+                    _find_weights(absorber, f)
+                except Refusal as refusal:
+                    f.reason = str(refusal)
+    except TraceError as error:
+        raise SEInjectError(
+            f"fold({type(model).__name__}): the model does not take the loader's images, of (C, H, W) = {size}: {error}"
+        ) from error
     return found
+
+
+def _find_weights(absorber: Absorber, f: _Found) -> None:
+    """Find a block's gate and the weights that take it in.
+
+    Raises:
+        Refusal: There are none.
+    """
+    calls = absorber.traces.calls.get(f.block, [])
+    if not calls:
+        raise Refusal("it is not called on these images")
+    f.gate = gate_of(absorber.flow, calls[0])
+    if f.site.replaces:
+        raise Refusal("it replaced the base's own attention, which would come back")
+    at = around(absorber, f.block, f.site.layout)
+    f.outer = outer_gain(at.view, f.site.slot)
+    f.scalings = tuple(absorb_gate(absorber, at))
 
 
 def _measure(model: nn.Module, loader: Iterable[Any], found: list[_Found]) -> None:
@@ -195,7 +200,7 @@ def _measure(model: nn.Module, loader: Iterable[Any], found: list[_Found]) -> No
         for f in found:
             if f.gate is not None:
                 gate = f.gate.function().eval()
-                handles.append(f.gate.module.register_forward_pre_hook(hook(f, gate)))
+                handles.append(f.gate.view.module.register_forward_pre_hook(hook(f, gate)))
         for images in _batches(loader, model):
             model(images)
     finally:
@@ -239,7 +244,7 @@ def _apply(model: nn.Module, found: list[_Found]) -> Any:
     try:
         for m, _, _ in states:
             prefix = f"{paths[m]}." if paths[m] else ""
-            _take_out(m, {e.slot for e in m.__dict__["_se_edits"].edits if prefix + e.slot in going})
+            _take_out(m, {slot for slot in slots_of(m) if prefix + slot in going})
         for f in found:
             if f.reason is None:
                 for s in f.scalings:
@@ -255,7 +260,8 @@ def _take_out(owner: nn.Module, slots: set[str]) -> None:
     """Take some of an owner's blocks out, in place; with the last one, all that was done to it."""
     if not slots:
         return
-    edits: OwnerEdits = owner.__dict__["_se_edits"]
+    edits = edits_of(owner)
+    assert edits is not None
     left = tuple(e for e in edits.edits if e.slot not in slots)
     blocks = {e.slot: owner.get_submodule(e.slot) for e in left}
     undo_edits(owner)
@@ -279,7 +285,7 @@ def _forget(model: nn.Module, found: list[_Found]) -> None:
             config = dataclasses.replace(i.config, filter_fn=None, include=chosen, exclude=None)
             injections.append(dataclasses.replace(i, config=config, sites=sites))
     if injections:
-        model.__dict__["_se_injections"] = tuple(injections)
+        set_injections(model, tuple(injections))
         return
     forget_injections(model)
 

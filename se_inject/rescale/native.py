@@ -14,18 +14,16 @@ import torch
 from torch import nn
 
 from ..blocks.catalogue import gains
-from ..capture.inputs import record_model, runs_on, smaller_sizes, without_values
-from ..capture.snapshot import on_meta, restored
-from ..dataflow.module_graph import TracedModel
-from ..errors import SEInjectError
-from ..surgery.codegen import regenerate
-from ..surgery.state import block_paths, edited_owners, injections_of
+from ..capture.inputs import runs_on, smaller_sizes, without_values
+from ..capture.snapshot import restored
+from ..errors import Refusal, SEInjectError
+from ..surgery.session import traced
+from ..surgery.state import block_paths, injections_of
 from ..timm_names import PREFIX
 from ..weights.recipe import Recipe
 from ..weights.writing import write_safetensors
 from .absorb import Absorber
 from .gates import absorb_gain
-from .operator_rules import Unabsorbed
 
 FURTHER = 12  # candidates outside the base's own file
 
@@ -97,15 +95,13 @@ def _without_gains(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
     todo = [(path, m, gain) for path in block_paths(model) for m, gain in gains(model.get_submodule(path))]
     if not todo:
         return weights
-    for owner in edited_owners(model):
-        regenerate(owner)
-    with on_meta(model):
-        absorber = Absorber(model, TracedModel(record_model(model)), compensate=True)
+    with traced(model) as traces:
+        absorber = Absorber(model, traces, compensate=True)
         scalings = []
         for path, module, gain in todo:
             try:
                 scalings += [(s, gain) for s in absorb_gain(absorber, module, gain)]
-            except Unabsorbed as error:
+            except Refusal as error:
                 raise SEInjectError(
                     f"to_native({name}): the factor {gain:g} of the gate of {path!r} does not go into the weights "
                     f"around it ({error}); inject with init='timm', which has none, or use save()") from None

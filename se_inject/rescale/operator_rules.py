@@ -6,16 +6,13 @@ import dataclasses
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx
 
+from ..capture.graphs import compute
 from ..dataflow.module_graph import ModuleGraph, spelled
-from ..dataflow.ops import conv_arguments, is_tensor, shape
-from .element_labels import ONE, MovesOnly, NoMove, along, compact, merged, number, pulled
-
-
-class Unabsorbed(Exception):
-    """Why a factor cannot be absorbed."""
+from ..dataflow.ops import is_tensor, layer_arguments, name_of, shape
+from ..errors import Refusal
+from .element_labels import ONE, MovesOnly, along, compact, merged, number, pulled
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,11 +37,8 @@ def moved(node: fx.Node, given: dict[fx.Node, Any]) -> Any:
     """What an operator makes of labels, where it only moves elements; of other tensors, the factor is 1.
 
     Raises:
-        NoMove: It does more.
+        Refusal: It does more.
     """
-    if node.op not in ("call_function", "call_method"):
-        raise NoMove(str(node))
-
     def value(n: fx.Node) -> Any:
         if n in given:
             return given[n]
@@ -54,17 +48,14 @@ def moved(node: fx.Node, given: dict[fx.Node, Any]) -> Any:
     args, kwargs = fx.map_arg((node.args, node.kwargs), value)
     try:
         with MovesOnly():
-            if node.op == "call_function":
-                out = node.target(*args, **kwargs)  # type: ignore[operator]
-            else:
-                out = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    except NoMove:
+            out = compute(node, args, kwargs)
+    except Refusal:
         raise
     except Exception as error:
-        raise NoMove(str(error)) from error
+        raise Refusal(str(error)) from error
     expected = node.meta["val"]
     if isinstance(expected, torch.Tensor) and (not isinstance(out, torch.Tensor) or out.shape != expected.shape):
-        raise NoMove(str(node))
+        raise Refusal(str(node))
     return out
 
 
@@ -76,14 +67,14 @@ def operand(operand: fx.Node, labels: torch.Tensor) -> torch.Tensor:
     same = [1] * (labels.dim() - len(own)) + list(own)
     found = along(labels, [d for d, n in enumerate(same) if n == labels.shape[d]])
     if found is None:
-        raise Unabsorbed(f"{spelled(operand)} is the same for several channels")
+        raise Refusal(f"{spelled(operand)} is the same for several channels")
     return found.reshape(own)
 
 
 def vector(labels: torch.Tensor, axis: int, node: fx.Node) -> torch.Tensor:
     found = along(labels, [axis])
     if found is None:
-        raise Unabsorbed(f"its channels are on another axis at {spelled(node)}")
+        raise Refusal(f"its channels are on another axis at {spelled(node)}")
     return found.flatten()
 
 
@@ -92,7 +83,7 @@ def across(labels: torch.Tensor, dims: Any, out: torch.Size | tuple[int, ...], n
     gone = [d % labels.dim() for d in ([dims] if isinstance(dims, int) else dims)]
     found = along(labels, [d for d in range(labels.dim()) if d not in gone])
     if found is None:
-        raise Unabsorbed(f"its channels are mixed by {spelled(node)}")
+        raise Refusal(f"its channels are mixed by {spelled(node)}")
     if len(out) == labels.dim():
         return found.expand(tuple(out))
     return found.reshape(tuple(n for d, n in enumerate(labels.shape) if d not in gone)).expand(tuple(out))
@@ -100,14 +91,14 @@ def across(labels: torch.Tensor, dims: Any, out: torch.Size | tuple[int, ...], n
 
 def apart(view: ModuleGraph, node: fx.Node, labels: torch.Tensor, out: tuple[int, ...]) -> torch.Tensor:
     """The labels on the other side of a layer without bias that keeps the channels apart."""
-    _, weight, bias, groups = conv_arguments(node)
+    _, weight, bias, groups = layer_arguments(node)
     assert isinstance(weight, fx.Node)
     if bias is not None:
-        raise Unabsorbed(f"{spelled(node, view)} adds a bias")
-    if node.target is F.linear:
+        raise Refusal(f"{spelled(node, view)} adds a bias")
+    if name_of(node) == "linear":
         return across(labels, -1, out, node)
     if shape(weight)[:2] != (groups, 1) and bool((compact(labels) != compact(labels).amax()).any()):
-        raise Unabsorbed(f"{spelled(node, view)} mixes the channels")
+        raise Refusal(f"{spelled(node, view)} mixes the channels")
     return across(labels, range(2, len(out)), out, node)
 
 
@@ -118,7 +109,7 @@ def beside(other: fx.Node, node: fx.Node, labels: torch.Tensor) -> torch.Tensor 
         return None
     try:
         numbers = moved(other, {node: number(shape(node))})
-    except NoMove:
+    except Refusal:
         return None
     own = pulled(shape(node), [(numbers, torch.full(numbers.shape, ONE, dtype=torch.float64))])
     return None if own is None else merged(labels, own)
@@ -128,11 +119,11 @@ def before(node: fx.Node, source: Any, parts: list[tuple[fx.Node, torch.Tensor]]
     try:
         numbers = moved(node, {source: number(shape(source))})
         read = [(numbers if n is node else moved(n, {node: numbers}), own) for n, own in parts]
-    except NoMove:
-        raise Unabsorbed(f"it does not pass {spelled(node)}") from None
+    except Refusal:
+        raise Refusal(f"it does not pass {spelled(node)}") from None
     found = pulled(shape(source), read)
     if found is None:
-        raise Unabsorbed(f"{spelled(node)} gives one value to several channels")
+        raise Refusal(f"{spelled(node)} gives one value to several channels")
     return found
 
 
@@ -140,11 +131,11 @@ def readers(view: ModuleGraph, node: fx.Node) -> list[fx.Node]:
     """The nodes that use the elements of a value, and not merely its size.
 
     Raises:
-        Unabsorbed: There are several, and the memory is written, so that what they read is not what the node made.
+        Refusal: There are several, and the memory is written, so that what they read is not what the node made.
     """
     found = [u for u in node.users if u.op == "output" or view.carries_data(u)]
     if len(found) > 1 and is_tensor(node) and view.is_written_after(node):
-        raise Unabsorbed(f"its tensor is changed in place, and read by {spelled(found[-1], view)}")
+        raise Refusal(f"its tensor is changed in place, and read by {spelled(found[-1], view)}")
     return found
 
 

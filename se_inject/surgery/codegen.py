@@ -5,24 +5,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import itertools
-import linecache
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from ..capture.forward import Unpacked
-from ..capture.graphs import copy_graph, same_graph
+from ..capture.graphs import same_graph, sources_of, subgraph
 from ..capture.snapshot import on_meta, surgery_lock
 from ..capture.tracer import IN_PLACE
 from ..dataflow.branches import Branch, known_branch, same_branches, trace_branches
-from ..errors import TraceError
-from .checkpointing import checkpoints, keep_checkpoints, outline
+from ..errors import Refusal, TraceError
 from .edits import moved, put_in
-from .generated_class import ERROR_NAME, derived, guards_for, with_guards
-from .sequential import MEMBERS
-from .state import OwnerEdits, base_class
+from .generated_class import ERROR_NAME, derived, generated, guards_for, new_of, with_guards
+from .sequential import sequential_class
+from .state import BASE, OwnerEdits, base_class, edits_of, set_edits
 
 
 def trace_modes(
@@ -34,7 +32,7 @@ def trace_modes(
     `constants`, where it is at hand. `module` is not changed.
 
     Raises:
-        TraceError: fx cannot follow the forward, or it differs between train and eval mode.
+        Refusal: fx cannot follow the forward, or it differs between train and eval mode.
     """
     modes = [(m, m.training) for m in module.modules()]
     unpacked = {k: v for k, v in constants.items() if isinstance(v, Unpacked)}
@@ -43,21 +41,19 @@ def trace_modes(
             m.__dict__["training"] = False
         paths = trace_branches(module, constants) if known is None else [known]
         free = None
-        with contextlib.suppress(TraceError):
+        with contextlib.suppress(Refusal):
             free = paths if constants.keys() == unpacked.keys() else trace_branches(module, unpacked)
         if free is not None and same_branches(paths, free, constants):
             paths, fixed = free, {}
         else:
             fixed = {k: v for k, v in constants.items() if v is None or isinstance(v, (bool, int, float, str))}
             if len(fixed) + len(unpacked) < len(constants):
-                raise TraceError(f"{type(module).__name__}.forward depends on an argument that is no plain value")
+                raise Refusal(f"{type(module).__name__}.forward depends on an argument that is no plain value")
         for m, _ in modes:
             m.__dict__["training"] = True
         trained = trace_branches(module, {**fixed, **unpacked})
         if not same_branches(paths, trained, {}):
-            raise TraceError(f"{type(module).__name__}.forward differs between train and eval mode")
-        for path, other in zip(paths, trained):
-            keep_checkpoints(path.graph, other.graph)
+            raise Refusal(f"{type(module).__name__}.forward differs between train and eval mode")
     finally:
         for m, training in modes:
             m.__dict__["training"] = training
@@ -70,13 +66,13 @@ def generate(
     """What an owner needs that its blocks are called: a class, graphs, or nothing. `module` is not changed.
 
     Raises:
-        TraceError: As `generate_class` and `generate_graphs`.
+        Refusal: As `generate_class` and `generate_graphs`.
     """
     if isinstance(module, fx.GraphModule):
         return generate_graphs(module, edits)
-    if edits.way == "insert":
+    if edits.kind == "insert":
         return sequential_class(base_class(module))
-    return generate_class(module, edits, known) if edits.way == "rewrite" else None
+    return generate_class(module, edits, known) if edits.kind == "rewrite" else None
 
 
 def generate_class(module: nn.Module, edits: OwnerEdits, known: fx.Graph | None = None) -> type[nn.Module]:
@@ -86,19 +82,19 @@ def generate_class(module: nn.Module, edits: OwnerEdits, known: fx.Graph | None 
     made for, where it is at hand and the forward has no other ways.
 
     Raises:
-        TraceError: The forward cannot be traced, or is not the one that the edits were made for.
+        Refusal: The forward cannot be traced, or is not the one that the edits were made for.
     """
     paths, fixed = _trace_without_blocks(module, edits, known)
     main = next((p.graph for p in paths if p.outcomes == edits.decisions), None)
     if main is None:
-        raise TraceError(f"{base_class(module).__name__}.forward is not the one that was rewritten")
+        raise Refusal(f"{base_class(module).__name__}.forward is not the one that was rewritten")
     nodes = list(main.nodes)
     for edit in edits.edits:
         if edit.node >= len(nodes) or nodes[edit.node].name != edit.name:
-            raise TraceError(
+            raise Refusal(
                 f"{base_class(module).__name__}.forward is not the one that was rewritten: "
                 f"node {edit.node} should be {edit.name!r}")
-    return _generate(module, edits, copy_graph(main), paths, fixed)
+    return _generate(module, edits, subgraph(main), paths, fixed)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -110,23 +106,36 @@ def regenerate(module: nn.Module) -> None:
     """
     with surgery_lock:
         if "_se_stale" in type(module).__dict__:
-            _regenerate(module)
+            with told_to_user(module):
+                _regenerate(module)
         elif hasattr(type(module), "_se_stale"):
             raise TraceError(
                 f"{base_class(module).__name__}: an attribute of it was set, and before its next call its class was changed "
                 "(by fully_shard, say): run the model once in between")
 
 
+@contextlib.contextmanager
+def told_to_user(module: nn.Module) -> Iterator[None]:
+    """Inside, a refusal becomes an error for the user: the owner has blocks already, and cannot be left out."""
+    try:
+        yield
+    except Refusal as refusal:
+        raise TraceError(
+            f"the blocks in a {base_class(module).__name__} cannot be called any more: {refusal}; undo what was changed in it "
+            "since the injection, or eject() the model") from refusal
+
+
 def _regenerate(module: nn.Module) -> None:
-    edits: OwnerEdits = module.__dict__["_se_edits"]
+    edits = edits_of(module)
+    assert edits is not None
     paths, fixed = _trace_without_blocks(module, edits, None)
     old = type(module)._se_graph  # type: ignore[attr-defined]
     main = next((p for p in paths if p.outcomes == edits.decisions), paths[0])
     if main.graph is None:
-        raise TraceError(main.error)
+        raise Refusal(main.error)
     new = dataclasses.replace(edits, edits=moved(edits.edits, old, main.graph, module), decisions=main.outcomes)
-    cls = _generate(module, new, copy_graph(main.graph), paths, fixed)
-    module.__dict__["_se_edits"] = new
+    cls = _generate(module, new, subgraph(main.graph), paths, fixed)
+    set_edits(module, new)
     module.__class__ = cls
 
 
@@ -154,7 +163,7 @@ def _generate(
     base = base_class(module)
     guards, names = guards_for(fixed, f"{base.__name__}.forward was rewritten for one value of {{name}}: "
                             "eject(), then inject() the model in the way it is called")
-    if len(paths) == 1 and not checkpoints(paths[0].graph):
+    if len(paths) == 1:
         assert paths[0].graph is not None
         code = put_in(paths[0].graph, edits.edits).python_code("self")
         return _class_of(base, with_guards(code.src, guards), {**code.globals, **names}, main, edits.decisions)
@@ -164,7 +173,7 @@ def _generate(
     def define(graph: fx.Graph, name: str) -> None:
         code = graph.python_code("self")
         if any(names.setdefault(k, v) is not v for k, v in code.globals.items()):
-            raise TraceError(f"{base.__name__}.forward gives one name to two things in its ways")
+            raise Refusal(f"{base.__name__}.forward gives one name to two things in its ways")
         functions.append(code.src.replace("def forward(", f"def {name}(", 1))
 
     def branch(prefix: tuple[bool, ...], indent: str) -> str:
@@ -176,13 +185,7 @@ def _generate(
             graph = here[0].graph
             works = any(n.op == "call_module" for n in graph.nodes)  # else an early return, where there is nothing to gate
             define(put_in(graph, moved(edits.edits, main, graph, module)) if works else graph, name)
-            if not checkpoints(graph):
-                return f"{indent}return self.{name}({call})\n"
-            names["torch"] = torch
-            for part, inner in outline(graph, name).items():
-                define(inner, part)
-            return (f"{indent}if torch.jit.is_scripting():\n{indent}    return self.{name}({call})\n{indent}else:\n"
-                    f"{indent}    return self.{name}_checkpointed({call})\n")
+            return f"{indent}return self.{name}({call})\n"
         name = f"_se_test_{len(functions)}"
         define(_condition(here[0].conditions[len(prefix)], base), name)
         return (f"{indent}if self.{name}({call}):\n{branch((*prefix, True), indent + '    ')}"
@@ -205,24 +208,14 @@ def _condition(node: fx.Node, base: type[nn.Module]) -> fx.Graph:
     """A graph that computes a condition from the arguments.
 
     Raises:
-        TraceError: It depends on what the owner's children compute.
+        Refusal: It depends on what the owner's children compute.
     """
-    needed: set[fx.Node] = set()
-    ways = [node]
-    while ways:
-        n = ways.pop()
-        if n.op == "call_module":
-            raise TraceError(f"{base.__name__}.forward branches on what its layers compute")
-        if n not in needed:
-            needed.add(n)
-            ways += n.all_input_nodes
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for n in node.graph.nodes:
-        if n in needed or n.op == "placeholder":
-            copies[n] = graph.node_copy(n, copies.__getitem__)
-            copies[n].target = IN_PLACE.get(n.target, n.target)  # the way that is taken does it
-    graph.output(copies[node])
+    needed = sources_of(node)
+    if any(n.op == "call_module" for n in needed):
+        raise Refusal(f"{base.__name__}.forward branches on what its layers compute")
+    graph = subgraph(node.graph, needed, node)
+    for n in graph.nodes:
+        n.target = IN_PLACE.get(n.target, n.target)  # the branch that is taken writes
     return graph
 
 
@@ -230,45 +223,31 @@ def generate_graphs(module: fx.GraphModule, edits: OwnerEdits) -> dict[str, fx.G
     """New graphs for a GraphModule, by attribute; torchvision's keeps one for each mode. `module` is not changed.
 
     Raises:
-        TraceError: Its graphs differ.
+        Refusal: Its graphs differ.
     """
     new: dict[fx.Graph, fx.Graph] = {}
     kept = {key: graph for key, graph in module.__dict__.items() if isinstance(graph, fx.Graph)}
     for graph in kept.values():
         if not same_graph(module.graph, graph, {}):
-            raise TraceError("this GraphModule has graphs for train and eval mode that differ")
+            raise Refusal("this GraphModule has graphs for train and eval mode that differ")
         if graph not in new:
-            new[graph] = put_in(copy_graph(graph), edits.edits)
+            new[graph] = put_in(subgraph(graph), edits.edits)
     return {key: new[graph] for key, graph in kept.items()}
-
-
-_classes: dict[tuple[Any, ...], type[nn.Module]] = {}
-_numbers = itertools.count(1)
 
 
 def _class_of(
     base: type[nn.Module], source: str, names: dict[str, Any], graph: fx.Graph, decisions: tuple[bool, ...]
 ) -> type[nn.Module]:
-    """The class with the functions of `source` for its methods; `graph` is what its author's forward does where it
-    goes by `decisions`."""
-    key = (base, source, decisions, tuple(sorted((k, id(v)) for k, v in names.items())))
-    if key not in _classes:
-        filename = f"<se_inject {base.__name__} {next(_numbers)}>"
-        # the source stays readable: for tracebacks, and for torch.jit.script
-        linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
-        namespace = dict(names)
-        exec(compile(source, filename, "exec"), namespace)
-        methods = {k: v for k, v in namespace.items() if k == "forward" or k.startswith(("_se_way_", "_se_test_"))}
-        _classes[key] = derived(
-            base, {**methods, "_se_graph": graph, "__setattr__": _set_attribute, "__reduce_ex__": _reduce})
-    return _classes[key]
+    """The class with the functions of `source` for methods. `graph` is the author's forward on the branch of `decisions`."""
+    members = {"_se_graph": graph, "__setattr__": _set_attribute, "__reduce_ex__": _reduce}
+    return generated(base, [(source, names)], members, decisions)
 
 
 def _set_attribute(self: nn.Module, name: str, value: Any) -> None:
     """Set it; and as the author's forward may read it, where the trace holds what it was, rewrite anew before the next call."""
     cls: Any = type(self)
     old = getattr(self, name, None)
-    cls._se_base.__setattr__(self, name, value)
+    base_class(self).__setattr__(self, name, value)
     of_module = name in _OF_MODULES or (name.startswith("__") and name.endswith("__"))  # torch.jit.script: __overloads__
     if "_se_graph" in cls.__dict__ and not of_module and not _traces_alike(old, value):
         self.__class__ = _stale(cls)
@@ -289,17 +268,10 @@ def _traces_alike(old: Any, new: Any) -> bool:
     return type(old) is type(new) and isinstance(new, plain) and bool(old == new)
 
 
-def sequential_class(base: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of a plain `nn.Sequential`'s class whose positions do not count the blocks."""
-    if (base,) not in _classes:
-        _classes[base,] = derived(base, {**MEMBERS, "__reduce_ex__": _reduce})
-    return _classes[base,]
-
-
 @functools.cache
 def _stale(cls: Any) -> type[nn.Module]:
     """The class of an owner whose attributes were set since its forward was generated as `cls`."""
-    return derived(cls._se_base, {
+    return derived(getattr(cls, BASE), {
         "forward": _forward_anew, "_se_stale": True, "_se_graph": cls._se_graph, "__reduce_ex__": _reduce})
 
 
@@ -311,16 +283,14 @@ def _forward_anew(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
     """Pickle by the original class and the edits: a class made at run time has no name to import."""
     regenerate(self)
-    return _new, (self._se_base,), self.__getstate__(), None, None, _set_state
-
-
-def _new(base: type[nn.Module]) -> nn.Module:
-    return base.__new__(base)
+    return new_of, (base_class(self),), self.__getstate__(), None, None, _set_state
 
 
 def _set_state(module: nn.Module, state: dict[str, Any]) -> None:
     module.__setstate__(dict(state))
-    edits: OwnerEdits = module.__dict__["_se_edits"]
-    code = generate(module, edits)
+    edits = edits_of(module)
+    assert edits is not None
+    with told_to_user(module):
+        code = generate(module, edits)
     assert isinstance(code, type)
     module.__class__ = code

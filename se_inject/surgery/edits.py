@@ -13,10 +13,9 @@ import dataclasses
 import torch
 from torch import fx, nn
 
-from ..capture.forward import CHECKPOINTED
 from ..capture.graphs import counterparts
-from ..errors import TraceError
-from .state import Edit, OwnerEdits, base_class
+from ..errors import Refusal
+from .state import Edit, OwnerEdits, base_class, edits_of, has_generated_class, set_edits
 
 
 def put_in(graph: fx.Graph, edits: tuple[Edit, ...]) -> fx.Graph:
@@ -35,8 +34,6 @@ def _insert(graph: fx.Graph, nodes: list[fx.Node], edit: Edit) -> None:
         after = [n for n in graph.nodes if n.op == "placeholder"][-1]
     with graph.inserting_after(after):
         call = graph.call_module(edit.slot, (node,))
-    if CHECKPOINTED in node.meta:
-        call.meta[CHECKPOINTED] = node.meta[CHECKPOINTED]
     if edit.users is None:
         node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
     else:
@@ -48,7 +45,7 @@ def moved(edits: tuple[Edit, ...], old: fx.Graph, new: fx.Graph, module: nn.Modu
     """The edits of one graph in another of the same forward: by the gated node, or by what uses it.
 
     Raises:
-        TraceError: A place is not there, or not clear.
+        Refusal: A place is not there, or not clear.
     """
     pairs = counterparts(old, new)
     taken = set(pairs.values())
@@ -65,7 +62,7 @@ def moved(edits: tuple[Edit, ...], old: fx.Graph, new: fx.Graph, module: nn.Modu
             there = {m for u in users if u in pairs for m in pairs[u].all_input_nodes if m not in taken}
         (target,) = there if len(there) == 1 else (None,)
         if target is None or (any(u not in pairs for u in users) and not (everyone and node in pairs)):
-            raise TraceError(
+            raise Refusal(
                 f"{type(module).__name__}.forward has another way in which the place of {edit.slot!r} is not to be found")
         out.append(dataclasses.replace(
             edit, node=index[target], name=target.name,
@@ -84,7 +81,7 @@ def apply_edits(
     blocks: dict[str, nn.Module],
 ) -> None:  # fmt: skip
     """Put `blocks` into an owner, in place. `code` is its generated class or graphs, where it has some."""
-    module.__dict__["_se_edits"] = edits
+    set_edits(module, edits)
     for edit in edits.edits:
         if edit.slot in module._modules:  # a registered slot keeps its place
             module._modules[edit.slot] = blocks[edit.slot]
@@ -103,17 +100,19 @@ def apply_edits(
 
 def undo_edits(module: nn.Module) -> None:
     """Give an owner back its class and its children, in place."""
-    edits: OwnerEdits = module.__dict__.pop("_se_edits")
-    if "_se_base" in type(module).__dict__:
+    edits = edits_of(module)
+    assert edits is not None
+    set_edits(module, None)
+    if has_generated_class(module):
         module.__class__ = base_class(module)
     for edit in edits.edits:
-        if edits.way == "fill" and edits.original_registered:
+        if edits.kind == "fill" and edits.original_registered:
             module._modules[edit.slot] = edits.original
             continue
         module._modules.pop(edit.slot, None)
-        if edits.way == "fill":
+        if edits.kind == "fill":
             setattr(module, edit.slot, edits.original)
-    if edits.way == "graph":
+    if edits.kind == "graph":
         _set_graphs(module, edits.original)
 
 

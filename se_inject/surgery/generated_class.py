@@ -1,19 +1,26 @@
-"""TODO"""
+"""A class made at run time: a subclass of an owner's own class with other methods, and how it is copied."""
 
 from __future__ import annotations
 
 import copy
+import itertools
+import linecache
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from ..errors import SEInjectError
+from .state import BASE
 
 ERROR_NAME = "_se_error"
 
 
 def guards_for(fixed: dict[str, Any], message: str) -> tuple[str, dict[str, Any]]:
-    """Code that raises where an argument is not as it was fixed, and the names that it needs; `message` has a ``{name}``."""
+    """Code that raises where an argument differs from its fixed value, and the names that it needs.
+
+    `message` has a ``{name}``.
+    """
     # torch.jit.script takes a global for undefined where it is None
     plain = {name: repr(value) for name, value in fixed.items() if value is None or type(value) in (bool, int)}
     names: dict[str, Any] = {
@@ -25,13 +32,8 @@ def guards_for(fixed: dict[str, Any], message: str) -> tuple[str, dict[str, Any]
         for name, value in fixed.items()), names
 
 
-def guarded(source: str, fixed: dict[str, Any], message: str) -> tuple[str, dict[str, Any]]:
-    """The source of a function that raises where an argument is not as it was fixed, and the names that it needs."""
-    guards, names = guards_for(fixed, message)
-    return with_guards(source, guards), names if fixed else {}
-
-
 def with_guards(source: str, guards: str) -> str:
+    """The source of a function that begins with `guards`."""
     if not guards:
         return source
     head, sep, body = source.partition("):\n")
@@ -40,14 +42,50 @@ def with_guards(source: str, guards: str) -> str:
     return head + sep + guards + body
 
 
-def derived(base: type[nn.Module], members: dict[str, Any]) -> type[nn.Module]:
-    """A subclass with these members, under the name of its base."""
+Source = tuple[str, Mapping[str, Any]]  # the text of one or more methods, and the names that they use
+
+_classes: dict[Hashable, type[nn.Module]] = {}
+_numbers = itertools.count(1)
+
+
+def generated(
+    base: type[nn.Module], sources: Sequence[Source], members: Mapping[str, Any], key: Hashable = None
+) -> type[nn.Module]:
+    """The subclass of `base` with the functions of `sources` for methods, and with `members`.
+
+    Equal sources with the same names give the same class; `key` tells apart what else differs in `members`.
+    """
+    texts = tuple((text, *sorted((name, id(value)) for name, value in names.items())) for text, names in sources)
+    found = _classes.get((base, texts, key))
+    if found is None:
+        methods: dict[str, Any] = {}
+        for text, names in sources:
+            filename = f"<se_inject {base.__name__} {next(_numbers)}>"
+            # the source stays readable: for tracebacks, and for torch.jit.script
+            linecache.cache[filename] = (len(text), None, text.splitlines(True), filename)
+            namespace = dict(names)
+            exec(compile(text, filename, "exec"), namespace)
+            methods |= {k: v for k, v in namespace.items() if k not in names and k != "__builtins__"}
+        found = _classes[base, texts, key] = derived(base, {**methods, **members})
+    return found
+
+
+def derived(base: type[nn.Module], members: Mapping[str, Any]) -> type[nn.Module]:
+    """A subclass with these members, under the name of its base.
+
+    It has no name to import, so `members` has a ``__reduce_ex__`` that pickles by the base.
+    """
     own = {name for cls in base.__mro__ if cls not in (nn.Module, object) for name in cls.__dict__}
     copying = {} if own & {"__getstate__", "__deepcopy__", "__copy__"} else {"__deepcopy__": _deepcopy, "__copy__": _copy}
     return type(base.__name__, (base,), {
-        "__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__, "_se_base": base,
+        "__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__, BASE: base,
         **copying, **members,
     })  # fmt: skip
+
+
+def new_of(cls: type[nn.Module]) -> nn.Module:
+    """An empty module of a class; what pickles of generated classes begin with."""
+    return cls.__new__(cls)
 
 
 def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
@@ -64,5 +102,5 @@ def _copy(self: nn.Module) -> nn.Module:
 
 
 def _state(self: nn.Module) -> dict[str, Any]:
-    """Without what `Module.compile` made, which calls this very module."""
+    """The attributes to copy; not what `Module.compile` made, which calls this very module."""
     return {key: value for key, value in self.__dict__.items() if key != "_compiled_call_impl"}

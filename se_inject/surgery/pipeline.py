@@ -11,27 +11,37 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..blocks.catalogue import BlockSpec, make_block
+from ..blocks.catalogue import BlockSpec, make_block, problem
 from ..capture.fingerprint import frozen
 from ..capture.forward import is_plain_sequential
-from ..capture.inputs import BATCH, checked_size, dtype_of, input_sizes, record_on
-from ..capture.snapshot import on_meta
+from ..capture.inputs import checked_size
 from ..capture.tracer import patched
 from ..config import SEConfig
 from ..dataflow.module_graph import TracedModel
-from ..errors import ConfigError, NoSitesError, SEInjectError, TraceError
-from ..find.patterns import LINEAR, UNLEARNED
+from ..errors import ConfigError, Refusal, SEInjectError
 from ..find.plan import Plan
 from ..find.sites import PlacedSite, find_sites
 from ..find.slots import takes_activation
 from ..timm_names import architecture_of, rename, skeleton
-from .codegen import generate, regenerate
+from .codegen import generate
 from .edits import apply_edits, parameters_near, undo_edits
 from .freezing import unfreeze_base
 from .layer_decay import attach_matcher, detach_matcher
 from .load_hooks import register_hooks, remove_hooks
-from .refusals import refuse_injection, refuse_optimized
-from .state import Edit, Injection, OwnerEdits, edited_owners, injections_of
+from .refusals import no_sites, refuse, refuse_optimized
+from .session import traced
+from .state import (
+    BASE,
+    Edit,
+    Injection,
+    OwnerEdits,
+    edited_owners,
+    edits_of,
+    has_generated_class,
+    injections_of,
+    set_injections,
+    slots_of,
+)
 
 _logger = logging.getLogger("se_inject")
 
@@ -80,7 +90,7 @@ def plan(
     name = model if isinstance(model, str) else _model_name(model)
     if isinstance(model, str):
         model = skeleton(model)
-    return prepare(model, config, input_size, name).plan
+    return prepare(model, config, input_size, name, drawn=True).plan
 
 
 def inject(
@@ -122,7 +132,7 @@ def apply(model: nn.Module, prepared: Prepared) -> nn.Module:
     """
     config = prepared.plan.config
     if not prepared.jobs:
-        raise NoSitesError(no_sites_message(prepared.plan))
+        raise no_sites(prepared.plan)
     with torch.inference_mode(False):  # whose tensors could not be trained or loaded into
         blocks: list[dict[str, nn.Module]] = [
             {s.site.slot: _block(s, job.module, model, config) for s in job.found} for job in prepared.jobs
@@ -138,7 +148,7 @@ def apply(model: nn.Module, prepared: Prepared) -> nn.Module:
         remove_hooks(model)
         detach_matcher(model)
         for module in done:
-            if "_se_edits" in module.__dict__:
+            if edits_of(module) is not None:
                 undo_edits(module)
         if injections_of(model):  # earlier ones stay
             register_hooks(model)
@@ -147,7 +157,7 @@ def apply(model: nn.Module, prepared: Prepared) -> nn.Module:
     replaced = [key for s in prepared.plan.sites for key in s.replaces]
     if replaced:
         _logger.info("%d base tensors replaced: %s", len(replaced), ", ".join(replaced))
-    model.__dict__["_se_injections"] = (*injections_of(model), Injection(config, prepared.plan.sites, prepared.input_size))
+    set_injections(model, (*injections_of(model), Injection(config, prepared.plan.sites, prepared.input_size)))
     rename(model, injected=True)
     added = [p for named in blocks for block in named.values() for p in block.parameters()]
     _logger.info("%d blocks injected, with %s parameters", sum(map(len, blocks)), f"{sum(p.numel() for p in added):,}")
@@ -170,7 +180,7 @@ def eject(model: nn.Module) -> nn.Module:
         raise ConfigError(f"eject({model!r}) needs a model")
     refuse_optimized(model, "eject")
     owners = edited_owners(model)
-    other = [type(m).__name__ for m in owners if hasattr(m, "_se_base") and "_se_base" not in type(m).__dict__]
+    other = [type(m).__name__ for m in owners if hasattr(m, BASE) and not has_generated_class(m)]
     if other:
         raise SEInjectError(
             f"eject({_model_name(model)}): {other[0]} was changed since (by a parametrization, say): undo that first; "
@@ -189,7 +199,8 @@ def forget_injections(model: nn.Module) -> None:
     for m in model.modules():
         detach_matcher(m)
         unfreeze_base(m)
-        if m.__dict__.pop("_se_injections", None) is not None:
+        if injections_of(m):
+            set_injections(m, ())
             rename(m, injected=False)
         args = m.__dict__.get("_model_args")
         if isinstance(args, dict):
@@ -197,23 +208,21 @@ def forget_injections(model: nn.Module) -> None:
 
 
 def prepare(
-    model: nn.Module, config: SEConfig, input_size: tuple[int, ...] | None, name: str
+    model: nn.Module, config: SEConfig, input_size: tuple[int, ...] | None, name: str, *, drawn: bool = False
 ) -> Prepared:
     """Find the sites and make everything that can fail, without changing the model."""
+    refuse(model, "inject")
     with torch.inference_mode(False):  # a block is made to see whether it can be
-        refuse_injection(model, config)
+        if (why := problem(config)) is not None:
+            raise ConfigError(why)
     asked = None if input_size is None else checked_size(input_size)
-    for owner in edited_owners(model):
-        regenerate(owner)
-    with on_meta(model):
-        sizes = [asked] if asked is not None else input_sizes(model)
-        root, macs, size = record_on(model, sizes, dtype_of(model))
-        traces = TracedModel(root)
-        with patched():
-            found, unknown = find_sites(model, traces, config, size)
-            jobs = _jobs(found, traces)
+    taken = {m: f"{path}.{slots_of(m)[0]}".lstrip(".") for path, m in model.named_modules() if edits_of(m) is not None}
+    with traced(model, asked) as t, patched():
+        found, untraced = find_sites(model, t, config, taken=taken, drawn=drawn)
+        jobs = _jobs(found, t)
+        run = t.run
     params = sum(p.numel() for p in model.parameters())
-    made = Plan(name, config, size, params, macs // BATCH, (*(s.site for s in found), *unknown))
+    made = Plan(name, config, run.input_size, params, run.macs, (*(s.site for s in found), *untraced))
     return Prepared(made, tuple(jobs), asked)
 
 
@@ -224,18 +233,18 @@ def _jobs(found: list[PlacedSite], traces: TracedModel) -> list[Job]:
         if s.site.reason is None:
             owners[s.view.module].append(s)
     jobs: list[Job] = []
-    made: dict[Hashable, type[nn.Module] | dict[str, fx.Graph] | TraceError | None] = {}
+    made: dict[Hashable, type[nn.Module] | dict[str, fx.Graph] | Refusal | None] = {}
     for module, group in owners.items():
         edits = _edits(module, group)
-        key = (traces.signatures.of(module), edits.edits, frozen(edits.constants), edits.decisions)
+        key = (traces.fingerprints.of(module), edits.edits, frozen(edits.constants), edits.decisions)
         if key not in made:
             try:
                 forward = group[0].view.forward
                 made[key] = generate(module, edits, None if forward.decisions else forward.graph)
-            except TraceError as error:
+            except Refusal as error:
                 made[key] = error
         code = made[key]
-        if isinstance(code, TraceError):
+        if isinstance(code, Refusal):
             for s in group:
                 s.site = dataclasses.replace(s.site, reason=str(code))
             continue
@@ -290,24 +299,6 @@ def _activation(owner: nn.Module) -> type[nn.Module] | None:
         if where.endswith((".activation", ".activations", ".activations_me")) and not list(m.children()):
             return type(m)
     return None
-
-
-def no_sites_message(made: Plan) -> str:
-    if not made.all_sites:
-        return (f"{made.model}: no site found at input size {made.input_size}: no residual, aggregation or "
-                "convolution that a block could gate; print(se_inject.plan(model)) shows what was looked at")
-    counts: dict[str, int] = defaultdict(int)
-    for s in made.all_sites:
-        assert s.reason is not None
-        counts[s.reason.partition(" at ")[0]] += 1
-    reasons = "; ".join(f"{n} x {reason}" for reason, n in sorted(counts.items()))
-    places = [s for s in made.all_sites if s.kind != "unknown" and s.reason not in (LINEAR, UNLEARNED)]
-    if places and all(s.reason is not None and s.reason.startswith("already has") for s in places):
-        return (f"{made.model}: all {len(places)} sites already have channel attention: "
-                'use existing="stack" or existing="replace"')
-    chosen = any(s.reason == made.config.rejects(s) for s in made.all_sites)
-    advice = ": widen the options that leave them out" if chosen else ""
-    return f"{made.model}: all {len(made.all_sites)} sites are skipped ({reasons}){advice}"
 
 
 def _model_name(model: object) -> str:

@@ -18,6 +18,8 @@ import torch
 from torch import nn
 
 from ..errors import SEInjectError
+from .generated_class import generated, new_of
+from .state import base_class, edits_of, set_edits, slots_of
 
 
 class Gated:
@@ -51,7 +53,7 @@ class Gated:
 
 def _positions(self: nn.Module) -> list[list[str]]:
     """The children's names by position: the author's own child, and the blocks behind it; in the first, also before it."""
-    slots = {edit.slot for edit in self.__dict__["_se_edits"].edits}
+    slots = slots_of(self)
     groups: list[list[str]] = [[]]
     for name in self._modules:
         if name not in slots and any(n not in slots for n in groups[-1]):
@@ -61,7 +63,7 @@ def _positions(self: nn.Module) -> list[list[str]]:
 
 
 def _at(self: nn.Module, names: list[str]) -> Any:
-    slots = {edit.slot for edit in self.__dict__["_se_edits"].edits}
+    slots = slots_of(self)
     (own,) = (i for i, name in enumerate(names) if name not in slots)
     children: list[Any] = [self._modules[name] for name in names]
     return Gated(children[own], children[:own], children[own + 1:]) if len(children) > 1 else children[0]
@@ -81,27 +83,42 @@ def _getitem(self: nn.Module, idx: Any) -> Any:
         return _at(self, groups[operator.index(idx)])
     names = [name for group in groups[idx] for name in group]
     cls: Any = type(self)
-    part: nn.Module = cls._se_base(OrderedDict((name, self._modules[name]) for name in names))
-    edits = self.__dict__["_se_edits"]
+    part: nn.Module = base_class(self)(OrderedDict((name, self._modules[name]) for name in names))
+    edits = edits_of(self)
+    assert edits is not None
     left = tuple(edit for edit in edits.edits if edit.slot in names)
     if left:
-        part.__dict__["_se_edits"] = dataclasses.replace(edits, edits=left)
+        set_edits(part, dataclasses.replace(edits, edits=left))
         part.__class__ = cls
     return part
 
 
 def _key_at(self: nn.Module, keys: Any, idx: Any) -> Any:
     """The key of the author's child at a position, for torch to set an item."""
-    slots = {edit.slot for edit in self.__dict__["_se_edits"].edits}
+    slots = slots_of(self)
     return [key for key in keys if key not in slots][operator.index(idx)]
 
 
 def _refuse(self: nn.Module, *args: Any) -> Any:
     raise SEInjectError(
-        f"this {type(self).__name__} has {len(self.__dict__['_se_edits'].edits)} injected blocks, and to shift its children "
+        f"this {type(self).__name__} has {len(slots_of(self))} injected blocks, and to shift its children "
         "would rename them: eject() the model, change it, then inject() it")
 
 
 MEMBERS = {
     "__iter__": _iter, "__len__": _len, "__getitem__": _getitem, "_get_item_by_idx": _key_at, "__delitem__": _refuse,
     "insert": _refuse}  # fmt: skip
+
+
+def sequential_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a plain `nn.Sequential`'s class whose positions do not count the blocks."""
+    return generated(base, (), {**MEMBERS, "__reduce_ex__": _reduce}, "sequential")
+
+
+def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+    return new_of, (base_class(self),), self.__getstate__(), None, None, _set_state
+
+
+def _set_state(module: nn.Module, state: dict[str, Any]) -> None:
+    module.__setstate__(dict(state))
+    module.__class__ = sequential_class(type(module))

@@ -1,4 +1,4 @@
-"""TODO"""
+"""What an injected model keeps: its injections, and on each owner what was done to it. No other file spells the attributes."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class Edit:
 
 @dataclasses.dataclass(frozen=True)
 class OwnerEdits:
-    """All that is done to one owner; kept on it as ``_se_edits``, so that it can be undone and rebuilt.
+    """All that is done to one owner; the owner keeps it, so that it can be undone and done again.
 
-    `way` is ``fill``, ``insert``, ``graph`` or ``rewrite``. `constants` are the arguments that the trace held
-    fixed, `decisions` the way that it went where the forward branches on sizes. `original` is what stood in
-    a filled slot: the module, or None with where it was kept; or the graphs of a GraphModule, by attribute.
+    `kind` is ``fill``, ``insert``, ``graph`` or ``rewrite``. `constants` are the arguments that the trace holds fixed,
+    `decisions` the outcomes of the conditions on sizes in the forward. `original` is what stood in a filled slot: the
+    module, or None with where it was kept; or the graphs of a GraphModule, by attribute.
     """
 
-    way: str
+    kind: str
     edits: tuple[Edit, ...]
     constants: tuple[tuple[str, Any], ...] = ()
     decisions: tuple[bool, ...] = ()
@@ -44,19 +44,9 @@ class OwnerEdits:
     original_registered: bool = False
 
 
-def base_class(module: nn.Module) -> type[nn.Module]:
-    """The class that an owner had before it was rewritten."""
-    base: type[nn.Module] = getattr(type(module), "_se_base", type(module))
-    return base
-
-
-def edited_owners(model: nn.Module) -> list[nn.Module]:
-    return [m for m in model.modules() if "_se_edits" in m.__dict__]
-
-
 @dataclasses.dataclass(frozen=True)
 class Injection:
-    """What one call of `inject` did; a model keeps all of its own, in order, as ``_se_injections``."""
+    """What one call of `inject` did; a model keeps all of its own, in order."""
 
     config: SEConfig
     sites: tuple[Site, ...]
@@ -70,17 +60,70 @@ class Injection:
             self.config, filter_fn=None, include=tuple(s.path for s in self.sites), exclude=None)
 
 
+_EDITS, _INJECTIONS = "_se_edits", "_se_injections"  # attributes of an owner and of a model
+BASE = "_se_base"  # of a generated class: the class that it is derived from
+OPTIMIZED = "_se_code"  # of a class that `optimize_for_inference` generated: its sources
+REPORT = "se_report"  # of an optimized model
+
+
+def edits_of(module: nn.Module) -> OwnerEdits | None:
+    """What was done to an owner; None for a module without blocks of its own."""
+    edits: OwnerEdits | None = module.__dict__.get(_EDITS)
+    return edits
+
+
+def set_edits(module: nn.Module, edits: OwnerEdits | None) -> None:
+    """Let an owner keep what was done to it, or forget it."""
+    if edits is None:
+        module.__dict__.pop(_EDITS, None)
+    else:
+        module.__dict__[_EDITS] = edits
+
+
+def slots_of(module: nn.Module) -> list[str]:
+    """Names of the blocks among an owner's children."""
+    edits = edits_of(module)
+    return [] if edits is None else [edit.slot for edit in edits.edits]
+
+
+def edited_owners(model: nn.Module) -> list[nn.Module]:
+    """The modules of a model that have blocks of their own."""
+    return [m for m in model.modules() if edits_of(m) is not None]
+
+
+def base_class(module: nn.Module) -> type[nn.Module]:
+    """The class that an owner had before it was rewritten."""
+    base: type[nn.Module] = getattr(type(module), BASE, type(module))
+    return base
+
+
+def has_generated_class(module: nn.Module) -> bool:
+    """Whether a module's class is generated; not where another library has derived one from that since."""
+    return BASE in type(module).__dict__
+
+
+def is_optimized(model: nn.Module) -> bool:
+    """Whether a model, or a part of it, came out of `optimize_for_inference`."""
+    return any(REPORT in m.__dict__ or OPTIMIZED in type(m).__dict__ for m in model.modules())
+
+
 def injections_of(model: nn.Module) -> tuple[Injection, ...]:
     """What was injected into `model`, in order."""
-    done: tuple[Injection, ...] = model.__dict__.get("_se_injections", ())
+    done: tuple[Injection, ...] = model.__dict__.get(_INJECTIONS, ())
     return done
+
+
+def set_injections(model: nn.Module, injections: tuple[Injection, ...]) -> None:
+    """Let a model keep what was injected into it; with none, forget it."""
+    if injections:
+        model.__dict__[_INJECTIONS] = injections
+    else:
+        model.__dict__.pop(_INJECTIONS, None)
 
 
 def block_paths(model: nn.Module) -> list[str]:
     """Dotted names of the injected blocks, in the order of the model's modules."""
-    return [
-        f"{path}.{edit.slot}" if path else edit.slot
-        for path, m in model.named_modules() if "_se_edits" in m.__dict__ for edit in m.__dict__["_se_edits"].edits]
+    return [f"{path}.{slot}" if path else slot for path, m in model.named_modules() for slot in slots_of(m)]
 
 
 def head_paths(model: nn.Module) -> list[str]:

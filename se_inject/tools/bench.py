@@ -15,12 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..capture import inputs
-from ..capture.snapshot import on_meta
 from ..config import SEConfig
-from ..dataflow.module_graph import TracedModel
 from ..errors import ConfigError
 from ..surgery import pipeline as surgery
+from ..surgery.session import traced
 from ..timm_names import PREFIX, base_name, door_options, skeleton
 from .timing import Job, Spread, clock, interleaved, peak_memory, peak_resident, ratios, watched
 from .variants import BASE, OPTIMIZED, Variant, create, image_size, optimized, outputs, plain_variants
@@ -28,7 +26,7 @@ from .variants import BASE, OPTIMIZED, Variant, create, image_size, optimized, o
 MEASURES = ("inference", "training", "surgery", "loading")
 DTYPES = ("float32", "bfloat16", "float16")
 CHECKED = 2  # images on which an optimised model is compared with the plain one
-PARTS = {"record_on": "record", "find_sites": "sites", "_jobs": "code", "apply": "apply"}  # of an injection, by their functions
+PARTS = {"traced": "record", "find_sites": "sites", "_jobs": "code", "apply": "apply"}  # of an injection, by their functions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,8 +225,7 @@ def _surgery(
 
 
 def _nodes(model: nn.Module) -> int:
-    with on_meta(model):
-        traces = TracedModel(inputs.record_model(model))
+    with traced(model) as traces:
         views = [traces.view(module) for module in traces.calls]
         return sum(len(view.nodes) for view in views if view is not None)
 

@@ -22,7 +22,8 @@ from ..capture.snapshot import on_meta
 from ..config import SEConfig
 from ..errors import SEInjectError
 from ..find.plan import Plan
-from ..surgery.pipeline import apply, eject, no_sites_message, prepare
+from ..surgery.pipeline import apply, eject, prepare
+from ..surgery.refusals import no_sites
 from ..timm_names import PREFIX
 from .zoo_table import Row, counts_text
 
@@ -87,7 +88,7 @@ def answer(name: str, placement: str = "auto", verify: str = "meta") -> Row:
         row = dataclasses.replace(
             row, params=plan.params, macs=plan.macs, sites=counts_text(plan.kinds()), skipped=_skipped(plan))
         if not prepared.jobs:
-            row = dataclasses.replace(row, status="refused", reason=no_sites_message(plan).partition(": ")[2])
+            row = dataclasses.replace(row, status="refused", reason=str(no_sites(plan)).partition(": ")[2])
         else:
             _inject_and_compare(model, prepared, verify)
             row = dataclasses.replace(

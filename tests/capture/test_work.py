@@ -17,7 +17,7 @@ from se_inject.capture.forward import _OwnTracer, trace_forward
 from se_inject.capture.graphs import same_graph
 from se_inject.capture.snapshot import on_meta as abstract
 from se_inject.cli import main
-from se_inject.errors import TraceError
+from se_inject.errors import Refusal
 from se_inject.timm_names import skeleton
 
 from ..support.checks import randomise
@@ -40,7 +40,7 @@ class FxTracer(_OwnTracer):
 def _traced(module):
     try:
         return trace_forward(module, {})
-    except TraceError as error:
+    except Refusal as error:
         return str(error)
 
 

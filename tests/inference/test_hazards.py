@@ -430,5 +430,5 @@ def test_a_forward_of_an_instance_with_timms_other_methods():
 def test_a_copy_inside_another_model_is_refused():
     model = nn.Sequential(se_inject.optimize_for_inference(timm.create_model("test_resnet")))
     for call in (se_inject.optimize_for_inference, se_inject.inject):
-        with pytest.raises(se_inject.SEInjectError, match="optimised for inference"):
+        with pytest.raises(se_inject.SEInjectError, match="optimized for inference"):
             call(model, input_size=(3, 64, 64))

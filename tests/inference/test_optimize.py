@@ -281,9 +281,9 @@ def test_refusals():
         se_inject.optimize_for_inference("resnet50")
     fast = se_inject.optimize_for_inference(se_inject.inject(made("test_resnet")))
     for call in (se_inject.optimize_for_inference, se_inject.inject, se_inject.eject):
-        with pytest.raises(se_inject.SEInjectError, match="optimised for inference"):
+        with pytest.raises(se_inject.SEInjectError, match="optimized for inference"):
             call(fast)
-    with pytest.raises(se_inject.SEInjectError, match="optimised for inference"):
+    with pytest.raises(se_inject.SEInjectError, match="optimized for inference"):
         se_inject.save(fast, "unused.safetensors")
     with torch.device("meta"), pytest.raises(se_inject.SEInjectError, match="no values"):
         se_inject.optimize_for_inference(timm.create_model("test_resnet"))

@@ -1,0 +1,34 @@
+"""One traced model at a time: what `plan`, `inject`, `optimize_for_inference`, `fold` and `to_native` begin with."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import nn
+
+from ..capture.inputs import record_model
+from ..capture.snapshot import on_meta
+from ..dataflow.module_graph import TracedModel
+from .codegen import regenerate
+from .state import edited_owners
+
+
+@contextlib.contextmanager
+def traced(model: nn.Module, input_size: tuple[int, ...] | None = None) -> Iterator[TracedModel]:
+    """Inside, `model` is as `on_meta` makes it, and was run once. Afterwards it is as it was.
+
+    An owner whose attributes were set since its last call has a stale forward, so such owners are rewritten first.
+
+    Args:
+        model: A model, injected or not.
+        input_size: (C, H, W) to run the model on; None is the model's own.
+
+    Raises:
+        ConfigError: `input_size` is no (C, H, W).
+        TraceError: The model does not take it, or a stale owner cannot be rewritten.
+    """
+    for owner in edited_owners(model):
+        regenerate(owner)
+    with on_meta(model):
+        yield TracedModel(record_model(model, input_size))
