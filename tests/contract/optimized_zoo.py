@@ -1,4 +1,4 @@
-"""Optimised copies of the smallest model of each family, with and without blocks: ``python -m tests.contract.optimized_zoo [NAME]...``
+"""Optimized copies of the smallest model of each family: ``python -m tests.contract.optimized_zoo [NAME]...``
 
 Prints a row for each: what was done, and how far the outputs are from the model's, relative to them, in float32 and, of the
 errors in bfloat16, how much of the plain model's. Exits with 1 where the first is above 1e-5 or the second above 1.5.
