@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from ..find.patterns import LINEAR, UNLEARNED
 from ..find.plan import Plan
 from ..find.sites import PlacedSite, find_sites
 from ..find.slots import takes_activation
+from ..site import Site
 from ..timm_names import architecture_of, rename, skeleton
 from .codegen import generate, regenerate
 from .edits import apply_edits, parameters_near, undo_edits
@@ -200,6 +202,26 @@ def prepare(
     model: nn.Module, config: SEConfig, input_size: tuple[int, ...] | None, name: str
 ) -> Prepared:
     """Find the sites and make everything that can fail, without changing the model."""
+    with recorded(model, config, input_size) as run:
+        found, unknown = find_sites(model, run.traces, config, run.size)
+        jobs = owner_jobs(found, run.traces)
+    return prepared(model, config, name, run, [*(s.site for s in found), *unknown], jobs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+    """A run of a model on the meta device: its traces, its multiply-adds for one image, its input size, and the size
+    that was asked for."""
+
+    traces: TracedModel
+    macs: int
+    size: tuple[int, ...]
+    asked: tuple[int, ...] | None
+
+
+@contextlib.contextmanager
+def recorded(model: nn.Module, config: SEConfig, input_size: tuple[int, ...] | None = None) -> Iterator[Recorded]:
+    """Check the model and run it on the meta device. Inside, its modules can be traced; at the end it is as before."""
     with torch.inference_mode(False):  # a block is made to see whether it can be
         refuse_injection(model, config)
     asked = None if input_size is None else checked_size(input_size)
@@ -208,16 +230,19 @@ def prepare(
     with on_meta(model):
         sizes = [asked] if asked is not None else input_sizes(model)
         root, macs, size = record_on(model, sizes, dtype_of(model))
-        traces = TracedModel(root)
         with patched():
-            found, unknown = find_sites(model, traces, config, size)
-            jobs = _jobs(found, traces)
+            yield Recorded(TracedModel(root), macs // BATCH, size, asked)
+
+
+def prepared(
+    model: nn.Module, config: SEConfig, name: str, run: Recorded, sites: Sequence[Site], jobs: Sequence[Job]
+) -> Prepared:
+    """What the stages before found and made, for `apply`."""
     params = sum(p.numel() for p in model.parameters())
-    made = Plan(name, config, size, params, macs // BATCH, (*(s.site for s in found), *unknown))
-    return Prepared(made, tuple(jobs), asked)
+    return Prepared(Plan(name, config, run.size, params, run.macs, tuple(sites)), tuple(jobs), run.asked)
 
 
-def _jobs(found: list[PlacedSite], traces: TracedModel) -> list[Job]:
+def owner_jobs(found: list[PlacedSite], traces: TracedModel) -> list[Job]:
     """Group the sites by owner and generate the owners' code; a site whose owner refuses gets a reason."""
     owners: dict[nn.Module, list[PlacedSite]] = defaultdict(list)
     for s in found:
