@@ -11,7 +11,6 @@ from typing import Any
 
 import click
 
-from .. import __version__
 from ..errors import ConfigError, SEInjectError
 from .measure import bench_command, zoo_command
 from .models import (
@@ -39,7 +38,7 @@ class _Group(click.Group):
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="se-inject")
+@click.version_option(package_name="se-inject", prog_name="se-inject")
 @click.option("-q", "--quiet", is_flag=True, help="No messages on stderr.")
 @click.pass_context
 def main(ctx: click.Context, quiet: bool) -> None:

@@ -68,7 +68,7 @@ def plain_variants(
         config: The options of the injection.
         args: Arguments of `timm.create_model`.
         others: Names and arguments of further models.
-        native: Whether to look for the native twin; this takes seconds where there is none.
+        native: Whether to look for the native twin; this takes seconds if there is none.
 
     Raises:
         ConfigError: timm does not know a name or an argument.
