@@ -172,6 +172,7 @@ for _name in (
 _row("clamp", "input min max", also=("clip",), elementwise=True)
 _row("pow", "input exponent", elementwise=True)
 _row("where", "condition input other", linear=True, fixed="condition")
+_ORDERS["where"] = ("input", "condition", "other")  # the method
 for _name in ("softmax", "norm", "scaled_dot_product_attention"):
     _row(_name)
 
