@@ -422,7 +422,7 @@ def _put_gate(flat: InlinedGraph, block: _Block, name: str) -> None:
             product = graph.call_function(torch.mul, (product, number))
             product.meta = {"val": value}
     for user in node.users:
-        user.meta["shares"] = [product if n is node else n for n in user.meta.get("shares", ())]
+        user.meta["may_alias"] = [product if n is node else n for n in user.meta.get("may_alias", ())]
     node.replace_all_uses_with(product)
     graph.erase_node(node)
     flat.replaced[node] = product
