@@ -1,4 +1,4 @@
-"""What will be done, as plain data: sites and their totals."""
+"""The plan as plain data: sites, and their totals."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ class Plan:
     def diagram(self) -> str:
         """Where the blocks go, drawn: each kind of unit once, with the sites that it stands for.
 
-        A unit is read from left to right, from its input x: the ways through its children, the gate with its
-        channels and squeeze width, and the sum or concat in which the ways join.
+        A unit is read from left to right, from its input x: the chains of its children, the gate with its
+        channels and squeeze width, and the sum or concat in which the chains join.
         """
         groups: dict[tuple[object, ...], list[Site]] = {}
         for s in self.sites:

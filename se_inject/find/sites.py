@@ -1,4 +1,4 @@
-"""From the units of a model to its sites: what each block would be, or why there is none."""
+"""The sites of a model: from its units, the block of each, or why there is none."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _positions(dims: Sequence[int], channels: int) -> tuple[int, ...]:
 
 
 def _distinct(places: list[Place]) -> list[Place]:
-    """One place for each gated tensor: two slices of one tensor (DPN) lead to the same, and one input to two branches."""
+    """One place for each gated tensor: two slices of one tensor (DPN), or two branches from one input, share a place."""
     found: dict[tuple[int, fx.Node], Place] = {}
     for p in places:
         key = (id(p.view), p.node)
@@ -118,9 +118,9 @@ def _distinct(places: list[Place]) -> list[Place]:
 
 
 def _slot_names(module: nn.Module, places: list[Place]) -> list[str]:
-    """``se``, or ``se1``, ``se2``, ... for several in one owner; names that are taken are passed over.
+    """``se``, or ``se1``, ``se2``, ... for several in one owner, without names that the owner uses.
 
-    Units that are no place for a block are named last, so that they change no other name.
+    Places without a block are named last, so that they change no other name.
     """
     if places[0].fill is not None:
         return [places[0].fill.name]
@@ -199,7 +199,7 @@ def _replaced(place: Place) -> tuple[str, ...]:
 
 
 def _values(place: Place, dims: tuple[int, ...]) -> list[fx.Node]:
-    """The gated value and, of the same shape, the sum that it goes into, which may know more of its axes."""
+    """The gated value, and the sum that it goes into where that has the same shape, and may know more about the axes."""
     return [n for n in (place.node, place.unit.merge) if n is not None and is_tensor(n) and shape(n) == dims]
 
 

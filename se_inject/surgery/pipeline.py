@@ -195,7 +195,7 @@ def eject(model: nn.Module) -> nn.Module:
 
 
 def forget_injections(model: nn.Module) -> None:
-    """Let a model whose blocks are gone be what it is: a base, also to timm, which writes it into what it saves."""
+    """Make a model whose blocks are gone a base again, also for timm, which writes its name into files."""
     remove_hooks(model)
     for m in model.modules():
         detach_matcher(m)
@@ -288,7 +288,7 @@ def _edits(module: nn.Module, group: list[PlacedSite]) -> OwnerEdits:
 
 
 def _child_before(s: PlacedSite) -> str:
-    """The owner's child that is called last on the way to a site."""
+    """The owner's child that is called last before a site."""
     names = (str(n.target).partition(".")[0] for n in s.view.calls_before(s.place.node))
     return next((name for name in names if name in s.view.module._modules and name != s.site.slot), "")
 
