@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import defaultdict
+from fnmatch import fnmatchcase
 
 from torch import fx, nn
 
-from ..blocks.catalogue import block_spec, cost, get_block, problem
+from ..blocks.build import block_spec, cost, problem
+from ..blocks.catalogue import get_block
 from ..capture.channels import batch_is_first, channel_axis
 from ..capture.recording import Call
 from ..config import SEConfig
@@ -139,12 +141,27 @@ def _site(place: Place, slot: str, traces: TracedModel, gates: Gates, stages: St
     params, macs = cost(spec, config, size) if reason is None else (0, 0)
     site = Site(
         path=f"{owner}.{slot}" if owner else slot, owner=owner, slot=slot, kind=c.kind, channels=channels,
-        layout=layout, size=size, stage=stages.of(place), style=style, rd_channels=spec.rd_channels,
+        layout=layout, size=size, stage=stages.of(place), style=spec.style, rd_channels=spec.rd_channels,
         params=params, macs=calls * macs, reason=reason, replaces=_replaced(place),
         drawing=draw(place, _gate(config, channels, spec.rd_channels)))
     if site.reason is None:
-        site = dataclasses.replace(site, reason=config.rejects(site))
+        site = dataclasses.replace(site, reason=rejected(config, site))
     return PlacedSite(site, place, 1.0 if place.fill is None else place.fill.gain)
+
+
+def rejected(config: SEConfig, site: Site) -> str | None:
+    """Why the filters of `config` leave `site` out; None if they keep it."""
+    if config.stages is not None and site.stage not in config.stages:
+        return f"stage {site.stage} is not in stages={list(config.stages)}"
+    if config.include is not None and not any(fnmatchcase(site.path, p) for p in config.include):
+        return "no include pattern matches"
+    if config.exclude is not None and any(fnmatchcase(site.path, p) for p in config.exclude):
+        return "an exclude pattern matches"
+    if site.channels < config.min_channels:
+        return f"{site.channels} channels are below min_channels={config.min_channels}"
+    if config.filter_fn is not None and not config.filter_fn(site):
+        return "filter_fn said no"
+    return None
 
 
 def _replaced(place: Place) -> tuple[str, ...]:

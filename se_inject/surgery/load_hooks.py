@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..blocks.catalogue import is_identity
+from ..blocks.identity import is_identity
 from .state import block_paths, head_paths
 
 _logger = logging.getLogger("se_inject")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..blocks.catalogue import BlockSpec, make_block
+from ..blocks.build import BlockSpec, make_block
 from ..capture.fingerprint import frozen
 from ..capture.forward import is_plain_sequential
 from ..capture.inputs import BATCH, checked_size, dtype_of, input_sizes, record_on
@@ -22,7 +22,7 @@ from ..dataflow.module_graph import TracedModel
 from ..errors import ConfigError, NoSitesError, SEInjectError, TraceError
 from ..find.patterns import LINEAR, UNLEARNED
 from ..find.plan import Plan
-from ..find.sites import PlacedSite, find_sites
+from ..find.sites import PlacedSite, find_sites, rejected
 from ..find.slots import takes_activation
 from ..timm_names import architecture_of, rename, skeleton
 from .codegen import generate, regenerate
@@ -274,7 +274,7 @@ def _child_before(s: PlacedSite) -> str:
 def _block(found: PlacedSite, owner: nn.Module, model: nn.Module, config: SEConfig) -> nn.Module:
     site = found.site
     device, dtype = parameters_near(owner, model)
-    spec = BlockSpec(config.block, site.channels, site.rd_channels, site.layout, site.style, config.bias)
+    spec = BlockSpec(site.channels, site.rd_channels, site.layout, site.style)
     slot = found.place.fill
     kind: Any = type(owner)
     own = found.place.inner if slot is None else takes_activation(kind, slot.name)
@@ -305,7 +305,7 @@ def no_sites_message(made: Plan) -> str:
     if places and all(s.reason is not None and s.reason.startswith("already has") for s in places):
         return (f"{made.model}: all {len(places)} sites already have channel attention: "
                 'use existing="stack" or existing="replace"')
-    chosen = any(s.reason == made.config.rejects(s) for s in made.all_sites)
+    chosen = any(s.reason == rejected(made.config, s) for s in made.all_sites)
     advice = ": widen the options that leave them out" if chosen else ""
     return f"{made.model}: all {len(made.all_sites)} sites are skipped ({reasons}){advice}"
 

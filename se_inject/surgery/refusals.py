@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..blocks.catalogue import problem
+from ..blocks.build import problem
 from ..config import SEConfig
 from ..errors import ConfigError, SEInjectError, TraceError
 
