@@ -48,8 +48,8 @@ def plan_command(
     from ..capture.inputs import input_sizes
     from ..surgery.pipeline import plan
     from ..timm_names import skeleton
-    from ..weights.files import base_of
     from ..weights.reading import read_checkpoint
+    from ..weights.rebuild import base_of
 
     args = timm_arguments(model_kwargs)
     if is_file(target):
@@ -128,8 +128,8 @@ def merge_command(file: str, base: str | None, head: str | None, pretrained: boo
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def info_command(file: str, as_json: bool) -> None:
     """Say what a file holds: architecture, recipe, blocks and parameters."""
-    from ..weights.files import said_blocks
     from ..weights.reading import read_checkpoint
+    from ..weights.rebuild import said_blocks
 
     logging.getLogger("se_inject").setLevel(logging.WARNING)  # nothing is injected that the caller knows of
     found = read_checkpoint(file)
@@ -210,8 +210,9 @@ def to_native_command(file: str, output: str, model: str | None, **given: Any) -
 
 def saved_model(file: str, model: str | None, model_kwargs: tuple[tuple[str, Any], ...]) -> Any:
     """The model of a file, with its blocks where it has some."""
-    from ..weights.files import base_of, load_found, said_blocks
+    from ..weights.files import load_found
     from ..weights.reading import read_checkpoint
+    from ..weights.rebuild import base_of, said_blocks
 
     found, args = read_checkpoint(file), timm_arguments(model_kwargs)
     if found.recipe is not None or said_blocks(found, file)[0]:

@@ -57,13 +57,13 @@ def test_an_option_that_a_block_lacks_is_named():
 
 @pytest.mark.parametrize("block", ["se", "ese", "ge"])
 def test_a_gate_that_cannot_be_one_is_refused_for_every_block(block):
-    with pytest.raises(se_inject.SEInjectError, match="Tanh, is 0 with slope 1 at 0.*use gate_layer='sigmoid'"):
+    with pytest.raises(se_inject.SEInjectError, match=r"Tanh, is 0 with slope 1 at 0.*use gate_layer='sigmoid'"):
         se_inject.plan("resnet18", block=block, gate_layer="tanh")
 
 
 @pytest.mark.parametrize("option", ["act_layer", "gate_layer"])
 def test_a_name_that_timm_does_not_know(option):
-    with pytest.raises(se_inject.SEInjectError, match="names of timm.layers.create_act"):
+    with pytest.raises(se_inject.SEInjectError, match=r"names of timm\.layers.create_act"):
         se_inject.plan("resnet18", **{option: "none_such"})
     with pytest.raises(se_inject.SEInjectError, match=f"{option}=''"):
         se_inject.plan("resnet18", **{option: ""})
