@@ -61,7 +61,7 @@ def __dir__() -> list[str]:
 def _on_timm(timm: Any) -> None:
     from .timm_registry import register
 
-    register(timm)
+    register()
 
 
 wrapt.register_post_import_hook(_on_timm, "timm")

@@ -209,7 +209,7 @@ def _parse_prefix(parse_model_name: Callable[[str], Any]) -> Callable[[str], Any
     return wrapper
 
 
-def register(timm: Any = None) -> None:
+def register() -> None:
     """Add the twins to timm. A second call changes nothing.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The block of one site: its width, its cost, the module itself, or why there is none."""
+"""The block of one site: its width and cost, the module itself, and why a block cannot be used."""
 
 from __future__ import annotations
 
@@ -85,9 +85,11 @@ def make_block(
     try:
         block = row.cls(spec.channels, **arguments, **factory)
     except (KeyError, AssertionError, TypeError, ValueError) as error:
+        advice = ("give act_layer and gate_layer as names of timm.layers.create_act, such as 'relu', 'silu' or 'sigmoid'"
+                  if arguments.keys() & {"act_layer", "gate_layer"} else "its class has to accept such a call")
         raise ConfigError(
-            f"block={config.block!r} cannot be created for {spec.channels} channels with {arguments} ({error!r}): give "
-            "act_layer and gate_layer as names of timm.layers.create_act, such as 'relu', 'silu' or 'sigmoid'") from error
+            f"block={config.block!r} cannot be created for {spec.channels} channels with {arguments} ({error!r}): {advice}"
+        ) from error
     block = block.to(device=device, dtype=dtype)
     if config.init == "identity":
         make_identity(row.start, block, outer_gain)
@@ -168,7 +170,7 @@ def _identity_problem(config: SEConfig, outer_gain: float) -> str | None:
                 behind = f" with the factor {outer_gain:g} that the model applies to it" if outer_gain != 1 else ""
                 return f"{head}{behind}: it does not return its input at the start; {advice}"
         block.train()
-        (block(x) * torch.randn(2, 16, 8, 8)).sum().backward()
+        (block(x.requires_grad_()) * torch.randn(2, 16, 8, 8)).sum().backward()
     if not any(p.grad is not None and p.grad.abs().sum() > 0 for p in block.parameters()):
         return f"{head}: none of its parameters would have a gradient; {advice}"
     return None

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 
+from timm.layers import get_attn
 from torch import nn
 
 from ..config import SEConfig, did_you_mean
 from ..errors import ConfigError
+from .gather_excite import GatherExcite
 from .identity import Start
 from .squeeze_excite import EfficientNetSqueezeExcite, SqueezeExcite, squeeze_width
 
@@ -59,27 +62,29 @@ _SE = Block(
     "se", SqueezeExcite, Start(("fc2",), ("gate",), "fc1"), layouts=("NCHW", "NHWC", "NLC"), width=squeeze_width, site_act=True)
 _EFFICIENTNET_SE = dataclasses.replace(
     _SE, cls=EfficientNetSqueezeExcite, start=Start(("conv_expand",), ("gate",), "conv_reduce"))
-_OF_TIMM = {  # by timm's create_attn names
-    "ese": (Start(("fc",), ("gate",)), False),
-    "eca": (Start(("conv",), ("gate",)), False),
-    "ecam": (Start(("conv2",), ("gate",), "conv"), False),
-    "ceca": (Start(("conv",), ("gate",)), False),
-    "ge": (Start(("mlp.fc2",), ("gate",), "mlp.fc1"), False),
-    "gc": (Start(("mlp_scale.fc2",), ("gate",)), False),
-    "gca": (Start(("mlp_add.fc2",)), False),
-    "cbam": (Start(("channel.fc2", "spatial.conv.bn"), ("channel.gate", "spatial.gate"), "channel.fc1"), True),
-    "lcbam": (Start(("channel.fc2", "spatial.conv.bn"), ("channel.gate", "spatial.gate"), "channel.fc1"), True),
-    "coord": (Start(("conv_h", "conv_w"), ("gate",)), True),
-    "scoord": (Start(("fc_h", "fc_w"), ("gate",)), True),
-    "ela": (Start(("norm_h", "norm_w"), ("gate",)), True),
-    "strip": (Start(("conv_h", "conv_w"), ("gate",)), True),
-}  # fmt: skip
+_rows = {"se": dataclasses.replace(_SE, styles={"efficientnet": _EFFICIENTNET_SE})}
+for _name, _start, _positions in (  # timm's, by their create_attn names
+    ("ese", Start(("fc",), ("gate",)), False),
+    ("eca", Start(("conv",), ("gate",)), False),
+    ("ecam", Start(("conv2",), ("gate",), "conv"), False),
+    ("ceca", Start(("conv",), ("gate",)), False),
+    ("ge", Start(("mlp.fc2",), ("gate",), "mlp.fc1"), False),
+    ("gc", Start(("mlp_scale.fc2",), ("gate",)), False),
+    ("gca", Start(("mlp_add.fc2",)), False),
+    ("cbam", Start(("channel.fc2", "spatial.conv.bn"), ("channel.gate", "spatial.gate"), "channel.fc1"), True),
+    ("lcbam", Start(("channel.fc2", "spatial.conv.bn"), ("channel.gate", "spatial.gate"), "channel.fc1"), True),
+    ("coord", Start(("conv_h", "conv_w"), ("gate",)), True),
+    ("scoord", Start(("fc_h", "fc_w"), ("gate",)), True),
+    ("ela", Start(("norm_h", "norm_w"), ("gate",)), True),
+    ("strip", Start(("conv_h", "conv_w"), ("gate",)), True),
+):  # fmt: skip
+    with contextlib.suppress(AssertionError):  # an older timm has fewer
+        _rows[_name] = Block(_name, GatherExcite if _name == "ge" else get_attn(_name), _start, _positions)
 _NO_GATES = {
     **dict.fromkeys(("sk", "splat"), "replaces a convolution by several, with weights of its own"),
     **dict.fromkeys(("lambda", "bottleneck", "halo"), "replaces a convolution by self-attention"),
     **dict.fromkeys(("nl", "bat"), "adds self-attention over positions to the map, and does not gate it"),
 }
-_rows: dict[str, Block] = {}
 
 
 def register_block(
@@ -119,7 +124,6 @@ def register_block(
         >>> type(model.layer1[0].se).__name__
         'Gate'
     """
-    _load_timm()
     if not isinstance(name, str) or not name.isidentifier():
         raise ConfigError(f"register_block({name!r}): the name of a block is one word; write a name such as 'mine'")
     if name in _rows or name in _NO_GATES:
@@ -130,7 +134,6 @@ def register_block(
 
 
 def block_names() -> list[str]:
-    _load_timm()
     return list(_rows)
 
 
@@ -140,7 +143,6 @@ def get_block(name: str) -> Block:
     Raises:
         ConfigError: There is none.
     """
-    _load_timm()
     if name in _NO_GATES:
         raise ConfigError(f"block={name!r} {_NO_GATES[name]}: use one of the blocks that gate a map, {', '.join(_rows)}")
     if name not in _rows:
@@ -148,20 +150,3 @@ def get_block(name: str) -> Block:
             f"block={name!r} is not known{did_you_mean(name, _rows)}: the blocks are {', '.join(_rows)}; "
             "add a block of your own with se_inject.register_block")
     return _rows[name]
-
-
-def _load_timm() -> None:
-    """Add our own block and timm's, once: timm is imported no earlier than needed."""
-    if _rows:
-        return
-    from timm.layers import get_attn
-
-    from .gather_excite import GatherExcite
-
-    _rows["se"] = dataclasses.replace(_SE, styles={"efficientnet": _EFFICIENTNET_SE})
-    for name, (start, positions) in _OF_TIMM.items():
-        try:
-            cls = GatherExcite if name == "ge" else get_attn(name)
-        except AssertionError:  # an older timm, which has fewer
-            continue
-        _rows[name] = Block(name, cls, start, positions)

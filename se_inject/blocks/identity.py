@@ -128,14 +128,15 @@ def _unit_gain(gate: nn.Module, block: nn.Module) -> float:
 
 
 def _module(block: nn.Module, path: str) -> nn.Module:
-    """
+    """The module of `block` with this name.
+
     Raises:
-        ConfigError: The block has no module of that name.
+        ConfigError: There is none.
     """
     try:
         return block.get_submodule(path)
     except AttributeError:
         names = ", ".join(name for name, _ in block.named_modules() if name)
         raise ConfigError(
-            f"init='identity': {type(block).__name__} has no module {path!r}, which its row of the catalogue names; "
-            f"give register_block names of its modules: {names or 'it has none'}") from None
+            f"init='identity': {type(block).__name__} has no module {path!r}, as its zero, gates or first say: "
+            f"give register_block names of its modules ({names or 'it has none'})") from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from timm.layers import create_act_layer
 from torch import nn
 
 from ..config import SEConfig
@@ -37,8 +38,6 @@ class SqueezeExcite(HasGain):
         gate_layer: str = "sigmoid", gain: float = 1.0, device: Any = None, dtype: Any = None,
     ) -> None:  # fmt: skip
         super().__init__(gain)
-        from timm.layers import create_act_layer
-
         self.channels = channels
         self.layout = layout
         self.dims = {"NCHW": [2, 3], "NHWC": [1, 2], "NLC": [1]}[layout]

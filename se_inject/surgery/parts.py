@@ -53,7 +53,7 @@ class Parts:
         return self.is_partial(keys) and any(key in self.se for key in keys)
 
     def absent_from_blocks(self, keys: Collection[str]) -> list[str]:
-        """The tensors that `keys` lack of blocks of which they have others."""
+        """Names of tensors that are not among `keys`, while others of the same block are."""
         broken = (names for names in self.blocks.values() if any(name in keys for name in names))
         return [name for names in broken for name in names if name not in keys]
 

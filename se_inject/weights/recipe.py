@@ -17,14 +17,17 @@ from ..errors import ConfigError, WeightsError
 from ..surgery.state import Injection
 from ..timm_names import architecture_of, base_name, model_args
 
-KEY = "se_inject"
+KEY = "se_inject"  # of the recipe in the header of a file
 VERSION = 1
-PARTS = ("se", "head")
+PARTS = ("se", "head")  # of a model, which a file may hold alone
 CONTENTS = {"full": "whole model", "se": "blocks", "head": "head", "se+head": "blocks and the head"}
 _FIELDS = {
     "version": int, "architecture": (str, type(None)), "model_args": dict, "configs": list, "input_sizes": list,
     "sites": list, "content": str,
 }  # fmt: skip
+_NOT_OF_A_MODEL = {  # arguments of timm.create_model that name files, or say how to load, place or wrap the model
+    "checkpoint_path", "cache_dir", "device", "dtype", "scriptable", "exportable", "no_jit", "features_only", "feature_cls",
+    "out_indices"}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,11 +162,6 @@ def described_args(metadata: Mapping[str, str], source: object) -> dict[str, Any
     if not isinstance(args, dict):
         raise WeightsError(f"{source}: its model_args are {args!r}, which is not a dict; write the file again")
     return checked_args(args, source)
-
-
-_NOT_OF_A_MODEL = {  # arguments of timm.create_model that name files, or say how to load, place or wrap the model
-    "checkpoint_path", "cache_dir", "device", "dtype", "scriptable", "exportable", "no_jit", "features_only", "feature_cls",
-    "out_indices"}  # fmt: skip
 
 
 def checked_args(args: Mapping[str, Any], source: object) -> dict[str, Any]:

@@ -129,6 +129,21 @@ def test_a_block_of_ones_own(registered):
     assert get_block("mine").cls is Mine
 
 
+@pytest.mark.parametrize("row, message", [
+    (Block("wrong_0", Mine, Start(("fd",))), "Mine has no module 'fd'.*fc, gate"),
+    (Block("wrong_1", Mine, Start(("fc",), ("fc.weight",))), "Mine has no module 'fc.weight'"),
+    (Block("wrong_2", Mine), "does not return its input at the start"),
+    (Block("wrong_3", nn.Conv2d), "cannot be created for 16 channels.*its class has to accept"),
+    (Block("wrong_4", lambda channels: nn.AdaptiveAvgPool2d(1)), "returns .* and a gate keeps the shape"),
+    (Block("wrong_5", lambda channels: nn.Identity()), "none of its parameters would have a gradient")])  # fmt: skip
+def test_a_block_that_does_not_fit_is_refused_with_the_reason(monkeypatch, row, message):
+    monkeypatch.setitem(catalogue._rows, row.name, row)
+    model = timm.create_model("resnet18")
+    with pytest.raises(se_inject.SEInjectError, match=message):
+        se_inject.inject(model, block=row.name)
+    assert not block_paths(model)
+
+
 def test_a_block_of_ones_own_goes_into_a_file(registered, tmp_path):
     model = se_inject.inject(timm.create_model("test_resnet"), block="mine").eval()
     with torch.no_grad():

@@ -71,7 +71,7 @@ def test_collisions_raise_and_replace_nothing():
 
 def test_registering_twice_changes_nothing():
     parse, table = _factory.parse_model_name, _registry._model_entrypoints
-    register(timm)
+    register()
     assert _factory.parse_model_name is parse and _registry._model_entrypoints is table
 
 
