@@ -56,7 +56,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if not file.is_file():
         raise WeightsError(
             f"there is no file {str(path)!r}: give a .safetensors file, a .pth file, or a folder with config.json")
-    return _read_safetensors(file) if _is_safetensors(file) else _read_pickle(file)
+    return _described(*_tensors_and_metadata(file), file) if _is_safetensors(file) else _read_pickle(file)
 
 
 def _is_safetensors(file: Path) -> bool:
@@ -65,11 +65,12 @@ def _is_safetensors(file: Path) -> bool:
     return file.suffix == ".safetensors" or start[8:9] == b"{"  # an 8-byte length, then JSON
 
 
-def _read_safetensors(file: Path) -> Checkpoint:
-    return _described(*_tensors_and_metadata(file), file)
-
-
 def _tensors_and_metadata(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """What a safetensors file holds.
+
+    Raises:
+        WeightsError: It cannot be read.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -80,6 +81,11 @@ def _tensors_and_metadata(file: Path) -> tuple[dict[str, torch.Tensor], dict[str
 
 
 def _described(tensors: dict[str, torch.Tensor], metadata: dict[str, str], file: Path) -> Checkpoint:
+    """The tensors, with what the header says of their model.
+
+    Raises:
+        WeightsError: The header is not valid.
+    """
     recipe = Recipe.from_json(metadata[KEY], file) if KEY in metadata else None
     if recipe is not None:
         return Checkpoint(tensors, recipe.architecture, recipe.model_args, recipe, metadata)  # `save` wrote no prefixes
@@ -118,6 +124,11 @@ def _read_shards(index: Path) -> Checkpoint:
 
 
 def _read_pickle(file: Path) -> Checkpoint:
+    """Read a PyTorch file: a state dict, or a training checkpoint that holds one.
+
+    Raises:
+        WeightsError: It holds neither, or needs code to be run.
+    """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # timm's train.py saves its arguments
             loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
@@ -145,6 +156,11 @@ def _read_pickle(file: Path) -> Checkpoint:
 
 
 def _read_folder(folder: Path) -> Checkpoint:
+    """Read a folder that timm's `save_for_hf` wrote: architecture and arguments in ``config.json``, and the weights.
+
+    Raises:
+        WeightsError: The config is not valid, or there are no weights.
+    """
     config = folder / "config.json"
     if not config.is_file():
         raise WeightsError(f"{folder} has no config.json: give a folder that timm saved, or a file of weights")
