@@ -13,8 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import se_inject
-from se_inject.capture.inputs import input_sizes
-from se_inject.surgery.state import block_paths
+from se_inject import block_paths, input_sizes
 from se_inject.tables import markdown_table
 from se_inject.tools.variants import as_if_trained
 

@@ -125,8 +125,8 @@ def merge_command(file: str, base: str | None, head: str | None, pretrained: boo
 @json_option
 def info_command(file: str, as_json: bool) -> None:
     """Show what a file holds: architecture, options, blocks, tensors."""
-    from ..weights.files import said_blocks
     from ..weights.reading import read_checkpoint
+    from ..weights.rebuild import said_blocks
 
     logging.getLogger("se_inject").setLevel(logging.WARNING)  # `said_blocks` injects a model, which is no news to the user
     found = read_checkpoint(file)
@@ -210,8 +210,9 @@ def to_native_command(target: Target, output: str, options: dict[str, Any]) -> N
 
 def saved_model(target: Target) -> Any:
     """The model of a file, with its blocks if it has any."""
-    from ..weights.files import load_found, said_blocks
+    from ..weights.files import load_found
     from ..weights.reading import read_checkpoint
+    from ..weights.rebuild import said_blocks
 
     found = read_checkpoint(target.source)
     if found.recipe is not None or said_blocks(found, target.source)[0]:

@@ -10,7 +10,8 @@ from fnmatch import fnmatchcase
 
 from torch import fx, nn
 
-from ..blocks.catalogue import block_spec, cost, get_block, problem
+from ..blocks.build import block_spec, cost, problem
+from ..blocks.catalogue import get_block
 from ..capture.channels import batch_is_first, channel_axis
 from ..capture.recording import Call
 from ..config import SEConfig
@@ -67,21 +68,6 @@ def find_sites(
             out.append(PlacedSite(_site(place, name, reason, stages, config, drawn), place, _gain(place)))
     out.sort(key=lambda s: stages.position(s.place))
     return out, [_unknown(call, why, stages) for call, why in find_untraced(traced, units)]
-
-
-def rejected(config: SEConfig, site: Site) -> str | None:
-    """Why the filters of `config` leave `site` out, or None where they do not."""
-    if config.stages is not None and site.stage not in config.stages:
-        return f"stage {site.stage} is not in stages={list(config.stages)}"
-    if config.include is not None and not any(fnmatchcase(site.path, p) for p in config.include):
-        return "no include pattern matches"
-    if config.exclude is not None and any(fnmatchcase(site.path, p) for p in config.exclude):
-        return "an exclude pattern matches"
-    if site.channels < config.min_channels:
-        return f"{site.channels} channels are below min_channels={config.min_channels}"
-    if config.filter_fn is not None and not config.filter_fn(site):
-        return "filter_fn said no"
-    return None
 
 
 def _unknown(call: Call, why: str, stages: Stages) -> Site:
@@ -149,7 +135,7 @@ def _site(place: Place, slot: str, reason: str | None, stages: Stages, config: S
     gate = f"[{config.block.upper()} {channels}{f' to {spec.rd_channels}' if spec.rd_channels else ''}]"
     site = Site(
         path=f"{view.path}.{slot}" if view.path else slot, owner=view.path, slot=slot, kind=c.kind, channels=channels,
-        layout=layout, size=size, stage=stages.of(place), style=style, rd_channels=spec.rd_channels,
+        layout=layout, size=size, stage=stages.of(place), style=spec.style, rd_channels=spec.rd_channels,
         params=params, macs=len(view.traces.calls[view.module]) * macs, reason=reason, replaces=_replaced(place),
         drawing=draw(place, gate) if drawn else "")
     return site if reason is not None else dataclasses.replace(site, reason=rejected(config, site))
@@ -187,6 +173,21 @@ def _why_not(place: Place, gates: Gates, config: SEConfig, taken: Mapping[nn.Mod
 
 def _gain(place: Place) -> float:
     return 1.0 if place.fill is None else place.fill.gain
+
+
+def rejected(config: SEConfig, site: Site) -> str | None:
+    """Why the filters of `config` leave `site` out; None if they keep it."""
+    if config.stages is not None and site.stage not in config.stages:
+        return f"stage {site.stage} is not in stages={list(config.stages)}"
+    if config.include is not None and not any(fnmatchcase(site.path, p) for p in config.include):
+        return "no include pattern matches"
+    if config.exclude is not None and any(fnmatchcase(site.path, p) for p in config.exclude):
+        return "an exclude pattern matches"
+    if site.channels < config.min_channels:
+        return f"{site.channels} channels are below min_channels={config.min_channels}"
+    if config.filter_fn is not None and not config.filter_fn(site):
+        return "filter_fn said no"
+    return None
 
 
 def _replaced(place: Place) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..blocks.catalogue import BlockSpec, make_block, problem
+from ..blocks.build import BlockSpec, make_block, problem
 from ..capture.fingerprint import frozen
 from ..capture.forward import is_plain_sequential
 from ..capture.tracer import patched
@@ -296,7 +296,7 @@ def _child_before(s: PlacedSite) -> str:
 def _block(found: PlacedSite, owner: nn.Module, model: nn.Module, config: SEConfig) -> nn.Module:
     site = found.site
     device, dtype = parameters_near(owner, model)
-    spec = BlockSpec(config.block, site.channels, site.rd_channels, site.layout, site.style, config.bias)
+    spec = BlockSpec(site.channels, site.rd_channels, site.layout, site.style)
     slot = found.place.fill
     kind: Any = type(owner)
     own = found.place.inner if slot is None else takes_activation(kind, slot.name)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import se_inject
-from se_inject.capture.inputs import input_sizes
+from se_inject import input_sizes
 from se_inject.tools import zoo_table
 
 from ..support.checks import randomise, total

@@ -468,7 +468,7 @@ def test_a_forward_that_differs_between_modes_is_never_baked():
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 8, 24])
 def test_squeeze_width_is_never_zero(channels):
-    from se_inject.blocks.catalogue import block_spec
+    from se_inject.blocks.build import block_spec
     from se_inject.config import SEConfig
 
     assert block_spec(SEConfig(ratio=0.001, rd_divisor=1), channels, channels, "NCHW", "se").rd_channels == 1
