@@ -14,8 +14,12 @@ from se_inject.weights.reading import read_checkpoint
 
 from ..support.checks import randomise
 from ..support.outputs import X
+from ..support.tiers import contract
 
-NAMES = ["resnet18", "tf_efficientnet_lite0", "convnext_atto"]
+NAMES = [
+    *(pytest.param(name, marks=pytest.mark.xdist_group(f"files of {name}"))
+      for name in ("test_resnet", "mobilenetv2_035", "test_convnext")),
+    *contract("resnet18", "tf_efficientnet_lite0", "convnext_atto")]
 
 
 @pytest.fixture(scope="module", params=NAMES)

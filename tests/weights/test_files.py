@@ -16,6 +16,8 @@ from se_inject.errors import WeightsError
 from ..support.checks import randomise
 from ..support.outputs import out
 
+SMALL = {"layers": (1, 1, 1, 1), "channels": (16, 24, 32, 48)}  # of timm's resnet18 and its native twin
+
 
 def test_load(files):
     folder, name, y, yb = files
@@ -68,14 +70,14 @@ def test_several_injections_by_timms_door():
 
 
 def test_base_blocks_and_head_from_three_files(tmp_path):
-    first = randomise(timm.create_model("se_inject/resnet18", num_classes=5)).eval()
-    second = randomise(timm.create_model("se_inject/resnet18"), seed=7).eval()
+    first = randomise(timm.create_model("se_inject/test_resnet", num_classes=5)).eval()
+    second = randomise(timm.create_model("se_inject/test_resnet"), seed=7).eval()
     for name, part in {"se": "se", "head": "head", "both": ("head", "se"), "full": None}.items():
         se_inject.save(first, tmp_path / f"{name}.safetensors", only=part)
     save_file({k: t for k, t in second.state_dict().items() if ".se." not in k}, tmp_path / "base.safetensors")
     sizes = {p.stem: p.stat().st_size for p in tmp_path.iterdir()}
-    assert sizes["se"] < 500_000 and sizes["head"] < 20_000
-    third = timm.create_model("se_inject/resnet18", num_classes=5)
+    assert sizes["se"] < 50_000 and sizes["head"] < 4_000
+    third = timm.create_model("se_inject/test_resnet", num_classes=5)
     state = {**second.state_dict(), **{k: t for k, t in first.state_dict().items() if ".se." in k or k.startswith("fc.")}}
     third.load_state_dict(state)
     y, base = out(third), tmp_path / "base.safetensors"
@@ -96,21 +98,21 @@ def test_base_blocks_and_head_from_three_files(tmp_path):
 
 
 def test_native_weights_need_the_plain_gate(tmp_path):
-    native = randomise(timm.create_model("seresnet18")).eval()
+    native = randomise(timm.create_model("seresnet18", **SMALL)).eval()
     path, y = tmp_path / "seresnet18.safetensors", out(native)
     save_file(native.state_dict(), path)
-    assert torch.equal(out(timm.create_model("se_inject/resnet18", se_init="timm", checkpoint_path=str(path))), y)
+    assert torch.equal(out(timm.create_model("se_inject/resnet18", **SMALL, se_init="timm", checkpoint_path=str(path))), y)
     overlay = {"file": str(path)}
-    model = timm.create_model("se_inject/resnet18", se_init="timm", pretrained=True, pretrained_cfg_overlay=overlay)
+    model = timm.create_model("se_inject/resnet18", **SMALL, se_init="timm", pretrained=True, pretrained_cfg_overlay=overlay)
     assert torch.equal(out(model), y)
-    assert torch.equal(out(se_inject.load(path, "resnet18", init="timm")), y)
+    assert torch.equal(out(se_inject.load(path, "resnet18", init="timm", model_args=SMALL)), y)
     se_inject.save(model, tmp_path / "ours.safetensors")
     with pytest.raises(WeightsError, match="blocks were made with"):  # the same tensors, twice the gate
-        se_inject.load(tmp_path / "ours.safetensors", timm.create_model("se_inject/resnet18"))
+        se_inject.load(tmp_path / "ours.safetensors", timm.create_model("se_inject/resnet18", **SMALL))
 
 
 def test_an_se_only_file_needs_a_base(tmp_path):
-    se_inject.save(se_inject.inject(timm.create_model("resnet18")), tmp_path / "se.safetensors", only="se")
+    se_inject.save(se_inject.inject(timm.create_model("test_resnet")), tmp_path / "se.safetensors", only="se")
     with pytest.raises(WeightsError, match="base=FILE"):
         se_inject.load(tmp_path / "se.safetensors")
     with pytest.raises(WeightsError, match="no file"):
@@ -118,7 +120,7 @@ def test_an_se_only_file_needs_a_base(tmp_path):
     with pytest.raises(se_inject.SEInjectError, match="its own recipe"):
         se_inject.load(tmp_path / "se.safetensors", ratio=0.5)
     with pytest.raises(WeightsError, match="no blocks"):
-        se_inject.save(timm.create_model("resnet18"), tmp_path / "x.safetensors")
+        se_inject.save(timm.create_model("test_resnet"), tmp_path / "x.safetensors")
 
 
 def test_an_argument_that_would_be_ignored_is_refused(tmp_path):
@@ -148,7 +150,7 @@ def test_an_argument_that_would_be_ignored_is_refused(tmp_path):
 
 def test_half_a_head_is_an_error(tmp_path):
     for name in ("deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"):
-        se_inject.save(timm.create_model(f"se_inject/{name}", img_size=32, num_classes=4), tmp_path / name)
+        se_inject.save(timm.create_model(f"se_inject/{name}", img_size=32, num_classes=4, depth=2), tmp_path / name)
     with pytest.raises(WeightsError, match=r"head_dist\.weight"):
         se_inject.load(tmp_path / "deit_tiny_distilled_patch16_224", head=tmp_path / "deit_tiny_patch16_224")
 
@@ -213,7 +215,7 @@ def test_options_of_several_injections_belong_to_their_sites(tmp_path):
 
 def test_a_base_file_without_base_weights_is_an_error(tmp_path):
     """Otherwise the model would keep the random base that was built for the weights."""
-    net = se_inject.inject(timm.create_model("resnet18"))
+    net = se_inject.inject(timm.create_model("test_resnet"))
     se_inject.save(net, tmp_path / "se.safetensors", only="se")
     se_inject.save(net, tmp_path / "both.safetensors", only=("se", "head"))
     for kind in ("se", "both"):
@@ -223,15 +225,15 @@ def test_a_base_file_without_base_weights_is_an_error(tmp_path):
         tensors = load_file(tmp_path / f"{kind}.safetensors")
         torch.save(tensors, tmp_path / "plain.pth")
         with pytest.raises(WeightsError, match="no weights of the base"):
-            se_inject.load(tmp_path / "plain.pth", "resnet18")
-        into = se_inject.load(tmp_path / "plain.pth", se_inject.inject(timm.create_model("resnet18")))  # which has weights
+            se_inject.load(tmp_path / "plain.pth", "test_resnet")
+        into = se_inject.load(tmp_path / "plain.pth", se_inject.inject(timm.create_model("test_resnet")))  # which has weights
         assert all(torch.equal(into.state_dict()[k], t) for k, t in tensors.items())
 
 
 def test_a_model_without_memory_is_refused(tmp_path):
-    se_inject.save(se_inject.inject(timm.create_model("resnet18")), tmp_path / "m.safetensors")
+    se_inject.save(se_inject.inject(timm.create_model("test_resnet")), tmp_path / "m.safetensors")
     with torch.device("meta"):
-        model = timm.create_model("resnet18")
+        model = timm.create_model("test_resnet")
     with pytest.raises(WeightsError, match="on the meta device, without memory"):
         se_inject.load(tmp_path / "m.safetensors", model)
     assert not block_paths(model)

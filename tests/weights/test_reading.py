@@ -50,11 +50,11 @@ def reads(monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    model = randomise(timm.create_model("se_inject/resnet18", num_classes=10)).eval()
+    model = randomise(timm.create_model("se_inject/test_resnet", num_classes=10)).eval()
     se_inject.save(model, tmp_path / "full.safetensors")
     se_inject.save(model, tmp_path / "se.safetensors", only="se")
     se_inject.eject(model)
-    torch.save({"state_dict": model.state_dict(), "arch": "resnet18"}, tmp_path / "base.pth")
+    torch.save({"state_dict": model.state_dict(), "arch": "test_resnet"}, tmp_path / "base.pth")
     safetensors.torch.save_file(model.state_dict(), tmp_path / "base.safetensors")
     return tmp_path
 
@@ -67,14 +67,14 @@ def folder(tmp_path):
     (["base.pth"], lambda d, m: se_inject.load(d / "base.pth", model=m)),
     (["base.pth"], lambda d, m: se_inject.load(d / "base.pth")),
     (["full"], lambda d, m: command("eject", d / "full.safetensors", "-o", d / "o.safetensors")),
-    (["base"], lambda d, m: command("inject", d / "base.safetensors", "--model", "resnet18", "-o", d / "o.safetensors")),
+    (["base"], lambda d, m: command("inject", d / "base.safetensors", "--model", "test_resnet", "-o", d / "o.safetensors")),
     (["base.pth"], lambda d, m: command("inject", d / "base.pth", "-o", d / "o.safetensors")),
     (["se", "base"], lambda d, m: command(
         "merge", d / "se.safetensors", "--base", d / "base.safetensors", "-o", d / "o.safetensors")),
     (["full"], lambda d, m: command("info", d / "full.safetensors")),
 ], ids=["built", "given", "base", "se", "given pth", "built pth", "eject", "inject", "inject pth", "merge", "info"])
 def test_each_file_is_opened_once_and_no_tensor_read_twice(folder, reads, files, load):
-    model = se_inject.inject(timm.create_model("resnet18", num_classes=10))
+    model = se_inject.inject(timm.create_model("test_resnet", num_classes=10))
     load(folder, model)
     opened = {name: n for name, n in reads.items() if isinstance(name, str)}
     assert opened == {name if "." in name else f"{name}.safetensors": 1 for name in files}
@@ -88,7 +88,7 @@ def command(*args):
 
 @pytest.mark.parametrize("name", ["full.safetensors", "base.safetensors", "base.pth"])
 def test_load_passes_over_the_weights_once(folder, name):
-    model = se_inject.inject(timm.create_model("resnet18", num_classes=10))
+    model = se_inject.inject(timm.create_model("test_resnet", num_classes=10))
     with Passes() as passes:
         se_inject.load(folder / name, model=model)
     assert passes.copied <= nbytes(model)
@@ -96,7 +96,7 @@ def test_load_passes_over_the_weights_once(folder, name):
 
 
 def test_blocks_alone_leave_the_base_where_it_is(folder):
-    model = se_inject.inject(timm.create_model("resnet18", num_classes=10))
+    model = se_inject.inject(timm.create_model("test_resnet", num_classes=10))
     blocks = sum(t.numel() * t.element_size() for t in safetensors.torch.load_file(folder / "se.safetensors").values())
     with Passes() as passes:
         se_inject.load(folder / "se.safetensors", model=model)

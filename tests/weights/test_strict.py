@@ -65,9 +65,9 @@ class _Loads(nn.Sequential):
         lambda module, state, *_: module.layer2.said.append(state.update({k: t.clone() for k, t in state.items()})))],
     ids=["post hook", "pre hook", "method", "copies"])
 def test_a_module_with_its_own_way_to_load_is_asked(tmp_path, own):
-    written = randomise(se_inject.inject(timm.create_model("resnet18")))
+    written = randomise(se_inject.inject(timm.create_model("test_resnet")))
     se_inject.save(written, tmp_path / "m.safetensors")
-    model = se_inject.inject(timm.create_model("resnet18"))
+    model = se_inject.inject(timm.create_model("test_resnet"))
     model.layer2.said = []
     own(model)
     se_inject.load(tmp_path / "m.safetensors", model)

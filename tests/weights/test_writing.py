@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import timm
@@ -18,20 +16,21 @@ from se_inject.weights.reading import read_checkpoint
 
 from ..support.checks import randomise
 from ..support.outputs import out
+from ..support.processes import fresh
 
 
 def test_shards(tmp_path):
-    model = randomise(timm.create_model("se_inject/resnet18")).eval()
+    model = randomise(timm.create_model("se_inject/test_resnet")).eval()
     path, y = tmp_path / "m.safetensors", out(model)
     se_inject.save(model, path)
-    se_inject.save(model, path, max_shard_size="20MB")
+    se_inject.save(model, path, max_shard_size="700KB")
     shards = sorted(tmp_path.glob("m-*.safetensors"))
-    assert len(shards) >= 3 and not path.exists() and all(p.stat().st_size < 21_000_000 for p in shards)
+    assert len(shards) >= 3 and not path.exists() and all(p.stat().st_size < 710_000 for p in shards)
     index = json.loads((tmp_path / "m.safetensors.index.json").read_text())
-    assert set(index["weight_map"].values()) == {p.name for p in shards} and index["metadata"]["total_size"] > 40_000_000
+    assert set(index["weight_map"].values()) == {p.name for p in shards} and index["metadata"]["total_size"] > 1_500_000
     assert torch.equal(out(se_inject.load(path)), y)
     assert torch.equal(out(se_inject.load(tmp_path / "m.safetensors.index.json")), y)
-    se_inject.save(model, path, max_shard_size="30MB")  # the shards of the first save go
+    se_inject.save(model, path, max_shard_size="900KB")  # the shards of the first save go
     assert not any(p.exists() for p in shards) and torch.equal(out(se_inject.load(path)), y)
     next(tmp_path.glob("m-*.safetensors")).rename(tmp_path / "away")
     with pytest.raises(WeightsError, match="is not there"):
@@ -42,6 +41,7 @@ def test_shards(tmp_path):
         se_inject.save(model, path, max_shard_size="much")
 
 
+@pytest.mark.xdist_group("processes")
 def test_a_killed_save_loses_nothing(tmp_path):
     """A process that saves two models in turn is killed at random moments; the file always holds one of them."""
     code = """
@@ -49,7 +49,7 @@ import os, pathlib, random, signal, sys, time, timm, torch, se_inject
 from se_inject.weights.reading import read_checkpoint
 torch.set_num_threads(1)
 path, shard = pathlib.Path(sys.argv[1]), sys.argv[2]
-model = timm.create_model("se_inject/resnet18")
+model = timm.create_model("se_inject/test_resnet")
 states = [{k: torch.full_like(t, i) for k, t in model.state_dict().items()} for i in (1, 2)]
 model.load_state_dict(states[0])
 se_inject.save(model, path, max_shard_size=shard)
@@ -71,12 +71,12 @@ for _ in range(12):
     seen |= values
 print(killed, len(seen))
 """
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "m.safetensors"), "20MB"], capture_output=True, text=True)
+    done = fresh(code, tmp_path / "m.safetensors", "500KB")
     assert done.stdout.split() == ["12", "2"], done.stderr
 
 
 def test_save_of_a_wrapped_model(tmp_path):
-    model = timm.create_model("se_inject/resnet18")
+    model = timm.create_model("se_inject/test_resnet")
     se_inject.save(nn.DataParallel(model), tmp_path / "a.safetensors")
     assert torch.equal(out(se_inject.load(tmp_path / "a.safetensors")), out(model))
     with pytest.raises(WeightsError, match=r"save\(model.get_submodule\('inner'\), path\)"):
@@ -85,7 +85,7 @@ def test_save_of_a_wrapped_model(tmp_path):
 
 def test_save_writes_nothing_into_the_callers_metadata(tmp_path):
     metadata = {"note": "mine"}
-    se_inject.save(se_inject.inject(timm.create_model("resnet18")), tmp_path / "a.safetensors", metadata=metadata)
+    se_inject.save(se_inject.inject(timm.create_model("test_resnet")), tmp_path / "a.safetensors", metadata=metadata)
     assert metadata == {"note": "mine"}
     assert read_checkpoint(tmp_path / "a.safetensors").metadata["note"] == "mine"
 
@@ -94,7 +94,7 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     import safetensors.torch
 
     path = tmp_path / "a.safetensors"
-    model = se_inject.inject(timm.create_model("resnet18"))
+    model = se_inject.inject(timm.create_model("test_resnet"))
     se_inject.save(model, path)
     before = path.read_bytes()
 
