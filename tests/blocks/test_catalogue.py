@@ -25,7 +25,7 @@ GATES = [n for n in block_names() if n not in NO_IDENTITY]
 
 @pytest.mark.parametrize("block", GATES)
 def test_identity_on_maps(block):
-    check_identity(timm.create_model("resnet18"), (3, 64, 64), block=block)
+    check_identity(timm.create_model("test_resnet"), (3, 64, 64), block=block)
 
 
 @pytest.mark.parametrize("block", [b for b in GATES if not get_block(b).positions])
@@ -94,9 +94,9 @@ def test_a_map_of_tokens_has_no_rows_and_columns():
 
 @pytest.mark.parametrize("block", GATES)
 def test_the_plan_counts_what_is_added(block):
-    model = timm.create_model("resnet18")
+    model = timm.create_model("test_resnet")
     plan = se_inject.plan(model, block=block)
-    assert [s.path for s in plan.sites] == [s.path for s in se_inject.plan("resnet18").sites]
+    assert [s.path for s in plan.sites] == [s.path for s in se_inject.plan("test_resnet").sites]
     before = sum(p.numel() for p in model.parameters())
     se_inject.inject(model, block=block)
     assert sum(p.numel() for p in model.parameters()) == before + plan.added_params
@@ -121,7 +121,7 @@ def registered():
 
 
 def test_a_block_of_ones_own(registered):
-    check_identity(timm.create_model("resnet18"), (3, 64, 64), block="mine")
+    check_identity(timm.create_model("test_resnet"), (3, 64, 64), block="mine")
     check_identity(timm.create_model("test_vit"), (3, 160, 160), block="mine")
     model = timm.create_model("se_inject/resnet18", se_block="mine", se_ratio=0.25)
     assert isinstance(model.layer1[0].se, Mine) and model.layer1[0].se.rd_ratio == 0.25
@@ -163,7 +163,7 @@ class Film(SqueezeExcite):
 def test_a_block_that_is_fitted_to_its_site_is_one_row(monkeypatch):
     row = Block("film", Film, Start(("fc2",), ("gate",), "fc1"), layouts=("NCHW", "NLC"), width=squeeze_width, site_act=True)
     monkeypatch.setitem(catalogue._rows, "film", row)
-    for name, args in (("resnet18", {}), ("tiny_vit_5m_224", SHORT)):
+    for name, args in (("test_resnet", {}), ("tiny_vit_5m_224", SHORT)):
         model = timm.create_model(name, **args)
         ours, theirs = se_inject.plan(model, block="film"), se_inject.plan(model)
         assert list(ours.sites) == [dataclasses.replace(s, style="film") for s in theirs.sites]
