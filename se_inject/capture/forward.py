@@ -11,7 +11,7 @@ import functools
 import inspect
 import operator
 import random
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import Refusal
 from .graphs import compute, evaluate, subgraph
-from .meta_ops import MetaOps, storage
+from .meta_ops import MetaOps, Operation, first_difference, storage
 from .recording import Call, alike
 from .snapshot import restored
 from .tracer import IN_PLACE, READ_AGAIN, QuickTracer
@@ -212,6 +212,7 @@ class Forward:
         constants: The arguments that are no tensors.
         marker: Name of the empty slot that was filled with a `Marker`.
         decisions: The outcomes of the conditions on sizes, in order.
+        trail: The operators that it runs.
         memo: What is known about the forward, for all modules that share it.
     """
 
@@ -219,6 +220,7 @@ class Forward:
     constants: dict[str, Any]
     marker: str | None = None
     decisions: tuple[bool, ...] = ()
+    trail: tuple[Operation, ...] = ()
     memo: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -264,7 +266,9 @@ def own_forward(call: Call, marker: str | None = None, reading: bool = False) ->
                 value = operator.attrgetter(node.target)(call.module)
             elif node.op == "call_module":
                 child = calls[node] = _child_call(call, node, args, kwargs, children, marker)
+                ran = len(ops.trail)
                 value, writes = _in_memory_of(child, args, kwargs)
+                del ops.trail[ran:]  # of ours, and not of the forward
             elif node.op == "output":
                 value = args[0]
             else:
@@ -277,7 +281,9 @@ def own_forward(call: Call, marker: str | None = None, reading: bool = False) ->
             node.meta["writes"] = writes if node.op == "call_module" else frozenset(s._cdata for s in ops.written[before:])
     _no_more(call, children)
     _check_writes(graph, call)
-    return Forward(graph, constants, marker, tuple(decisions)), calls
+    if marker is None:  # a filled slot may bring a factor
+        _check_operators(call, ops.trail)
+    return Forward(graph, constants, marker, tuple(decisions), tuple(ops.trail)), calls
 
 
 def _in_memory_of(call: Call, args: Any, kwargs: Any) -> tuple[Any, frozenset[int]]:
@@ -299,6 +305,21 @@ def _in_memory_of(call: Call, args: Any, kwargs: Any) -> tuple[Any, frozenset[in
         return new
 
     return tree_map(moved, call.output), frozenset(storage(memory[w]) if w in memory else w for w in call.writes)
+
+
+def _check_operators(call: Call, trail: Sequence[Operation]) -> None:
+    """Check that a trace, evaluated, runs the operators that the module's own forward ran.
+
+    A forward may ask what a trace cannot see: ``isinstance(x, torch.Tensor)``, ``x.dtype is ...``, a table or a flag. The
+    trace then holds another branch or another number.
+
+    Raises:
+        Refusal: It runs others.
+    """
+    found = first_difference(call.own_trail, trail)
+    if found is not None:
+        raise Refusal(
+            f"{type(call.module).__name__}.forward does something else when traced: {found[1]}, and not {found[0]}")
 
 
 def _check_writes(graph: fx.Graph, call: Call) -> None:
@@ -330,6 +351,8 @@ def bind(forward: Forward, call: Call) -> dict[fx.Node, Call]:
             args, kwargs = (fx.map_arg(a, lambda n: n.meta["val"]) for a in (node.args, node.kwargs))
             calls[node] = _child_call(call, node, args, kwargs, children, forward.marker)
     _no_more(call, children)
+    if forward.marker is None:
+        _check_operators(call, forward.trail)
     return calls
 
 
