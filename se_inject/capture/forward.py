@@ -133,17 +133,53 @@ class _OwnTracer(QuickTracer):
         return (*arguments, repr(fx.map_arg((node.args, node.kwargs), lambda n: None)))
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if m is self.root:
+            raise self.refusal("it calls itself")
         return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)  # every child is a leaf
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
-        fn, args = super().create_args_for_root(root_fn, is_module, concrete_args)
-        names = iter(signature_of(root_fn).parameters)
-        next(names)  # self
-        for i, name in enumerate(names, start=1):
-            if name in self.constants and i < len(args):
-                value = self.constants[name]
-                args[i] = value.of(args[i]) if isinstance(value, Unpacked) else value
-        return fn, args
+        """A placeholder for each parameter, in the order of the signature, and the arguments to call the forward with.
+
+        fx patches the code of a function with variadic or keyword-only parameters, which breaks decorated ones.
+        """
+        signature, written = signature_of(root_fn), inspect.unwrap(root_fn)
+        args: list[Any] = [self.root]
+        named: dict[str, Any] = {}
+        for name, parameter in list(signature.parameters.items())[1:]:
+            star = _STARS.get(parameter.kind, "")
+            value: Any = self._proxy_placeholder(star + name, None, signature, written)
+            if name in self.constants:
+                constant = self.constants[name]
+                value = constant.of(value) if isinstance(constant, Unpacked) else constant
+            elif star:
+                raise Refusal(f"it is called with tensors among {star}{name}")
+            if star == "*":
+                args += value
+            elif star == "**":
+                named |= value
+            elif parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+                named[name] = value
+            else:
+                args.append(value)
+        return functools.partial(root_fn, **named) if named else root_fn, args
+
+
+_STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+
+
+def pinned(module_class: Any, constants: dict[str, Any]) -> dict[str, Any]:
+    """The constants that a trace cannot leave open: lists of tensors, whose length it holds, and variadic arguments."""
+    parameters = signature_of(module_class.forward).parameters
+    return {k: v for k, v in constants.items() if isinstance(v, Unpacked) or parameters[k].kind in _STARS}
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a call can compare an argument with its value in the trace."""
+    if isinstance(value, (tuple, list)):
+        return all(map(is_plain, value))
+    if isinstance(value, dict):
+        return all(map(is_plain, value.values()))
+    return value is None or isinstance(value, (bool, int, float, str, Unpacked))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -184,15 +220,18 @@ def trace_forward(
         return subgraph(module.graph)
     if is_plain_sequential(module):
         return _chain(module)
-    kinds = [p.kind for p in signature_of(type(module).forward).parameters.values()]
-    if inspect.Parameter.VAR_POSITIONAL in kinds and inspect.Parameter.KEYWORD_ONLY in kinds:
-        raise Refusal(f"{type(module).__name__}.forward has keyword arguments behind *args, which fx mixes up")
+    name = type(module).__name__
+    if "forward" in module.__dict__:
+        raise Refusal(f"{name} has a forward of its own instance (as hooks of accelerate set), which is not its class's")
     with restored([module]), _other_modes():
         before = _state(module)
+        tracer = _OwnTracer(constants, decide, reading)
         try:
-            graph = _OwnTracer(constants, decide, reading).trace(module)
+            graph = tracer.trace(module)
         except Exception as error:  # fx raises what the traced code raises
-            raise Refusal(f"{type(module).__name__}.forward cannot be traced: {error}") from error
+            raise Refusal(f"{name}.forward cannot be traced: {tracer.refused or error}") from error
+        if tracer.refused is not None:  # which the author's code may have caught
+            raise Refusal(f"{name}.forward cannot be traced: {tracer.refused}")
         if not reading and _state(module) != before:
             raise Refusal(
                 f"{type(module).__name__}.forward sets attributes or buffers of its module, or draws random numbers, "
@@ -387,10 +426,9 @@ def _bind(call: Call) -> tuple[dict[str, Any], dict[str, Any]]:
         if i == 0:  # self
             continue
         values[name] = value
-        variadic = signature.parameters[name].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        unpacked = None if variadic else Unpacked.like(value)
+        unpacked = Unpacked.like(value)
         if unpacked is not None:
             constants[name] = unpacked
-        elif not variadic and not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value)):
+        elif not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value)):
             constants[name] = value
     return constants, values

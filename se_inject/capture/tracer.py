@@ -45,6 +45,12 @@ class QuickTracer(fx.Tracer):
         from timm.models._features_fx import get_notrace_functions
 
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))
+        self.refused: str | None = None
+
+    def refusal(self, reason: str) -> TypeError:
+        """The error to raise where a trace would be wrong; `refused` keeps the reason, as traced code may catch the error."""
+        self.refused = self.refused or reason
+        return TypeError(reason)
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         was_tracing = _fx._get_is_fx_tracing()
@@ -59,10 +65,10 @@ class QuickTracer(fx.Tracer):
             if not isinstance(forward, types.FunctionType):
                 raise AssertionError(f"Expected FunctionType, got {type(forward)}")
             namespace = forward.__globals__
+            returns = inspect.get_annotations(inspect.unwrap(forward)).get("return")
             forward, args = self.create_args_for_root(forward, True, concrete_args)
             with patched() as patches, patches.tracing(self):
                 patches.wrap_in(namespace)
-                returns = inspect.get_annotations(inspect.unwrap(forward)).get("return")
                 self.create_node("output", "output", (self.create_arg(forward(*args)),), {}, type_expr=returns)
             _where_read_again(self.graph)
             self.submodule_paths = None
@@ -116,6 +122,20 @@ class _Quick:
 
     def __getattr__(self: Any, k: str) -> Any:
         return _Attribute(self, k)
+
+    def __hash__(self: Any) -> int:
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if not str(caller).startswith(("torch.", "se_inject.")):
+            raise self.tracer.refusal("it looks a traced value up in a table, or keeps it")
+        return id(self)
+
+    def __int__(self: Any) -> int:
+        raise self.tracer.refusal("it makes a plain number of a traced value")
+
+    __index__ = __int__
+
+    def __float__(self: Any) -> float:
+        raise self.tracer.refusal("it makes a plain number of a traced value")
 
 
 def _in_place(target: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:

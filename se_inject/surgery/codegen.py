@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..capture.forward import Unpacked
+from ..capture.forward import is_plain, pinned
 from ..capture.graphs import same_graph, sources_of, subgraph
 from ..capture.snapshot import on_meta, surgery_lock
 from ..capture.tracer import IN_PLACE
@@ -35,20 +35,20 @@ def trace_modes(
         Refusal: fx cannot follow the forward, or it differs between train and eval mode.
     """
     modules = list(module.modules())
-    unpacked = {k: v for k, v in constants.items() if isinstance(v, Unpacked)}
+    held = pinned(type(module), constants)
     branches = trace_branches(module, constants) if known is None else [known]
     free = None
     with contextlib.suppress(Refusal):
-        free = branches if constants.keys() == unpacked.keys() else trace_branches(module, unpacked)
+        free = branches if constants.keys() == held.keys() else trace_branches(module, held)
     if free is not None and same_branches(branches, free, constants):
-        branches, fixed = free, {}
+        branches, fixed = free, held
     else:
-        fixed = {k: v for k, v in constants.items() if v is None or isinstance(v, (bool, int, float, str))}
-        if len(fixed) + len(unpacked) < len(constants):
-            raise Refusal(f"{type(module).__name__}.forward depends on an argument that is no plain value")
+        fixed = constants
+    if not all(map(is_plain, fixed.values())):
+        raise Refusal(f"{type(module).__name__}.forward depends on an argument that is no plain value")
     for m in modules:
         m.__dict__["training"] = True
-    if not same_branches(branches, trace_branches(module, {**fixed, **unpacked}), {}):
+    if not same_branches(branches, trace_branches(module, fixed), {}):
         raise Refusal(f"{type(module).__name__}.forward differs between train and eval mode")
     return branches, fixed
 
@@ -193,7 +193,12 @@ def _head(graph: fx.Graph) -> tuple[str, str]:
     """The first line of a graph's code, and the arguments to call it with."""
     src = graph.python_code("self").src
     head = next(line for line in src.splitlines() if line.startswith("def forward("))
-    names = [str(n.target) if str(n.target).startswith("*") else n.name for n in graph.nodes if n.op == "placeholder"]
+    names: list[str] = []
+    for n in graph.nodes:
+        if n.op == "placeholder":
+            target = str(n.target)
+            keyword_only = any(name.startswith("*") for name in names)
+            names.append(target if target.startswith("*") else f"{target}={target}" if keyword_only else n.name)
     return head, ", ".join(names)
 
 
