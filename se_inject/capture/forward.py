@@ -11,18 +11,21 @@ import functools
 import inspect
 import operator
 import random
+import sys
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import Refusal
 from .graphs import compute, evaluate, subgraph
 from .meta_ops import MetaOps, Operation, first_difference, storage
 from .recording import Call, alike
-from .snapshot import restored
+from .snapshot import kept_globals, restored
 from .tracer import IN_PLACE, READ_AGAIN, QuickTracer
 
 
@@ -80,15 +83,27 @@ def _other_modes() -> Iterator[None]:
 
 
 def _state(module: nn.Module) -> tuple[object, ...]:
-    """What a traced forward may not change: attributes, buffers, modes, and Python's and torch's random state."""
-    own = {
-        key: (id(value), tuple(map(id, value.values() if isinstance(value, dict) else value)))
-        if type(value) in (dict, list) else id(value) for key, value in module.__dict__.items()}
+    """What a traced forward may not change, beside attributes: buffers, the modes of modules, and hooks."""
     versions = tuple(
         t._version for d in (module._parameters, module._buffers) for t in d.values()
         if t is not None and not t.is_inference())
-    modes = tuple(m.training for m in module.modules())
-    return own, versions, modes, random.getstate()[1], torch.get_rng_state().numpy().tobytes()
+    return versions, tuple(m.training for m in module.modules()), RemovableHandle.next_id
+
+
+def _random_state() -> tuple[object, ...]:
+    """The state of Python's and numpy's random numbers. Another thread may draw some, too."""
+    numpy = sys.modules.get("numpy")
+    return random.getstate()[1], None if numpy is None else numpy.random.get_state()[1].tobytes()
+
+
+class _Draws(TorchDispatchMode):
+    """Inside, notices whether this thread draws random numbers by torch."""
+
+    drawn = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.drawn = self.drawn or torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
 
 
 class _OwnTracer(QuickTracer):
@@ -99,7 +114,7 @@ class _OwnTracer(QuickTracer):
 
     def __init__(self, constants: dict[str, Any], decide: Callable[[fx.Node], bool] | None, reading: bool) -> None:
         super().__init__()
-        self.proxy_buffer_attributes = reading
+        self.proxy_buffer_attributes = self.reading = reading
         self.constants = constants
         self.decide = decide
         self.decided: dict[Hashable, bool] = {}
@@ -201,6 +216,9 @@ def _chain(module: nn.Module) -> fx.Graph:
     return graph
 
 
+ATTEMPTS = 4  # traces of a forward while another thread draws random numbers
+
+
 def trace_forward(
     module: nn.Module, constants: dict[str, Any], decide: Callable[[fx.Node], bool] | None = None, reading: bool = False
 ) -> fx.Graph:
@@ -220,22 +238,30 @@ def trace_forward(
         return subgraph(module.graph)
     if is_plain_sequential(module):
         return _chain(module)
-    name = type(module).__name__
+    cls: Any = type(module)
+    name = cls.__name__
     if "forward" in module.__dict__:
         raise Refusal(f"{name} has a forward of its own instance (as hooks of accelerate set), which is not its class's")
-    with restored([module]), _other_modes():
-        before = _state(module)
-        tracer = _OwnTracer(constants, decide, reading)
-        try:
-            graph = tracer.trace(module)
-        except Exception as error:  # fx raises what the traced code raises
-            raise Refusal(f"{name}.forward cannot be traced: {tracer.refused or error}") from error
-        if tracer.refused is not None:  # which the author's code may have caught
-            raise Refusal(f"{name}.forward cannot be traced: {tracer.refused}")
-        if not reading and _state(module) != before:
-            raise Refusal(
-                f"{type(module).__name__}.forward sets attributes or buffers of its module, or draws random numbers, "
-                "which a trace does not hold")
+    for attempt in range(ATTEMPTS):
+        state = _random_state()
+        with restored([module]) as changed, kept_globals(cls) as globals_changed, _other_modes(), _Draws() as draws:
+            before = _state(module)
+            tracer = _OwnTracer(constants, decide, reading)
+            try:
+                graph = tracer.trace(module)
+            except Exception as error:  # fx raises what the traced code raises
+                raise Refusal(f"{name}.forward cannot be traced: {tracer.refused or error}") from error
+            if tracer.refused is not None:  # which the author's code may have caught
+                raise Refusal(f"{name}.forward cannot be traced: {tracer.refused}")
+            if globals_changed():
+                raise Refusal(f"{name}.forward changes a global list or dict, which a trace does not hold")
+            drawn = draws.drawn or (attempt == ATTEMPTS - 1 and _random_state() != state)
+            if not reading and (tracer.sets_attributes or changed() or drawn or _state(module) != before):
+                raise Refusal(
+                    f"{name}.forward sets attributes or buffers of its module, or draws random numbers, "
+                    "which a trace does not hold")
+        if _random_state() == state:  # else this forward or another thread has drawn some: trace again
+            break
     for node in graph.nodes:
         if node.op == "get_attr" and node.target.startswith("_tensor_constant"):
             raise Refusal(f"{type(module).__name__}.forward makes a tensor that the trace would freeze")
