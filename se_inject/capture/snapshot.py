@@ -151,3 +151,15 @@ def _on_meta(model: nn.Module) -> Iterator[None]:
                     d[key] = OrderedDict()
             d["training"] = False
         yield
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` is in eval mode. Afterwards each module's `training` flag is as before."""
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training

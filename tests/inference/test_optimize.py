@@ -15,7 +15,7 @@ from torch import nn
 import se_inject
 from se_inject.capture.inputs import input_sizes
 from se_inject.cli import main
-from se_inject.inference.merged_layers import MergedGate as Excitation
+from se_inject.inference.merged_layers import MergedGate
 
 from ..support.checks import randomise, total
 from ..support.families import FAMILIES, plain, trained
@@ -84,8 +84,8 @@ def test_a_squeeze_is_taken_before_the_last_convolution():
     assert len(report.norms_folded) == 53 and not report.norms_kept
     assert report.sums == 16
     block = fast.layer1[1]
-    assert isinstance(block.se.optimised, Excitation)
-    assert [tuple(p.shape) for p in block.se.optimised.parameters()] == [(64, 16), (16,), (16, 256), (256,)]
+    assert isinstance(block.se.optimized, MergedGate)
+    assert [tuple(p.shape) for p in block.se.optimized.parameters()] == [(64, 16), (16,), (16, 256), (256,)]
     assert isinstance(block, type(timm.create_model("resnet50").layer1[1]))
     assert "squeezes layer1.0.act2, 64 channels" in str(report)
 
