@@ -1,8 +1,8 @@
-"""Where the time of SE goes for inference: operators of an optimised model, without and with blocks.
+"""Profile the operators of an optimized model, without and with SE blocks: where does the time of the blocks go?
 
     python examples/profile_cost.py resnet50 --batch 1
 
-The profiler costs time of its own, and most for small operators: ratios are `se-inject bench`'s.
+The profiler itself takes time, most of all for small operators. For the ratio of the two models use `se-inject bench`.
 """
 
 import argparse
@@ -13,15 +13,15 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import se_inject
-from se_inject.capture.inputs import input_sizes
-from se_inject.surgery.state import block_paths
-from se_inject.tools.variants import lived_in
+from se_inject import block_paths, input_sizes
+from se_inject.tables import markdown_table
+from se_inject.tools.variants import as_if_trained
 
 RUNS = 40
 
 
 def operators(model, images):
-    """Self time in microseconds and calls of each operator, for one run."""
+    """For each operator its self time in microseconds and its number of calls, in one run."""
     for _ in range(5):
         model(images)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
@@ -40,21 +40,21 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    base = lived_in(timm.create_model(args.name).eval())
-    injected = lived_in(se_inject.inject(copy.deepcopy(base)), block_paths)
+    base = as_if_trained(timm.create_model(args.name).eval())
+    injected = se_inject.inject(copy.deepcopy(base))
+    as_if_trained(injected, block_paths(injected))
     models = [se_inject.optimize_for_inference(m).to(memory_format=torch.channels_last) for m in (base, injected)]
     images = torch.randn(args.batch, *input_sizes(base)[0]).contiguous(memory_format=torch.channels_last)
     without, with_blocks = (operators(m, images) for m in models)
-    print("| operator | calls | us | calls, with blocks | us, with blocks | difference, us |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    none = (0.0, 0)
-    keys = sorted(without.keys() | with_blocks.keys(), key=lambda k: -abs(
-        with_blocks.get(k, none)[0] - without.get(k, none)[0]))
-    for key in keys[:args.rows]:
-        (a, n), (b, m) = without.get(key, none), with_blocks.get(key, none)
-        print(f"| {key} | {n} | {a:,.0f} | {m} | {b:,.0f} | {b - a:+,.0f} |")
+    lines = []
+    for key in without.keys() | with_blocks.keys():
+        (a, n), (b, m) = without.get(key, (0.0, 0)), with_blocks.get(key, (0.0, 0))
+        lines.append((abs(b - a), (key, str(n), f"{a:,.0f}", str(m), f"{b:,.0f}", f"{b - a:+,.0f}")))
+    rows = [row for _, row in sorted(lines, reverse=True)[:args.rows]]
     a, b = (sum(t for t, _ in d.values()) for d in (without, with_blocks))
-    print(f"| all | | {a:,.0f} | | {b:,.0f} | {b - a:+,.0f} ({b / a - 1:+.1%}) |")
+    rows.append(("all", "", f"{a:,.0f}", "", f"{b:,.0f}", f"{b - a:+,.0f} ({b / a - 1:+.1%})"))
+    header = ("operator", "calls", "us", "calls, with blocks", "us, with blocks", "difference, us")
+    print(markdown_table(header, rows, left=("operator",)))
 
 
 if __name__ == "__main__":

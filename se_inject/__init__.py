@@ -9,6 +9,7 @@ import wrapt
 
 if TYPE_CHECKING:
     from .blocks.catalogue import register_block as register_block
+    from .capture.inputs import input_sizes as input_sizes
     from .config import SEConfig as SEConfig
     from .errors import NoSitesError as NoSitesError
     from .errors import SEInjectError as SEInjectError
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from .surgery.pipeline import eject as eject
     from .surgery.pipeline import inject as inject
     from .surgery.pipeline import plan as plan
+    from .surgery.state import block_paths as block_paths
     from .weights.files import load as load
     from .weights.files import save as save
 
@@ -35,6 +37,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "SEConfig": "config", "SEInjectError": "errors", "NoSitesError": "errors", "Site": "site", "Plan": "find.plan",
     "plan": "surgery.pipeline", "inject": "surgery.pipeline", "eject": "surgery.pipeline",
+    "block_paths": "surgery.state", "input_sizes": "capture.inputs",
     "se_parameters": "surgery.freezing", "freeze_base": "surgery.freezing", "unfreeze_base": "surgery.freezing",
     "save": "weights.files", "load": "weights.files", "register_block": "blocks.catalogue",
     "optimize_for_inference": "inference.optimize", "OptimizedModel": "inference.report", "OptimisedModel": "inference.report",
@@ -58,7 +61,7 @@ def __dir__() -> list[str]:
 def _on_timm(timm: Any) -> None:
     from .timm_registry import register
 
-    register(timm)
+    register()
 
 
 wrapt.register_post_import_hook(_on_timm, "timm")

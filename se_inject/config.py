@@ -1,4 +1,4 @@
-"""The recipe: which sites get a block, and what the block is."""
+"""`SEConfig`: which sites get a block, and what the block is."""
 
 from __future__ import annotations
 
@@ -18,33 +18,46 @@ EXISTING = ("skip", "stack", "replace")
 
 @dataclasses.dataclass(frozen=True)
 class SEConfig:
-    """Options of an injection; frozen, checked when made. Every field is also a keyword of
-    `plan` and `inject`, and, with the prefix ``se_``, of ``timm.create_model("se_inject/...")``.
+    """The options of an injection, frozen, and checked when the object is made.
+
+    Every field is also a keyword of `plan` and `inject`, and a keyword of ``timm.create_model("se_inject/...")`` with the
+    prefix ``se_``.
 
     Args:
-        ratio: Squeeze width over gated channels, in (0, 1]. None is 1/16, or, at a site of
-            EfficientNet's kind, 1/4 of the block's input channels.
+        ratio: Squeeze width over gated channels, in (0, 1]. None is 1/16, or, at a site of EfficientNet's kind, 1/4 of
+            the input channels of the inverted residual.
         rd_channels: A fixed squeeze width; excludes `ratio`.
-        rd_divisor: The width is rounded to a multiple of this. None is 8 (timm's SEModule) or 1
-            (EfficientNet's SqueezeExcite).
-        placement: ``auto``, ``standard``, ``inner``, ``pre``, ``post`` or ``identity``.
-        block: The gate, by timm's ``create_attn`` name or as registered; see `se_inject.blocks`.
-        init: ``identity`` (gate 1 until trained) or ``timm`` (timm's own init and plain gate).
-        act_layer: Activation between the two layers, by timm's ``create_act`` name.
-        gate_layer: Gate function, by timm's ``create_act`` name.
+        rd_divisor: The width is rounded to a multiple of this. None is 8 (as in timm's SEModule) or 1 (as in
+            EfficientNet's SqueezeExcite).
+        placement: ``auto`` (a slot that the author left empty, otherwise ``standard``), ``standard``, ``inner``, ``pre``,
+            ``post`` or ``identity``.
+        block: Name of the block: ``se``, another of timm's ``create_attn`` names, or a name given to `register_block`.
+        init: ``identity`` (all gates are 1 until the blocks are trained) or ``timm`` (timm's own initialization and plain
+            gate).
+        act_layer: Activation between the two excitation layers, by timm's ``create_act`` name. None is ReLU, or, at an
+            inner place, the owner's own activation.
+        gate_layer: Gate function, by timm's ``create_act`` name. None is the sigmoid.
         bias: Whether the two excitation layers have a bias.
-        stages: Stage numbers as timm's ``out_indices``; None is all.
+        stages: Stage numbers, as timm's ``out_indices``; None is all.
         include: Globs over site paths; None is all.
         exclude: Globs over site paths; None is none.
         min_channels: Sites with fewer gated channels are skipped.
-        filter_fn: Called with each `Site`; False skips it. It is not saved with a model.
-        existing: What to do where a branch has channel attention: ``skip`` the branch, ``stack`` a block on it,
-            or ``replace`` the attention, whose weights (and the outputs that they gave) then go.
+        filter_fn: Called with each `Site`; a false result skips it. A file of `save` lists the chosen sites instead.
+        existing: What to do with a branch that has channel attention already: ``skip`` the branch, ``stack`` a block on
+            it, or ``replace`` the attention. A replaced module loses its weights, so that the outputs change.
 
     Raises:
         ConfigError: A value is out of range, or two options exclude each other.
 
     Source: Hu et al., Squeeze-and-Excitation Networks, arXiv 1709.01507, sections 3 and 6.
+
+    Example:
+        >>> import se_inject
+        >>> config = se_inject.SEConfig(ratio=1 / 8, stages=(3, 4))
+        >>> [site.path for site in se_inject.plan("test_resnet", config).sites]
+        ['layer3.0.se', 'layer4.0.se']
+        >>> config.to_dict()
+        {'ratio': 0.125, 'stages': [3, 4]}
     """
 
     ratio: float | None = None
@@ -65,10 +78,8 @@ class SEConfig:
 
     def __post_init__(self) -> None:
         if self.ratio is not None and not (_is_number(self.ratio) and 0 < self.ratio <= 1):
-            hint = f"; for a reduction of {self.ratio:g} write ratio=1/{self.ratio:g}" if (
-                _is_number(self.ratio) and self.ratio > 1) else (
-                "; write a number, such as 0.125" if isinstance(self.ratio, str) else "")
-            raise ConfigError(f"ratio={self.ratio!r}: it is squeeze width over channels, in (0, 1]{hint}")
+            raise ConfigError(
+                f"ratio={self.ratio!r}: it is squeeze width over channels, in (0, 1]{_ratio_hint(self.ratio)}")
         if self.ratio is not None and self.rd_channels is not None:
             raise ConfigError(
                 f"ratio={self.ratio!r} and rd_channels={self.rd_channels!r} both set the squeeze width: give one")
@@ -86,7 +97,7 @@ class SEConfig:
             raise ConfigError(f"block={self.block!r}: expected the name of a block, such as 'se'")
         for name in ("act_layer", "gate_layer"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
+            if value is not None and not (isinstance(value, str) and value):
                 raise ConfigError(f"{name}={value!r}: expected a name that timm's create_act knows, such as 'silu'")
         if not isinstance(self.bias, bool):
             raise ConfigError(f"bias={self.bias!r}: expected True or False")
@@ -97,16 +108,16 @@ class SEConfig:
         object.__setattr__(self, "exclude", _as_tuple("exclude", self.exclude, str))
         for name in ("include", "exclude"):
             for pattern in getattr(self, name) or ():
-                if "," in pattern:  # as on a command line; it would match nothing, without a word
-                    raise ConfigError(
-                        f"{name}={pattern!r}: each glob stands alone; write {name}={pattern.replace(' ', '').split(',')}")
+                if "," in pattern:  # as on a command line; no path has a comma, so that nothing would match
+                    raise ConfigError(f"{name}={pattern!r}: a comma stands between two globs; write "
+                                      f"{name}={pattern.replace(' ', '').split(',')}")
 
     @classmethod
     def of(cls, config: SEConfig | dict[str, Any] | None = None, **options: Any) -> SEConfig:
-        """The config with `options` on top. Neither argument is changed.
+        """Return `config` with `options` on top of it. Changes neither.
 
         Raises:
-            ConfigError: An unknown option, with the nearest known one, or a bad value.
+            ConfigError: An option is unknown (the message names the nearest known one), or has a bad value.
         """
         names = [f.name for f in dataclasses.fields(cls)]
         if isinstance(config, dict):
@@ -116,15 +127,14 @@ class SEConfig:
             raise ConfigError(f"config={config!r}: expected an SEConfig, a dict of its fields, or None")
         for key in options:
             if key not in names:
-                raise ConfigError(
-                    f"unknown option {key!r}{did_you_mean(key, names)}; the options are {', '.join(names)}")
+                raise ConfigError(f"unknown option {key!r}{did_you_mean(key, names)}; the options are {', '.join(names)}")
         return dataclasses.replace(config or cls(), **options)
 
     def to_dict(self) -> dict[str, Any]:
-        """The options that differ from the defaults, as JSON types.
+        """Return the options that differ from the defaults, as JSON types.
 
         Raises:
-            ConfigError: `filter_fn` is set; a function cannot be written to a file.
+            ConfigError: `filter_fn` is set: a function cannot be written to a file.
         """
         if self.filter_fn is not None:
             raise ConfigError("filter_fn is a function and cannot be written to a file: use include= or exclude=")
@@ -144,6 +154,12 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _ratio_hint(ratio: Any) -> str:
+    if isinstance(ratio, str):
+        return "; write a number, such as 0.125"
+    return f"; for a reduction of {ratio:g} write ratio=1/{ratio:g}" if _is_number(ratio) and ratio > 1 else ""
+
+
 def _as_tuple(name: str, value: Any, kind: type) -> tuple[Any, ...] | None:
     if value is None:
         return None
@@ -154,10 +170,11 @@ def _as_tuple(name: str, value: Any, kind: type) -> tuple[Any, ...] | None:
     items = tuple(value)
     for item in items:
         if not isinstance(item, kind) or isinstance(item, bool):
-            raise ConfigError(f"{name}={value!r}: {item!r} is no {kind.__name__}")
+            raise ConfigError(f"{name}={value!r}: {item!r} is not of type {kind.__name__}")
     return items
 
 
 def did_you_mean(value: object, known: Iterable[str]) -> str:
+    """The end of a message: the known name that is nearest to `value`, or nothing."""
     close = difflib.get_close_matches(str(value), list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 
 class SEInjectError(Exception):
-    """Base of every error raised by se_inject.
+    """Base class of all errors that se_inject raises.
 
-    The message says what was asked, what was found, and what to write instead.
+    Args:
+        message: What was asked, what was found, and what to write instead.
+
+    Raises:
+        ValueError: The message is empty.
+
+    Example:
+        >>> import se_inject
+        >>> try:
+        ...     se_inject.plan("resnet5")
+        ... except se_inject.SEInjectError as error:
+        ...     print(str(error).partition(";")[0])
+        timm has no model 'resnet5'
     """
 
     def __init__(self, message: str) -> None:
         if not message.strip():
-            raise ValueError("SEInjectError needs a message: what was asked, what was found, what to do")
+            raise ValueError("SEInjectError needs a message: what was asked, what was found, what to write instead")
         super().__init__(message)
 
     def __str__(self) -> str:
@@ -19,24 +31,38 @@ class SEInjectError(Exception):
 
 
 class ConfigError(SEInjectError, ValueError):
-    """An option has a value that cannot be used, or is no option at all."""
+    """An option is unknown, or its value cannot be used."""
 
 
 class NoSitesError(SEInjectError, ValueError):
-    """The model has no place left for a block, or the filters left none."""
+    """The model has no place for a block, or the options leave none. The message counts the reasons.
+
+    Args:
+        message: What was asked, what was found, and what to write instead.
+
+    Example:
+        >>> import se_inject, timm
+        >>> try:
+        ...     se_inject.inject(timm.create_model("test_resnet"), stages=9)
+        ... except se_inject.NoSitesError as error:
+        ...     print(str(error).partition(" (")[0])
+        test_resnet: all 4 sites are skipped
+    """
 
 
 class TraceError(SEInjectError, RuntimeError):
-    """The model could not be run on its input size, or is of a kind that cannot be rewritten."""
+    """The model does not run on its input size, or belongs to a kind that cannot be rewritten."""
 
 
 class WeightsError(SEInjectError, ValueError):
-    """A file or state dict does not fit the model, or cannot be read safely."""
+    """A file or a state dict does not fit the model, or cannot be read safely."""
 
 
 class Refusal(Exception):
-    """Why something cannot be done at one place: "not here, because".
+    """Internal: "not here, because". The message is the reason alone, such as ``its weight is shared``.
 
-    It never reaches a user. Whoever looks at the place turns it into the reason of a skipped site or of a kept block, or
-    into an `SEInjectError` where there is nothing else to do.
+    A step raises it where an optimization, a rewrite or a rescaling is possible for some modules, but not for this one.
+    It never reaches a user. The step that tries the place catches it: `find` and `inject` turn the message into
+    `Site.reason`, reports turn it into the reason of a skipped place, and a function that has to answer for the whole
+    model raises an `SEInjectError` with the message, the path of the module and what to write instead.
     """

@@ -1,4 +1,4 @@
-"""What timm calls an injected model: its name, and the arguments that make it anew."""
+"""timm's words for an injected model: its name, and the arguments that create it."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from typing import Any
 
 from torch import nn
 
-from .capture.inputs import without_values
 from .config import SEConfig
 from .errors import ConfigError
 
 PREFIX = "se_inject/"
-ALIAS = "se_inject_"
-SEVERAL = "se_injections"
+ALIAS = "se_inject_"  # for scripts that take no slash in a name
+SEVERAL = "se_injections"  # the argument of timm.create_model for more than one injection
 
 
 def base_name(name: str) -> str:
-    """A timm name without the prefix of its twin."""
+    """The name of the base: `name` without the prefix of the twin."""
     for prefix in (PREFIX, ALIAS):
         if name.startswith(prefix):
             return name[len(prefix):]
@@ -27,30 +26,30 @@ def base_name(name: str) -> str:
 
 
 def architecture_of(model: object) -> str | None:
-    """The timm name that a model says of itself, or None."""
+    """The timm name in a model's `pretrained_cfg`, or None."""
     cfg: Any = getattr(model, "pretrained_cfg", None)
     name = cfg.get("architecture") if hasattr(cfg, "get") else None
     return str(name) if name else None
 
 
 def rename(model: nn.Module, injected: bool) -> None:
-    """Give a model of timm's the name of what it now is, the twin or the base, in place."""
+    """Set the timm name of a model to that of the twin (`injected`) or of the base, in place."""
     cfg: Any = getattr(model, "pretrained_cfg", None)
     name = architecture_of(model)
     if isinstance(cfg, dict) and name is not None:
         new = {**cfg, "architecture": (PREFIX if injected else "") + base_name(name)}
-        # not by setattr: an owner whose attributes are set is traced anew
+        # written to __dict__, because setattr on an owner would make it trace again
         model.__dict__.update({key: new for key in ("pretrained_cfg", "default_cfg") if key in model.__dict__})
 
 
 def model_args(model: nn.Module) -> dict[str, Any]:
-    """timm's arguments that make the base of `model` as it is now, with its head and input size reset, say."""
+    """The arguments of `timm.create_model` that create the base of `model` as it is now, a reset head included."""
     try:
         from timm.models import get_model_args
     except ImportError:  # before timm 1.0.29
         args = dict(getattr(model, "_model_args", {}))
-        given: Any = getattr(model, "pretrained_cfg", None)
-        usual = {"num_classes": given.get("num_classes"), "in_chans": (given.get("input_size") or (3,))[0]} if given else {}
+        cfg: Any = getattr(model, "pretrained_cfg", None)
+        usual = {"num_classes": cfg.get("num_classes"), "in_chans": (cfg.get("input_size") or (3,))[0]} if cfg else {}
         for key, value in usual.items():
             now = getattr(model, key, None)
             if isinstance(now, int) and (key in args or now != value):
@@ -61,15 +60,19 @@ def model_args(model: nn.Module) -> dict[str, Any]:
 
 
 def door_options(configs: Sequence[SEConfig]) -> dict[str, Any]:
-    """Injections as arguments of ``timm.create_model("se_inject/...")``, as JSON types."""
+    """The configs of injections as arguments of ``timm.create_model("se_inject/...")``, as JSON types."""
     if len(configs) == 1:
         return {f"se_{key}": value for key, value in configs[0].to_dict().items()}
     return {SEVERAL: [config.to_dict() for config in configs]}
 
 
 def split_options(kwargs: dict[str, Any]) -> tuple[tuple[SEConfig, ...], dict[str, Any]]:
-    """Separate ``se_<option>`` arguments from timm's: the options of one injection, or, in ``se_injections``,
-    dicts of the options of several. The argument is not changed.
+    """Separate the ``se_<option>`` arguments, those of an injection, from timm's arguments. Does not change `kwargs`.
+
+    ``se_injections``, a list of dicts of options, stands for several injections.
+
+    Returns:
+        The configs, one for each injection, and timm's arguments.
 
     Raises:
         ConfigError: A value is wrong, or a name is nearly that of an option.
@@ -86,13 +89,13 @@ def split_options(kwargs: dict[str, Any]) -> tuple[tuple[SEConfig, ...], dict[st
         return (SEConfig.of(**options),), rest
     if options or not isinstance(several, (list, tuple)) or not several:
         raise ConfigError(
-            f"{SEVERAL}={several!r} with {', '.join(options) or 'no other option'}: give a list with a dict of options "
+            f"{SEVERAL}={several!r} with {', '.join(options) or 'no other option'}: give a list with one dict of options "
             "for each injection, such as [{'stages': 3}, {'stages': 4, 'ratio': 0.25}], and no other se_ option")
     return tuple(SEConfig.of(config) for config in several), rest
 
 
 def skeleton(name: str, **args: Any) -> nn.Module:
-    """The named timm model, as `without_values`; `args` are for timm.
+    """Create the base of a timm name without memory for its weights; see `without_values`. `args` are timm's.
 
     Raises:
         ConfigError: timm has no such model, or does not know an argument.
@@ -100,21 +103,23 @@ def skeleton(name: str, **args: Any) -> nn.Module:
     import timm
     from timm.models import get_arch_name
 
+    from .capture.inputs import without_values  # here, because timm's import brings this file, and needs no traces
+
     bare = base_name(name)
-    if ":" not in bare and not timm.is_model(bare):  # "hf-hub:" and "local-dir:" are looked up by timm
+    if ":" not in bare and not timm.is_model(bare):  # timm looks up "hf-hub:" and "local-dir:" itself
         raise ConfigError(unknown_model_message(name, get_arch_name(bare)))
     try:
         return without_values(lambda: timm.create_model(bare, **args))
     except Exception as error:
         if not args:
             raise
-        raise ConfigError(f"timm cannot create {bare!r} with {args} ({error!r}): give the arguments that it takes") from error
+        raise ConfigError(
+            f"timm cannot create {bare!r} with {args} ({error!r}): leave out the arguments that this model does not take"
+        ) from error
 
 
 def unknown_model_message(name: str, architecture: str) -> str:
-    """What to say about a name that timm does not have."""
-    import difflib
-
+    """The message about a name that timm does not have; `architecture` is the name without prefix and tag."""
     import timm
 
     close = difflib.get_close_matches(architecture, timm.list_models(), n=3)

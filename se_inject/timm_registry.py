@@ -1,7 +1,7 @@
 """timm's door: ``timm.create_model("se_inject/<name>[.tag]", se_<option>=...)``.
 
-timm's table of entry points is replaced by one that has a twin for every name, also for a name that
-is registered later, and timm's parser of model names is taught the prefix.
+timm looks up its entry points in one table. Here, a table that has a twin for every name replaces it, and timm's parser of
+model names learns the prefix. A name that is registered later gets its twin, too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _pending: contextvars.ContextVar[_Pending | None] = contextvars.ContextVar("se_i
 
 @dataclasses.dataclass(eq=False)
 class _Pending:
-    """Injections that wait for timm to have built the model."""
+    """Injections that wait until timm has built the model."""
 
     configs: tuple[SEConfig, ...]
     done: bool = False
@@ -39,8 +39,8 @@ class _Pending:
 class TwinEntrypoints(dict[str, Callable[..., Any]]):
     """timm's entry points, each with its twins ``se_inject/<name>`` and ``se_inject_<name>``.
 
-    Twins are made when the table is read, because timm fills its tables of tags after this one. The
-    slash-free alias can be used, but is not listed.
+    timm fills its tables of tags after this table, so that twins are added when the table is read. The alias without a
+    slash can be used, but is not listed.
     """
 
     def __init__(self, registry: Any, entrypoints: dict[str, Callable[..., Any]]) -> None:
@@ -51,13 +51,13 @@ class TwinEntrypoints(dict[str, Callable[..., Any]]):
             for twin in (PREFIX + name, ALIAS + name):
                 if twin in entrypoints:
                     raise SEInjectError(
-                        f"timm already has a model named {twin!r}, which se_inject needs for the twin of {name!r}: "
+                        f"timm already has a model named {twin!r}, and se_inject needs this name for the twin of {name!r}: "
                         "register that model under another name")
 
     def __setitem__(self, name: str, fn: Callable[..., Any]) -> None:
         if name.startswith((PREFIX, ALIAS)):
             raise SEInjectError(
-                f"the model name {name!r} belongs to se_inject, which makes it from {base_name(name)!r}: "
+                f"the model name {name!r} belongs to se_inject, which derives it from {base_name(name)!r}: "
                 "register the model under a name without that prefix")
         super().__setitem__(name, fn)
         self._waiting.append(name)
@@ -69,7 +69,7 @@ class TwinEntrypoints(dict[str, Callable[..., Any]]):
         return super().__getitem__(name)
 
     def get(self, name: str, default: Any = None) -> Any:
-        return self[name] if name in self else default  # noqa: SIM401 (it is what it asks for)
+        return self[name] if name in self else default  # noqa: SIM401 (this is the get that it asks for)
 
     def __contains__(self, name: object) -> bool:
         self._flush()
@@ -98,7 +98,7 @@ class TwinEntrypoints(dict[str, Callable[..., Any]]):
 
 
 def _copy_tags(registry: Any, name: str) -> None:
-    """Give a twin its base's pretrained tags; the weights are the base's own."""
+    """Give a twin the pretrained tags of its base; the weights are those of the base."""
     twin = PREFIX + name
     registry._model_to_module[twin] = _MODULE
     registry._module_to_models[_MODULE].add(twin)
@@ -124,10 +124,10 @@ def _twin_entrypoint(name: str) -> Callable[..., Any]:
 
 
 def create(name: str, pretrained: bool = False, **kwargs: Any) -> Any:
-    """Build the timm model `name` with blocks; called by timm with everything that it was given.
+    """Build the timm model `name` with blocks. timm calls this with all arguments of `timm.create_model`.
 
-    Pretrained weights are the base's own for the tag. They are loaded after the injection, so that
-    a file with blocks loads by the same way.
+    Pretrained weights are those of the base, for the tag. They are loaded after the injection, so that a file with blocks
+    loads through the same code.
     """
     import timm.models._registry as registry
     from timm.models._features import FeatureGetterNet
@@ -142,19 +142,19 @@ def create(name: str, pretrained: bool = False, **kwargs: Any) -> Any:
     if not pending.done:
         try:
             pending.inject(model)
-        except TraceError:  # timm's getter of features may ask for values, where the model that it holds does not
+        except TraceError:  # the feature getter may need values in its forward, while the model inside it does not
             if not isinstance(model, FeatureGetterNet):
                 raise
             pending.inject(model.model)
-    rename(model, injected=True)  # a wrapper for features, too
-    if not hasattr(model, "_model_args"):  # newer timm adds the same; older timm keeps none
+    rename(model, injected=True)  # here, because `inject` may have seen the model inside a feature wrapper
+    if not hasattr(model, "_model_args"):  # older timm sets none; newer timm sets the same
         loading = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "device", "dtype")
         model._model_args = {k: v for k, v in kwargs.items() if k not in loading}
     return model
 
 
 def _inject_before(load_pretrained: Callable[..., Any]) -> Callable[..., Any]:
-    """timm's loading of pretrained weights, after the injection; the blocks' tensors pass by the family's filter."""
+    """timm's loading of pretrained weights, after the injection. The family's filter does not see the blocks' tensors."""
     signature = inspect.signature(load_pretrained)
 
     @functools.wraps(load_pretrained)
@@ -175,7 +175,7 @@ def _inject_before(load_pretrained: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _describe_twins(save_config: Callable[..., Any]) -> Callable[..., Any]:
-    """timm's ``config.json``, with the options of the injections that a model has had, by whichever door."""
+    """timm's ``config.json``, with the options of the injections, whether timm's door or `inject` did them."""
     signature = inspect.signature(save_config)
 
     @functools.wraps(save_config)
@@ -209,22 +209,22 @@ def _parse_prefix(parse_model_name: Callable[[str], Any]) -> Callable[[str], Any
     return wrapper
 
 
-def register(timm: Any = None) -> None:
-    """Teach timm the twins. Done once; a second call changes nothing.
+def register() -> None:
+    """Add the twins to timm. A second call changes nothing.
 
     Raises:
-        SEInjectError: timm has a model by a twin's name, or no longer has the hooks that this needs.
-            timm is then as it was.
+        SEInjectError: timm has a model with the name of a twin, or does not have a function that is wrapped here. timm is
+            then unchanged.
     """
     from timm.models import _builder, _factory, _hub, _registry
 
     if isinstance(_registry._model_entrypoints, TwinEntrypoints):
         return
-    hooks = ((_factory, "parse_model_name"), (_builder, "load_pretrained"), (_hub, "save_config_for_hf"))
-    gone = [name for module, name in hooks if not hasattr(module, name)]
+    wrapped = ((_factory, "parse_model_name"), (_builder, "load_pretrained"), (_hub, "save_config_for_hf"))
+    gone = [name for module, name in wrapped if not hasattr(module, name)]
     if gone:
         raise SEInjectError(
-            f"this timm has no {gone[0]} for se_inject to hook, and would build or save plain models "
+            f"this timm has no {gone[0]} for se_inject to wrap, and would build or save plain models "
             "for 'se_inject/...' names: use timm 1.0.15 to 1.0.31, or se_inject.inject(model)")
     entrypoints: Any = TwinEntrypoints(_registry, _registry._model_entrypoints)
     _registry._model_entrypoints = entrypoints

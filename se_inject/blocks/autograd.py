@@ -1,10 +1,10 @@
-"""The squeeze and the scale of a block in training: the same values and gradients as the plain expressions, in fewer passes.
+"""Squeeze and scale in a training step: values and gradients of the plain expressions, in fewer passes over the map.
 
-The plain backward of ``x * gate(x.mean(...))`` writes three maps of the size of ``x`` beside the gradient itself: the
-product whose sum is the gate's gradient, the mean's gradient spread out, and the scaled gradient. Here the mean's
-gradient stays a view of one value per channel, which autograd adds in place, and product and scaled gradient share
-one buffer. And where ``x`` comes out of a batch norm it is not kept for the backward: the norm keeps its own input, of
-which ``x`` is computed again, up to rounding.
+The plain backward of ``x * gate(x.mean(...))`` writes three maps of the size of ``x`` besides the gradient: the product
+whose sum is the gradient of the gate, the expanded gradient of the mean, and the scaled gradient. Here, the gradient of
+the mean stays a view of one value per channel, which autograd adds in place, and product and scaled gradient share one
+buffer. If ``x`` is the output of a batch norm, it is not saved for the backward: the norm saves its own input, and ``x``
+is computed again from that, up to rounding.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch.autograd import Function, forward_ad
 
-# On smaller maps the calls cost as much as the passes that they save. Other devices were not measured.
+# On smaller maps, the calls cost as much as the saved passes. No other devices were measured.
 MIN_NUMEL = 1 << 18
 DEVICES = ("cpu",)
 
 
 def squeeze(x: torch.Tensor, dims: list[int]) -> torch.Tensor:
     """``x.mean(dims, keepdim=True)``."""
-    if torch.jit.is_scripting():  # what is behind it is not compiled
+    if torch.jit.is_scripting():  # the script compiler does not look into the other branch
         return x.mean(dims, keepdim=True)
     else:
         y: torch.Tensor = _Squeeze.apply(x, dims) if _trains_eagerly(x, x) else x.mean(dims, keepdim=True)
@@ -30,7 +30,7 @@ def squeeze(x: torch.Tensor, dims: list[int]) -> torch.Tensor:
 
 
 def scale(x: torch.Tensor, gate: torch.Tensor, dims: list[int]) -> torch.Tensor:
-    """``x * gate``, where `gate` has size 1 in `dims` and is as `x` elsewhere."""
+    """``x * gate``; `gate` has size 1 in `dims`, and the size of `x` in all other dimensions."""
     if torch.jit.is_scripting():
         return x * gate
     else:
@@ -42,19 +42,21 @@ def scale(x: torch.Tensor, gate: torch.Tensor, dims: list[int]) -> torch.Tensor:
 
 
 def _norm_of(x: torch.Tensor) -> tuple[Any, ...] | None:
-    """What autograd keeps of the batch norm in train mode that `x` is the output of: its input, weight, bias, mean,
-    1/deviation, eps; None where `x` is something else, or where what autograd keeps is not in its hands alone."""
+    """What autograd saves for the batch norm in train mode whose output is `x`: input, weight, bias, mean, 1/deviation, eps.
+
+    None if `x` has another source, or if hooks have changed what autograd saves.
+    """
     fn: Any = x.grad_fn
     if type(fn).__name__ != "NativeBatchNormBackward0" or x._version or not fn._saved_training or (
             torch._C._autograd._top_saved_tensors_default_hooks(True) is not None):
         return None
-    bias = getattr(fn.next_functions[2][0], "variable", None)  # a leaf's
+    bias = getattr(fn.next_functions[2][0], "variable", None)  # None unless it is a leaf
     norm = (fn._saved_input, fn._saved_weight, bias, fn._saved_result1, fn._saved_result2)
     return (*norm, fn._saved_eps) if all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in norm) else None
 
 
 def _trains_eagerly(x: Any, gate: Any) -> bool:
-    """Whether the functions below serve: compilers, exporters and traces get the plain expression, and fuse it themselves."""
+    """Whether the functions below apply. Compilers, exporters and traces get the plain expression and fuse it themselves."""
     return (
         not torch.compiler.is_compiling() and type(x) is torch.Tensor and type(gate) is torch.Tensor
         and torch.is_grad_enabled() and x.requires_grad
@@ -65,7 +67,7 @@ def _trains_eagerly(x: Any, gate: Any) -> bool:
 
 
 def _transformed() -> bool:
-    """Whether vmap, jvp or another of `torch.func` is at work."""
+    """Whether vmap, jvp or another transform of `torch.func` is active."""
     return bool(torch._C._are_functorch_transforms_active())
 
 
@@ -76,7 +78,7 @@ class _Squeeze(Function):
         ctx.count = math.prod(x.shape[d] for d in dims)
         if x.dtype not in (torch.bfloat16, torch.float16):
             return x.mean(dims, keepdim=True)
-        return x.sum(dims, keepdim=True, dtype=torch.float32).div_(ctx.count).to(x.dtype)  # what mean does, without a copy of x
+        return x.sum(dims, keepdim=True, dtype=torch.float32).div_(ctx.count).to(x.dtype)  # as mean, without a copy of x
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -99,27 +101,27 @@ class _Scale(Function):
 class _ScaleOfNorm(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, gate: torch.Tensor, dims: list[int], given: torch.Tensor, weight: torch.Tensor,
+        ctx: Any, x: torch.Tensor, gate: torch.Tensor, dims: list[int], norm_input: torch.Tensor, weight: torch.Tensor,
         bias: torch.Tensor, mean: torch.Tensor, invstd: torch.Tensor, eps: float,
     ) -> torch.Tensor:  # fmt: skip
         factor = weight * invstd
-        ctx.save_for_backward(gate, given, weight, bias, factor, bias - mean * factor)
+        ctx.save_for_backward(gate, norm_input, weight, bias, factor, bias - mean * factor)
         ctx.dims, ctx.eps = dims, eps
         return x * gate
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gate, given, weight, bias, factor, shift = ctx.saved_tensors
-        if torch.is_grad_enabled():  # as a function of what the norm was given, for a gradient of this gradient
-            product = grad * torch.batch_norm(given, weight, bias, None, None, True, 0.0, ctx.eps, False)
+        gate, norm_input, weight, bias, factor, shift = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a function of the norm's input, for the gradient of this gradient
+            product = grad * torch.batch_norm(norm_input, weight, bias, None, None, True, 0.0, ctx.eps, False)
         else:
-            x = _normed(given, factor, shift)
+            x = _normed(norm_input, factor, shift)
             product = grad * x if _is_batched(grad) else torch.mul(grad, x, out=x)
         return *_gradients(ctx, grad, gate, product), *(None,) * 7
 
 
 def _normed(x: torch.Tensor, factor: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """The output of a batch norm, by whichever is quicker."""
+    """The output of a batch norm, by the quicker of two operators."""
     if x.dtype is factor.dtype and x.stride(1) == 1:
         channels = [-1] + [1] * (x.dim() - 2)
         return torch.addcmul(shift.view(channels), x, factor.view(channels))
@@ -130,15 +132,15 @@ def _normed(x: torch.Tensor, factor: torch.Tensor, shift: torch.Tensor) -> torch
 def _gradients(
     ctx: Any, grad: torch.Tensor, gate: torch.Tensor, product: torch.Tensor
 ) -> tuple[torch.Tensor | None, torch.Tensor]:  # fmt: skip
-    """Those of ``x`` and of the gate, from ``grad * x``, whose buffer is used."""
+    """The gradients of ``x`` and of the gate, from ``grad * x``. The buffer of `product` is reused."""
     of_gate = product.sum(ctx.dims, keepdim=True)
     if not ctx.needs_input_grad[0]:
         return None, of_gate
-    if torch.is_grad_enabled() or _is_batched(grad):  # in the first, the product is needed again
+    if torch.is_grad_enabled() or _is_batched(grad):  # with gradients enabled, the product is needed again
         return grad * gate, of_gate
     return torch.mul(grad, gate, out=product), of_gate
 
 
 def _is_batched(grad: torch.Tensor) -> bool:
-    """Whether these are several gradients at a time, for which there is no ``out=``."""
+    """Whether `grad` is a batch of gradients, for which operators have no ``out=``."""
     return _transformed() or torch._C._functorch.is_legacy_batchedtensor(grad)

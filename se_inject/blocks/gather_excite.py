@@ -1,7 +1,7 @@
-"""Gather-excite over the whole map, which timm 1.0.31 declares but cannot make.
+"""Gather-excite over the whole map, which timm 1.0.31 declares but cannot create.
 
-timm's ``GatherExcite`` hands device and dtype on by position, and its own mlp refuses them. This one makes the
-mlp by itself; keys and forward are timm's. Source: Hu et al., Gather-Excite, arXiv 1810.12348.
+timm's ``GatherExcite`` passes device and dtype to its mlp by position, and the mlp rejects them. This class creates the
+mlp itself; keys and forward are timm's. Source: Hu et al., Gather-Excite, arXiv 1810.12348.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import nn
 
 
 class GatherExcite(TimmGatherExcite):  # type: ignore[misc]
-    """Scales each channel by a gate from all channels' means. Shape: (N, C, H, W) to the same."""
+    """Scales each channel by a gate, computed from the means of all channels. Shape: (N, C, H, W) to (N, C, H, W)."""
 
     def __init__(
         self, channels: int, rd_ratio: float = 1 / 16, rd_channels: int | None = None, rd_divisor: int = 1,

@@ -21,17 +21,17 @@ CHANNEL_AXIS, BATCH_AXIS = "_se_channels", "_se_batch"
 
 
 def mark(t: torch.Tensor, axis: int, key: str) -> None:
-    """Say that the channels, or the batch, of `t` are on `axis`."""
+    """Mark `axis` as the one that holds the channels, or the batch, of `t`."""
     t.__dict__[key] = (math.prod(t.shape[:axis]), t.shape[axis])
 
 
 def channel_axis(t: torch.Tensor) -> int | None:
-    """The axis of the channels of `t`, or None where it is not known or they are on several."""
+    """The axis that holds the channels of `t`; None where it is not known or several axes hold them."""
     return _axis(t, CHANNEL_AXIS)
 
 
 def batch_is_first(t: torch.Tensor) -> bool:
-    """Whether the batch, or the batch and what was folded into it (windows), is the first axis; also where it is not known."""
+    """Whether the batch, perhaps with windows folded into it, is the first axis; True where it is not known."""
     where: _Where | None = t.__dict__.get(BATCH_AXIS)
     return where is None or where[0] == 1
 
@@ -42,7 +42,7 @@ def _axis(t: torch.Tensor, key: str) -> int | None:
 
 
 def _axes(t: torch.Tensor, key: str) -> list[int] | None:
-    """The neighbouring axes that hold the channels, or the batch, together."""
+    """The neighboring axes that together hold the channels, or the batch."""
     where: _Where | None = t.__dict__.get(key)
     if where is None:
         return None
@@ -59,7 +59,7 @@ def _axes(t: torch.Tensor, key: str) -> list[int] | None:
 
 
 def follow(packet: Any, args: Sequence[Any], out: Any) -> None:
-    """Carry the places of channels and batch from the arguments of an operator to its result."""
+    """Carry the axes of channels and batch from the arguments of an operator to its result."""
     if isinstance(out, torch.Tensor):
         rule = _RULES.get(packet, _alike)
         rule(args, out, CHANNEL_AXIS)
@@ -72,7 +72,7 @@ def follow(packet: Any, args: Sequence[Any], out: Any) -> None:
 
 
 def _alike(args: Sequence[Any], out: torch.Tensor, key: str) -> None:
-    """A result with as many axes as an argument has its channels on the same."""
+    """A result with as many axes as an argument has its channels on the same axis."""
     if key in out.__dict__:  # in place
         return
     for a in args:
@@ -116,7 +116,7 @@ def _transpose(args: Sequence[Any], out: torch.Tensor, key: str) -> None:
 
 
 def _matmul(x: torch.Tensor, out: torch.Tensor, key: str) -> None:
-    """A product over the last axis: channels that are elsewhere stay, channels there or unknown are now there."""
+    """A product over the last axis makes channels there; channels on another axis stay."""
     where = x.__dict__.get(key)
     rows = math.prod(x.shape[:-1])
     if key == CHANNEL_AXIS and (where is None or where == (rows, x.shape[-1])):

@@ -1,4 +1,4 @@
-"""When two modules are the same but for the values of their weights, so that one trace serves both."""
+"""Modules that differ in nothing but the values of their weights have one fingerprint, and one trace serves them all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _UNSEEN = {"_parameters", "_buffers", "_modules", "training"}
 def frozen(value: Any) -> Hashable:
     """A hashable stand-in for a value: equal where a traced forward could not tell two values apart.
 
-    Tensors are told by shape and dtype, as on the meta device; what is no plain value is told by identity.
+    Tensors are compared by shape and dtype, as on the meta device; objects that are no plain values by identity.
     """
     if isinstance(value, torch.Tensor):
         return "tensor", type(value), tuple(value.shape), value.dtype, value.requires_grad
@@ -35,7 +35,10 @@ def frozen(value: Any) -> Hashable:
 
 
 class Fingerprints:
-    """The signatures of a model's modules; equal ones trace alike. Inside `abstract`, which takes hooks and modes away."""
+    """The fingerprints of a model's modules; modules with equal ones trace alike.
+
+    Use it inside `on_meta`, where modules have no hooks and one mode.
+    """
 
     def __init__(self) -> None:
         self._known: dict[nn.Module, Hashable] = {}

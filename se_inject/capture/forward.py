@@ -1,4 +1,7 @@
-"""Trace the forward of one module, with its children as leaves, or say what in it a trace would lose."""
+"""Trace the forward of one module, with its children as leaves, and give every node its value in a recorded call.
+
+What a trace would lose is refused with its reason.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ from .tracer import IN_PLACE, READ_AGAIN, QuickTracer
 class Unpacked:
     """Stands among the constants for an argument that is a list or tuple of tensors and sizes, of fixed length.
 
-    A forward that asks whether it got a list must see one while it is traced. `items` are None, or an
+    A forward that asks whether its argument is a list must see one while it is traced. `items` are None, or an
     `Unpacked` for an item that is a list itself.
     """
 
@@ -55,14 +58,14 @@ def _modes() -> tuple[object, ...]:
 
 
 def _packing() -> Callable[..., object] | None:
-    """What autograd does now with each tensor that it saves; None is the usual."""
+    """The function that autograd calls on each tensor that it saves; None is the default."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return None if hooks is None else hooks[0]
 
 
 @contextlib.contextmanager
 def _other_modes() -> Iterator[None]:
-    """Inside, grad and autocast are on, to a dtype that no forward asks for, so that a forward shows where it sets them."""
+    """Inside, grad is on, and autocast to a dtype that no forward asks for: a forward that sets a mode is then seen."""
     was = {d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")}
     with torch.enable_grad():
         try:
@@ -77,7 +80,7 @@ def _other_modes() -> Iterator[None]:
 
 
 def _state(module: nn.Module) -> tuple[object, ...]:
-    """What a forward must leave alone to be traced: attributes, buffers, modes, and Python's and torch's random numbers."""
+    """What a traced forward may not change: attributes, buffers, modes, and Python's and torch's random state."""
     own = {
         key: (id(value), tuple(map(id, value.values() if isinstance(value, dict) else value)))
         if type(value) in (dict, list) else id(value) for key, value in module.__dict__.items()}
@@ -91,7 +94,7 @@ def _state(module: nn.Module) -> tuple[object, ...]:
 class _OwnTracer(QuickTracer):
     """Traces one module; every child is a leaf, and arguments that are no tensors are constants.
 
-    Where the forward branches on a value, `decide` says which way it goes.
+    Where the forward branches on a value, `decide` gives the outcome.
     """
 
     def __init__(self, constants: dict[str, Any], decide: Callable[[fx.Node], bool] | None, reading: bool) -> None:
@@ -122,7 +125,7 @@ class _OwnTracer(QuickTracer):
         return self.decided[key]
 
     def _spelled(self, node: fx.Node) -> Hashable:
-        """The same for conditions that are written again."""
+        """A key that equal conditions share."""
         if node.op in ("placeholder", "call_module"):
             return node
         arguments: list[Hashable] = [node.op, node.target]  # type: ignore[list-item]
@@ -153,7 +156,7 @@ def is_plain_sequential(module: nn.Module) -> bool:
 
 
 def _chain(module: nn.Module) -> fx.Graph:
-    """What fx would make of a plain `nn.Sequential`, in a hundredth of the time."""
+    """The graph of a plain `nn.Sequential`, as fx makes it, in a hundredth of the time."""
     graph = fx.Graph()
     value = graph.placeholder("input")
     for name in module._modules:
@@ -167,8 +170,12 @@ def trace_forward(
 ) -> fx.Graph:
     """Trace `module`'s own forward with its children as leaves. `module` is not changed.
 
-    `decide` is asked, with the node of the condition, wherever the forward branches on a value. With `reading`
-    no code will be made of the trace: the forward may set attributes, and what it computes of buffers is traced, too.
+    Args:
+        module: The module.
+        constants: Its arguments that are no tensors, by name.
+        decide: Called with the node of a condition, where the forward branches on a value.
+        reading: Whether the trace is only read, and no code is made of it: the forward may then set attributes, and
+            operators on buffers are traced.
 
     Raises:
         Refusal: The forward does something that fx cannot follow.
@@ -200,10 +207,12 @@ def trace_forward(
 class Forward:
     """A module's own forward, traced, with the shapes of one call; modules that are alike share it.
 
-    Each node's ``meta["val"]`` is its value on meta tensors. `constants` are the arguments that were not
-    tensors; `marker` names the empty slot that was filled with a `Marker`; `decisions` say which way the
-    forward went, in order, where it branches on sizes. `memo` keeps what was found out about the forward,
-    for all who share it.
+    Attributes:
+        graph: Each node's ``meta["val"]`` is its value on meta tensors, ``meta["writes"]`` the storages that it writes into.
+        constants: The arguments that are no tensors.
+        marker: Name of the empty slot that was filled with a `Marker`.
+        decisions: The outcomes of the conditions on sizes, in order.
+        memo: What is known about the forward, for all modules that share it.
     """
 
     graph: fx.Graph
@@ -214,19 +223,19 @@ class Forward:
 
 
 class Marker(nn.Module):
-    """Stands in an empty slot while its owner is traced, so that the author's code shows the slot's place."""
+    """Fills an empty slot while its owner is traced, so that the author's code shows the slot's place."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
 
 def own_forward(call: Call, marker: str | None = None, reading: bool = False) -> tuple[Forward, dict[fx.Node, Call]]:
-    """Trace the called module alone, give every node its value in this call, and every call of a child its record.
+    """Trace the called module alone; returns the forward, and the recorded calls of children by node.
 
     With `marker`, the slot of that name is filled while tracing; `reading` is `trace_forward`'s.
 
     Raises:
-        Refusal: fx cannot follow the forward, or the trace does not make the calls that were recorded.
+        Refusal: fx cannot follow the forward, or the trace does not make the recorded calls.
     """
     constants, values = _bind(call)
     decisions: list[bool] = []
@@ -272,8 +281,10 @@ def own_forward(call: Call, marker: str | None = None, reading: bool = False) ->
 
 
 def _in_memory_of(call: Call, args: Any, kwargs: Any) -> tuple[Any, frozenset[int]]:
-    """What a recorded call returned, and the storages that it wrote into, as if it had been given these arguments, which the
-    trace has computed anew."""
+    """The output of a recorded call and the storages that it wrote into, moved into the memory of these arguments.
+
+    The trace has computed the arguments again, in other memory than the recorded run.
+    """
     pairs = zip(tree_leaves((call.args, call.kwargs)), tree_leaves((args, kwargs)))
     memory = {storage(a): b for a, b in pairs if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and (
         storage(a) != storage(b))}
@@ -291,7 +302,7 @@ def _in_memory_of(call: Call, args: Any, kwargs: Any) -> tuple[Any, frozenset[in
 
 
 def _check_writes(graph: fx.Graph, call: Call) -> None:
-    """That the trace writes into the tensors that the module's own forward has written into.
+    """Check that the trace writes into the tensors that the module's own forward wrote into.
 
     Raises:
         Refusal: It does not.
@@ -300,10 +311,10 @@ def _check_writes(graph: fx.Graph, call: Call) -> None:
     traced = 0
     for node in graph.nodes:
         if READ_AGAIN in node.meta and isinstance(node.args[0].meta["val"], torch.Tensor):
-            raise Refusal(f"{name} reads a tensor again that it has changed in place")
+            raise Refusal(f"{name} reads a tensor again that it changed in place")
         traced += 0 if node.op == "call_module" else len(node.meta["writes"])
     if traced < len({s._cdata for s in call.own_writes}):
-        raise Refusal(f"{name} changes a tensor in place in a way which a trace does not hold")
+        raise Refusal(f"{name} changes a tensor in place, and the trace does not")
 
 
 def bind(forward: Forward, call: Call) -> dict[fx.Node, Call]:

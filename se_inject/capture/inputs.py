@@ -46,10 +46,25 @@ def record_model(model: nn.Module, size: tuple[int, ...] | None = None) -> Run:
 
 
 def input_sizes(model: nn.Module) -> list[tuple[int, ...]]:
-    """The (C, H, W) that a model may take, the likeliest first.
+    """Return the input sizes that a model may take, likeliest first. Runs nothing, and changes nothing.
 
-    A model of timm's says its own. Of others, the first convolution says the channels, and the size is
-    ImageNet's or CIFAR's.
+    A timm model has its own size. For other models, the first convolution gives the channels, and the size is that of
+    ImageNet or CIFAR.
+
+    Args:
+        model: A model.
+
+    Returns:
+        A list of (C, H, W), never empty.
+
+    Shape: an input of the model is (N, C, H, W).
+
+    Example:
+        >>> import se_inject, timm, torch
+        >>> se_inject.input_sizes(timm.create_model("test_resnet"))
+        [(3, 160, 160)]
+        >>> se_inject.input_sizes(torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3)))
+        [(1, 224, 224), (1, 32, 32)]
     """
     cfg = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
     said = tuple(cfg.get("input_size") or ()) if hasattr(cfg, "get") else ()

@@ -1,7 +1,7 @@
-"""The meta device, made quick; multiply-adds are counted on it, and channels followed.
+"""The meta device, made quick; it counts multiply-adds and follows the channels.
 
-torch finds the shapes of many operators on the meta device in Python, at 0.1 to 2 ms each, which is most of the
-time of a run. Where the result is plain, that need not be asked.
+torch computes the shapes of many operators on the meta device in Python, at 0.1 to 2 ms each, which is most of the
+time of a run. Where shape, layout and dtype of a result are plain, a fast path gives them.
 """
 
 from __future__ import annotations
@@ -36,13 +36,21 @@ _BROADCAST = {_aten.add, _aten.sub, _aten.mul, _aten.div}
 
 
 class MetaOps(TorchDispatchMode):
-    """Inside, operators on the meta device take short ways, multiply-adds are counted, and channels followed.
+    """Inside, operators on the meta device take fast paths, multiply-adds are counted by torch's formulas, and the axes of
+    channels and batch are followed.
 
-    A short way is taken where shape, layout and dtype of the result are plain; torch does the rest, and torch's
-    formulas count. `written` grows by the storage of each tensor that is written into. With `factories`, tensors are
-    made on the meta device, whatever device is asked for: ``torch.device("meta")`` does nearly the same, but at a cost
-    for every operator.
+    Args:
+        factories: Whether new tensors are made on the meta device, whatever device is asked for. ``torch.device("meta")``
+            does nearly the same, at a cost for every operator.
+
+    Attributes:
+        macs: Multiply-adds so far.
+        operators: Operators so far.
+        written: The storages of the tensors that were written into, in order.
+        fast: The switch of the fast paths; tests turn it off to compare.
     """
+
+    fast = True
 
     def __init__(self, *, factories: bool = False) -> None:
         super().__init__()
@@ -67,9 +75,9 @@ class MetaOps(TorchDispatchMode):
         if isinstance(first, torch.Tensor):
             if self.factories and op.packet is _aten.lift_fresh and not first.is_meta:
                 return torch.empty_like(first, device="meta")
-            if op.short is not None and first.is_meta and first.is_floating_point():
-                out = op.short(func, first, args, kwargs)
-        elif op.packet is _aten.cat:
+            if self.fast and op.fast_path is not None and first.is_meta and first.is_floating_point():
+                out = op.fast_path(func, first, args, kwargs)
+        elif op.packet is _aten.cat and self.fast:
             out = _cat(*args, **kwargs)
         elif self.factories and op.makes_tensor:
             kwargs = {**kwargs, "device": torch.device("meta")}
@@ -81,19 +89,19 @@ class MetaOps(TorchDispatchMode):
         return out
 
 
-_Short = Callable[[Any, torch.Tensor, Sequence[Any], dict[str, Any]], Any]
+_FastPath = Callable[[Any, torch.Tensor, Sequence[Any], dict[str, Any]], Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Operator:
-    """What is to be known of an operator: what it writes into, torch's formula for it, and a short way to its result,
-    which may be None for some arguments."""
+    """One operator: the positions of the arguments that it writes into, torch's formula for its cost, and the fast path to
+    its result, which may give None for some arguments."""
 
     packet: Any
     writes: tuple[int, ...]
     makes_tensor: bool
     formula: Any
-    short: _Short | None
+    fast_path: _FastPath | None
 
 
 @functools.cache
@@ -102,20 +110,20 @@ def _about(func: Any) -> _Operator:
     arguments = func._schema.arguments
     writes = tuple(i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write)
     makes = any(a.name == "device" for a in arguments) and not any("Tensor" in str(a.type) for a in arguments)
-    short: _Short | None = None
+    fast_path: _FastPath | None = None
     if packet in _IN_PLACE:
-        short = _in_place
+        fast_path = _in_place
     elif packet in _LIKE_FIRST:
-        short = _broadcast if packet in _BROADCAST else _like_first
+        fast_path = _broadcast if packet in _BROADCAST else _like_first
     elif packet in _NORMS:
-        short = _norm
+        fast_path = _norm
     elif packet in _BATCH_NORMS:
-        short = functools.partial(_batch_norm, _BATCH_NORMS[packet])
+        fast_path = functools.partial(_batch_norm, _BATCH_NORMS[packet])
     elif func in _REDUCTIONS:
-        short = functools.partial(_reduction, _REDUCTIONS[func])
+        fast_path = functools.partial(_reduction, _REDUCTIONS[func])
     else:
-        short = {_aten.convolution: _convolution, _aten.addmm: _addmm, _aten.roll: _roll}.get(packet)
-    return _Operator(packet, writes, makes, flop_registry.get(packet), short)
+        fast_path = {_aten.convolution: _convolution, _aten.addmm: _addmm, _aten.roll: _roll}.get(packet)
+    return _Operator(packet, writes, makes, flop_registry.get(packet), fast_path)
 
 
 def _in_place(func: Any, first: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -194,7 +202,7 @@ def _like(t: torch.Tensor) -> torch.Tensor:
 
 
 def _is_plain(t: torch.Tensor) -> bool:
-    """Whether a tensor is laid out row by row, and could not be taken for one that is channels last."""
+    """Whether a tensor is laid out row by row, and is not also a channels_last tensor."""
     return t.is_contiguous() and (not t.dim() or t.stride(-1) == 1)
 
 
@@ -217,13 +225,13 @@ def _no_larger(a: Any, first: torch.Tensor) -> bool:
 
 
 def storage(t: torch.Tensor) -> int:
-    """What tells whether two tensors share memory: views do, also on the meta device."""
+    """The identity of a tensor's memory: that of its views is the same, also on the meta device."""
     where: int = t.untyped_storage()._cdata
     return where
 
 
 def _flops(formula: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> int:
-    """What torch's formula says; of shapes where it takes them, which spares a walk through the arguments."""
+    """The cost by torch's formula; a formula of shapes is called directly, which spares a walk through the arguments."""
     of_shapes = getattr(formula, "__wrapped__", None)
     if of_shapes is None or isinstance(out, (tuple, list)):
         flops: int = formula(*args, **kwargs, out_val=out)

@@ -1,8 +1,8 @@
 """Run a model once without computing, and keep every module call with its arguments and results.
 
-A whole-model graph loses module boundaries, and those are what gets rewritten. So the model is run
-once, eagerly, on meta tensors; the recorded calls give the shapes of what is traced later, module by
-module, and prove that the trace took the path that the model takes.
+A graph of the whole model loses the modules, and modules are rewritten. So the model is run once, eagerly, on meta
+tensors. The recorded calls give the shapes for the traces of single modules, and prove that a trace takes the path that
+the model takes.
 """
 
 from __future__ import annotations
@@ -26,10 +26,15 @@ from .snapshot import restored, surgery_lock
 class Call:
     """One call of a module during the recorded run.
 
-    `begin` and `end` number the calls in order, so that `a.begin < b.begin < a.end` says that call
-    `b` happened inside call `a`. `changes_list` says that a list among the arguments was changed, `operators`
-    how many operators ran inside, `writes` into which of its arguments' storages they wrote, and `own_writes` into
-    which storages its own forward did.
+    Attributes:
+        path, module: The module, and its dotted name in the model.
+        args, kwargs, output: What it was called with, on meta tensors, and what it returned.
+        parent, children: The calls around and inside.
+        begin, end: Moments of the run: `a.begin < b.begin < a.end` says that call `b` is inside call `a`.
+        changes_list: Whether it changed a list among its arguments.
+        operators: How many operators ran inside.
+        writes: The storages of its arguments that were written into.
+        own_writes: The storages that its own forward, and not a child's, wrote into.
     """
 
     path: str
@@ -54,7 +59,7 @@ class Call:
 
     @property
     def passes(self) -> bool:
-        """Whether the call returned the very tensor that it was given: identity, dropout and drop path in eval mode."""
+        """Whether the call returned its input itself, as an identity does, and dropout and drop path in eval mode."""
         return self.operators == 0 and isinstance(self.output, torch.Tensor) and bool(self.args) and (
             self.output is self.args[0])
 
@@ -81,7 +86,7 @@ class Run:
 
 
 def run(model: nn.Module, inputs: torch.Tensor, ops: MetaOps | None = None) -> int:
-    """Run `model` once, without computing, and return its multiply-adds. Use it inside `abstract`.
+    """Run `model` once, without computing, and return its multiply-adds. Use it inside `on_meta`.
 
     Raises:
         TraceError: The model's own forward raised on this input.
@@ -99,7 +104,7 @@ def run(model: nn.Module, inputs: torch.Tensor, ops: MetaOps | None = None) -> i
 
 
 def record(model: nn.Module, inputs: torch.Tensor) -> tuple[Call, int]:
-    """Run `model` once and return the call of its root, and its multiply-adds. Use it inside `abstract`.
+    """Run `model` once and return the call of the model itself, and its multiply-adds. Use it inside `on_meta`.
 
     Raises:
         TraceError: The model's own forward raised on this input.

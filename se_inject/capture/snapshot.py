@@ -1,4 +1,4 @@
-"""TODO"""
+"""A model on the meta device for a while, and afterwards the very objects that it had before."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _OF_TORCH = frozenset(vars(nn.Module()))
 
 @functools.lru_cache(maxsize=4096)
 def _kind(cls: Any) -> Any:
-    """What values of a class are for `untouched`: a container, a tuple, an object with attributes, or nothing."""
+    """What values of a class are for `restored`: a container, a tuple, an object with attributes, or None."""
     if issubclass(cls, (nn.Module, torch.Tensor, type)):
         return None
     for kind in (dict, list, set, deque, tuple):
@@ -41,7 +41,7 @@ def _kind(cls: Any) -> Any:
 
 
 def _kept(values: list[Any]) -> list[tuple[Any, Any]]:
-    """The containers among values, and among what they and plain objects hold, each with a copy of what is in it."""
+    """The containers among values, and among the items of these and of plain objects, each with a copy of its items."""
     kept: dict[int, tuple[Any, Any]] = {}
     for _ in range(_DEPTH):
         inner: list[Any] = []
@@ -61,12 +61,12 @@ def _kept(values: list[Any]) -> list[tuple[Any, Any]]:
 
 
 def _dict_of(holder: dict[Any, Any]) -> type[dict[Any, Any]]:
-    """The class whose methods see what a dict holds, whatever a subclass gives out."""
+    """The class whose methods see the items of a dict, past those of a subclass."""
     return OrderedDict if isinstance(holder, OrderedDict) else dict
 
 
 def _put_back(holder: Any, items: Any) -> None:
-    """Let a container hold what it held; compared by identity: what a trace left there cannot be asked whether it is equal."""
+    """Give a container its items back. They are compared by identity, as a proxy that a trace left there has no equality."""
     if isinstance(holder, dict):
         base = _dict_of(holder)
         now = dict(base.items(holder))
@@ -82,10 +82,10 @@ def _put_back(holder: Any, items: Any) -> None:
 
 @contextlib.contextmanager
 def restored(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Whatever happens inside, each module's class and attributes are afterwards the very objects they were.
+    """Afterwards each module has the class and the attributes, as objects, that it had before.
 
-    Lists and dicts among them are copies inside: a forward may keep a cache there. What is deeper, in containers and
-    plain objects, is put back.
+    Inside, lists and dicts among the attributes are copies, as a forward may keep a cache there. Containers further inside
+    get their items back.
     """
     saved = [(m, m.__class__, dict(m.__dict__)) for m in modules]
     deeper: list[Any] = []
@@ -112,9 +112,9 @@ def restored(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def on_meta(model: nn.Module) -> Iterator[None]:
-    """Inside, `model` is in eval mode, without hooks, and its tensors are on the meta device.
+    """Inside, `model` is in eval mode, without hooks, and its tensors are on the meta device. Other threads wait.
 
-    One thread at a time: another waits. Inference mode is off, as its tensors do not say whether they were written into.
+    Inference mode is off, as its tensors do not count writes.
     """
     with surgery_lock, torch.inference_mode(False), _on_meta(model):
         yield
@@ -155,7 +155,7 @@ def _on_meta(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, `model` is in eval mode. Afterwards each module's `training` flag is as before."""
+    """Inside, `model` is in eval mode; afterwards each of its modules has the mode that it had before."""
     modes = [(m, m.training) for m in model.modules()]
     try:
         model.eval()

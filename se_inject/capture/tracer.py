@@ -1,8 +1,8 @@
 """fx's tracer, made quick where many short forwards are traced one after another.
 
-For each trace fx patches `nn.Module`, whereupon Python forgets what it knew of all its subclasses, makes a wrapper of
-every function that it is to wrap, and reads the bytecode of whoever unpacks a value. That is most of the time of a
-short trace. Here it is done once for many.
+For each trace fx patches `nn.Module`, which clears Python's method caches of all subclasses, makes a wrapper for each
+function that becomes a node, and reads the bytecode of each caller that unpacks a value. That is most of the time of a
+short trace. Here it is done once for many traces.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch.fx.proxy import Attribute
 from .snapshot import surgery_lock
 
 _MISSING = object()
-READ_AGAIN = "read again"  # in the meta of ``x + y`` that the author wrote as ``x += y``
+READ_AGAIN = "read again"  # in the meta of an ``x + y`` that the author wrote as ``x += y``
 IN_PLACE: dict[Any, Any] = {
     operator.iadd: operator.add, operator.isub: operator.sub, operator.imul: operator.mul,
     operator.itruediv: operator.truediv, operator.ifloordiv: operator.floordiv, operator.imod: operator.mod,
@@ -39,7 +39,7 @@ _PLAIN = {type(None), bool, int, float, str}
 
 
 class QuickTracer(fx.Tracer):
-    """An `fx.Tracer` for modules that gives the same graphs, quicker inside `patched`."""
+    """An `fx.Tracer` for modules that gives the same graphs in less time; traces inside one `patched` share its cost."""
 
     def __init__(self) -> None:
         from timm.models._features_fx import get_notrace_functions
@@ -72,7 +72,7 @@ class QuickTracer(fx.Tracer):
 
     @functools.cached_property
     def tensor_attrs(self) -> dict[Any, str]:  # type: ignore[override]
-        """The names of tensors that are plain attributes, which few forwards ask for."""
+        """The names of tensors that are plain attributes; made when a forward first reads one."""
         return {
             value: f"{path}.{key}" if path else key for path, m in self.root.named_modules(remove_duplicate=False)
             for key, value in m.__dict__.items() if isinstance(value, _fx._constant_attribute_types)}
@@ -86,14 +86,15 @@ class QuickTracer(fx.Tracer):
         return a.node if isinstance(a, fx.Proxy) else super().create_arg(a)
 
     def wraps(self, function: Any) -> bool:
-        """Whether a function that a module of Python's knows by a public name is to be one node."""
+        """Whether a function in a Python module's namespace becomes one node."""
         return id(function) in self._autowrap_function_ids and callable(function)
 
 
 def _where_read_again(graph: fx.Graph) -> None:
-    """Where a value is read again after ``x += y``, write ``x + y``, as fx does, and mark it.
+    """Where a value is read again after ``x += y``, write ``x + y``, as fx does, and mark the node.
 
-    A number is not changed by it, and by the code that fx prints it would be; that a tensor is, `own_forward` finds.
+    The author's ``x += y`` does not change a number, but the code that fx prints would. Where `x` is a tensor,
+    `own_forward` refuses.
     """
     changes = [n for n in graph.nodes if n.op == "call_function" and n.target in IN_PLACE and isinstance(n.args[0], fx.Node)]
     index = {node: i for i, node in enumerate(graph.nodes)} if changes else {}
@@ -104,7 +105,7 @@ def _where_read_again(graph: fx.Graph) -> None:
 
 
 class _Quick:
-    """A proxy that is unpacked without a look through all the bytecode of whoever does it, and knows ``+=`` from ``+``."""
+    """A proxy that looks the unpacking up in an index of its caller's bytecode, and tells ``+=`` from ``+``."""
 
     def __iter__(self: Any) -> Iterator[Any]:
         caller = sys._getframe(1)
@@ -138,14 +139,16 @@ class _Attribute(_Quick, Attribute):
 
 @functools.lru_cache(maxsize=4096)
 def _unpackings(code: types.CodeType) -> tuple[list[int], list[int | None]]:
-    """The offsets of a code's instructions, and to how many names each of them unpacks, if it does."""
+    """The offsets of a code's instructions, and for each the number of names that it unpacks to, or None."""
     found = [(i.offset, i.argval if i.opname == "UNPACK_SEQUENCE" else None) for i in dis.get_instructions(code)]
     return [offset for offset, _ in found], [length for _, length in found]
 
 
 class _Patches:
-    """What is patched while modules are traced. The wrappers of functions are kept, and put in for each trace anew: which
-    are, depends on the modules that it comes through."""
+    """What is patched while modules are traced.
+
+    Wrappers of functions are kept, and put in again for each trace, as they depend on the modules that it passes.
+    """
 
     def __init__(self) -> None:
         self.tracer: QuickTracer | None = None
@@ -157,7 +160,7 @@ class _Patches:
 
     @contextlib.contextmanager
     def tracing(self, tracer: QuickTracer) -> Iterator[None]:
-        """Inside, calls of modules go to `tracer`, and what fx is to wrap is wrapped."""
+        """Inside, calls of modules go to `tracer`, and the functions that fx wraps are wrapped."""
         outer = self.tracer, self._parameters, self._visited, self._replaced
         self.tracer, self._parameters, self._visited, self._replaced = tracer, {}, set(), []
         try:
@@ -174,7 +177,7 @@ class _Patches:
             self.tracer, self._parameters, self._visited, self._replaced = outer
 
     def wrap_in(self, namespace: dict[str, Any]) -> None:
-        """Wrap the functions of a module of Python's that are to be one node."""
+        """Wrap the functions in a Python module's namespace that become one node."""
         tracer, key = self.tracer, id(namespace)
         if tracer is None or key in self._visited:
             return
@@ -200,8 +203,10 @@ _open: _Patches | None = None
 
 @contextlib.contextmanager
 def patched() -> Iterator[_Patches]:
-    """Inside, `nn.Module` is patched for all traces of this thread; one inside another is the same. Another thread that
-    traces waits, and one that runs a model does not see it."""
+    """Inside, `nn.Module` is patched for all traces of this thread; nested calls share the patches.
+
+    Another thread that traces waits; one that runs a model does not see the patches.
+    """
     with surgery_lock:
         if _open is not None:
             yield _open

@@ -1,8 +1,7 @@
-"""The command: `se-inject list | plan | inject | merge | info | eject | to-native | optimize | export |
-run | zoo | bench | demo`.
+"""The command `se-inject`. Read `options` first; `models`, `programs` and `measure` hold the commands.
 
-Results go to stdout and talk to stderr, so that output pipes. Exit codes: 0 done, 1 it could not be
-done, 2 it was asked wrongly. torch is imported by the commands that need it, not by ``--help``.
+Results go to stdout and messages to stderr, so that the output can be piped. Exit codes: 0 success, 1 failure, 2 wrong usage.
+Each command imports torch by itself, so that ``--help`` does not.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from typing import Any
 
 import click
 
-from .. import __version__
 from ..errors import ConfigError, SEInjectError
 from .measure import bench_command, zoo_command
 from .models import (
@@ -28,7 +26,7 @@ from .programs import demo_command, export_command, optimize_command, run_comman
 
 
 class _Group(click.Group):
-    """A group that turns se_inject's errors into click's, and says which command was meant."""
+    """A group that turns se_inject's errors into click's."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -40,22 +38,22 @@ class _Group(click.Group):
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, prog_name="se-inject")
-@click.option("-q", "--quiet", is_flag=True, help="No talk on stderr.")
+@click.version_option(package_name="se-inject", prog_name="se-inject")
+@click.option("-q", "--quiet", is_flag=True, help="No messages on stderr.")
 @click.pass_context
 def main(ctx: click.Context, quiet: bool) -> None:
     """Put squeeze-and-excitation into any timm model, and keep its pretrained weights."""
     logger = logging.getLogger("se_inject")
-    if ctx.invoked_subcommand == "run":  # a script's own logging takes the lines where it wants them
+    if ctx.invoked_subcommand == "run":  # the script configures logging by itself
         if quiet:
             logger.setLevel(logging.WARNING)
         return
-    logger.handlers[:] = [_Talk()]
+    logger.handlers[:] = [_ToStderr()]
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
     logger.propagate = False
 
 
-class _Talk(logging.Handler):
+class _ToStderr(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         click.echo(record.getMessage(), err=True)
 

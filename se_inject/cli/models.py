@@ -1,4 +1,4 @@
-"""TODO"""
+"""Commands that plan, write and read models: list, plan, inject, merge, info, eject, to-native."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from typing import Any
 import click
 
 from ..errors import SEInjectError
-from .options import config_options, given_options, is_file, model_args_option, say, timm_arguments
+from .options import Target, config_options, file_argument, json_option, output_option, say, target
 
 
 @click.command("list")
 @click.argument("pattern", default="*")
 @click.option("--pretrained", is_flag=True, help="Only names with pretrained weights, with their tags.")
-@click.option("--json", "as_json", is_flag=True, help="A JSON list.")
+@json_option
 def list_command(pattern: str, pretrained: bool, as_json: bool) -> None:
-    """List the timm names that match PATTERN, as they are written for timm.create_model."""
+    """List the models that match PATTERN, a timm name with * and ?.
+
+    The names have the prefix se_inject/, as timm.create_model takes them.
+    """
     import timm
 
     from ..timm_names import PREFIX, base_name, unknown_model_message
@@ -32,87 +35,81 @@ def list_command(pattern: str, pretrained: bool, as_json: bool) -> None:
 
 
 @click.command("plan")
-@click.argument("target", metavar="NAME|FILE")
-@click.option("--model", metavar="NAME", help="The architecture of a FILE that does not say it.")
-@model_args_option
-@click.option("--img-size", type=int, help="Height and width of the image; default the model's own.")
+@target("NAME|FILE", img_size=True)
 @click.option("--diagram", is_flag=True, help="Draw where the blocks go, each kind of unit once.")
-@click.option("--json", "as_json", is_flag=True, help="The plan as JSON.")
-@config_options
-def plan_command(
-    target: str, model: str | None, model_kwargs: tuple[tuple[str, Any], ...], img_size: int | None, diagram: bool,
-    as_json: bool, **given: Any,
-) -> None:  # fmt: skip
-    """Show the sites that inject would fill, and those it would skip and why. Writes nothing."""
-    options = given_options(given)
-    from ..capture.inputs import input_sizes
+@json_option
+@config_options()
+def plan_command(target: Target, diagram: bool, as_json: bool, options: dict[str, Any]) -> None:
+    """Show which sites get a block, and which are skipped and why.
+
+    Writes no file. Exits with 1 if no site gets a block.
+    """
     from ..surgery.pipeline import plan
     from ..timm_names import skeleton
-    from ..weights.files import base_of
     from ..weights.reading import read_checkpoint
 
-    args = timm_arguments(model_kwargs)
-    if is_file(target):
-        found = read_checkpoint(target)
-        net = base_of(dataclasses.replace(found, model_args={**found.model_args, **args}), model, target, meta=True)
+    if target.is_file:
+        net = _base_of(read_checkpoint(target.source), target, meta=True)
     else:
-        net = skeleton(target, **args)
-    size = (input_sizes(net)[0][0], img_size, img_size) if img_size else None
-    made = plan(net, input_size=size, **options)
+        net = skeleton(target.source, **target.model_args)
+    made = plan(net, input_size=target.input_size(net), **options)
     click.echo(json.dumps(made.to_dict()) if as_json else made.diagram() if diagram else str(made))
     if not made.sites:
         sys.exit(1)
 
 
 @click.command("inject")
-@click.argument("target", metavar="NAME|FILE")
-@click.option("-o", "--output", required=True, metavar="OUT", help="The safetensors file to write.")
-@click.option("--model", metavar="NAME", help="The architecture of a FILE that does not say it.")
-@model_args_option
+@target("NAME|FILE")
+@output_option()
 @click.option("--pretrained", is_flag=True, help="With a NAME, take timm's pretrained weights.")
-@click.option("--only-se", is_flag=True, help="Write the blocks alone, to be loaded over any base weights.")
-@config_options
-def inject_command(
-    target: str, output: str, model: str | None, model_kwargs: tuple[tuple[str, Any], ...], pretrained: bool,
-    only_se: bool, **given: Any,
-) -> None:  # fmt: skip
-    """Put blocks into a named model or a saved one, and write weights and recipe to OUT."""
-    options, args = given_options(given), timm_arguments(model_kwargs)
+@click.option("--only-se", is_flag=True, help="Write only the blocks, to be loaded over any base weights.")
+@config_options()
+def inject_command(target: Target, output: str, pretrained: bool, only_se: bool, options: dict[str, Any]) -> None:
+    """Put blocks into a model, and write it to OUT.
+
+    OUT holds the weights and the recipe, and is enough to build the model again.
+    """
     from ..surgery.pipeline import inject
-    from ..timm_names import skeleton
+    from ..timm_names import base_name, skeleton
     from ..weights.files import load_found, save
     from ..weights.reading import read_checkpoint
 
-    if is_file(target):
-        found = read_checkpoint(target)
+    source, args = target.source, target.model_args
+    if target.is_file:
+        if pretrained:
+            raise click.UsageError(f"--pretrained goes with a NAME, and {source!r} is a file: leave --pretrained out")
+        found = read_checkpoint(source)
         if found.recipe is not None:
             raise SEInjectError(
-                f"{target!r} already holds an injected model ({len(found.recipe.sites)} blocks): "
-                f"`se-inject eject {target} -o BASE` first")
-        net = load_found(found, target, model, model_args=args, **options)
+                f"{source!r} already holds an injected model ({len(found.recipe.sites)} blocks): "
+                f"`se-inject eject {source} -o BASE` first")
+        net = load_found(found, source, target.model, model_args=args, **options)
     else:
         import timm
 
-        skeleton(target, **args)  # a wrong name gets its error here
+        skeleton(source, **args)  # raises the error for an unknown name
         if not pretrained:
             say("random weights: add --pretrained for timm's own")
         try:
-            net = timm.create_model(target.removeprefix("se_inject/"), pretrained=pretrained, **args)
+            net = timm.create_model(base_name(source), pretrained=pretrained, **args)
         except Exception as error:
-            raise SEInjectError(f"timm could not create {target!r}: {error}") from error
+            raise SEInjectError(f"timm could not create {source!r}: {error}") from error
         inject(net, **options)
     save(net, output, only="se" if only_se else None)
     click.echo(output)
 
 
 @click.command("merge")
-@click.argument("file", metavar="FILE")
-@click.option("--base", metavar="FILE", help="The base's weights, where FILE has none.")
-@click.option("--head", metavar="FILE", help="A file whose classifier is taken instead.")
+@file_argument
+@click.option("--base", metavar="FILE", help="A file with the base's weights, if FILE has none.")
+@click.option("--head", metavar="FILE", help="A file whose classifier replaces the others'.")
 @click.option("--pretrained", is_flag=True, help="Take timm's pretrained weights for the base.")
-@click.option("-o", "--output", required=True, metavar="OUT", help="The safetensors file to write.")
+@output_option()
 def merge_command(file: str, base: str | None, head: str | None, pretrained: bool, output: str) -> None:
-    """Write blocks, base and head that come from several files to one: FILE is one of `inject`, or of save()."""
+    """Write blocks, base and head from several files to one.
+
+    FILE was written by `inject` or by se_inject.save, and says what its blocks are.
+    """
     from ..weights.files import load_found, save
     from ..weights.reading import read_checkpoint
 
@@ -124,14 +121,14 @@ def merge_command(file: str, base: str | None, head: str | None, pretrained: boo
 
 
 @click.command("info")
-@click.argument("file", metavar="FILE")
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@file_argument
+@json_option
 def info_command(file: str, as_json: bool) -> None:
-    """Say what a file holds: architecture, recipe, blocks and parameters."""
-    from ..weights.files import said_blocks
+    """Show what a file holds: architecture, options, blocks, tensors."""
     from ..weights.reading import read_checkpoint
+    from ..weights.rebuild import said_blocks
 
-    logging.getLogger("se_inject").setLevel(logging.WARNING)  # nothing is injected that the caller knows of
+    logging.getLogger("se_inject").setLevel(logging.WARNING)  # `said_blocks` injects a model, which is no news to the user
     found = read_checkpoint(file)
     recipe = found.recipe
     sites, configs = (recipe.sites, recipe.configs) if recipe else said_blocks(found, file)
@@ -162,63 +159,76 @@ def info_command(file: str, as_json: bool) -> None:
 
 
 @click.command("eject")
-@click.argument("file", metavar="FILE")
-@click.option("-o", "--output", required=True, metavar="OUT", help="The safetensors file to write.")
-@click.option("--model", metavar="NAME", help="The architecture of a FILE without a recipe.")
-@config_options
-def eject_command(file: str, output: str, model: str | None, **given: Any) -> None:
-    """Write the base weights of an injected model, as plain timm loads them, to OUT."""
-    options = given_options(given)
+@target("FILE")
+@output_option()
+@config_options()
+def eject_command(target: Target, output: str, options: dict[str, Any]) -> None:
+    """Write the base weights of an injected model to OUT.
+
+    Plain timm loads OUT. Options of the blocks are for a FILE without a recipe.
+    """
     from ..surgery.pipeline import eject
     from ..weights.files import load_found
     from ..weights.reading import read_checkpoint
     from ..weights.recipe import description
     from ..weights.writing import write_safetensors
 
-    found = read_checkpoint(file)
-    if any(c.existing == "replace" for c in (found.recipe.configs if found.recipe else ())):
-        raise SEInjectError(f"{file!r}: its blocks replaced the base's own attention, whose weights it does not hold")
-    if found.recipe is not None and found.recipe.architecture is None:
-        prefixes = tuple(f"{p}." for p in found.recipe.sites)
-        tensors, said = {k: t for k, t in found.tensors.items() if not k.startswith(prefixes)}, {}
+    found = read_checkpoint(target.source)
+    recipe = found.recipe
+    if recipe is not None and any(c.existing == "replace" for c in recipe.configs):
+        raise SEInjectError(
+            f"{target.source!r}: its blocks replaced the base's own attention, whose weights it does not hold: "
+            "take the base from the file that was injected")
+    if recipe is not None and recipe.architecture is None:
+        prefixes = tuple(f"{p}." for p in recipe.sites)
+        tensors, metadata = {k: t for k, t in found.tensors.items() if not k.startswith(prefixes)}, {}
     else:
-        net = eject(load_found(found, file, model, **options))
-        tensors, said = net.state_dict(), description(net)
-    write_safetensors(output, tensors, said)
+        net = eject(load_found(found, target.source, target.model, model_args=target.model_args, **options))
+        tensors, metadata = net.state_dict(), description(net)
+    write_safetensors(output, tensors, metadata)
     say(f"{len(tensors)} base tensors written, {len(found.tensors) - len(tensors)} SE tensors left out")
     click.echo(output)
 
 
 @click.command("to-native")
-@click.argument("file", metavar="FILE")
-@click.option("-o", "--output", required=True, metavar="OUT", help="The safetensors file to write.")
-@click.option("--model", metavar="NAME", help="The architecture of a FILE without a recipe.")
-@config_options
-def to_native_command(file: str, output: str, model: str | None, **given: Any) -> None:
-    """Write the weights of an injected model for timm's own model with the same attention, to OUT.
+@target("FILE")
+@output_option()
+@config_options()
+def to_native_command(target: Target, output: str, options: dict[str, Any]) -> None:
+    """Write the weights for timm's own model with the same blocks.
 
-    Its name and arguments go to stdout, as JSON: plain timm loads OUT by checkpoint_path=.
+    Its name and arguments go to stdout as JSON. Plain timm loads OUT with checkpoint_path=. Options of the blocks are for a
+    FILE without a recipe.
     """
-    options = given_options(given)
     from ..rescale.native import to_native
     from ..weights.files import load
 
-    weights = to_native(load(file, model, **options), output)
+    weights = to_native(load(target.source, target.model, model_args=target.model_args, **options), output)
     say(f"{len(weights)} tensors of {weights.architecture} written to {output}")
     click.echo(json.dumps({"architecture": weights.architecture, "model_args": weights.model_args, "file": output}))
 
 
-def saved_model(file: str, model: str | None, model_kwargs: tuple[tuple[str, Any], ...]) -> Any:
-    """The model of a file, with its blocks where it has some."""
-    from ..weights.files import base_of, load_found, said_blocks
+def saved_model(target: Target) -> Any:
+    """The model of a file, with its blocks if it has any."""
+    from ..weights.files import load_found
     from ..weights.reading import read_checkpoint
+    from ..weights.rebuild import said_blocks
 
-    found, args = read_checkpoint(file), timm_arguments(model_kwargs)
-    if found.recipe is not None or said_blocks(found, file)[0]:
-        return load_found(found, file, model, model_args=args)
-    net = base_of(dataclasses.replace(found, model_args={**found.model_args, **args}), model, file)
+    found = read_checkpoint(target.source)
+    if found.recipe is not None or said_blocks(found, target.source)[0]:
+        return load_found(found, target.source, target.model, model_args=target.model_args)
+    net = _base_of(found, target)
     try:
         net.load_state_dict(found.tensors)
     except RuntimeError as error:
-        raise SEInjectError(f"{file!r} does not fit {type(net).__name__}: {error}") from error
+        raise SEInjectError(f"{target.source!r} does not fit {type(net).__name__}: {error}; name the model with --model "
+                            "and --model-kwargs") from error
     return net
+
+
+def _base_of(found: Any, target: Target, meta: bool = False) -> Any:
+    """The plain model that a checkpoint's weights are for, without them."""
+    from ..weights.files import base_of
+
+    found = dataclasses.replace(found, model_args={**found.model_args, **target.model_args})
+    return base_of(found, target.model, target.source, meta=meta)

@@ -1,6 +1,6 @@
 """What a trace means: which operators there are, what depends on what, who shares memory.
 
 In: a recorded run. Out: a `TracedModel` with a `ModuleGraph` for each module that composes others, and answers about nodes.
-Read `ops` (one row for each operator), `module_graph` (one forward), `branches` (its other ways by size), `value_flow`
-(values across forwards), `aliasing` (memory), then `session`, the door: `with traced(model) as t`.
+Read `ops` (one row for each operator), `module_graph` (one forward), `branches` (its other branches by size), `value_flow`
+(values across forwards), then `aliasing` (memory).
 """

@@ -1,4 +1,4 @@
-"""The ways through a forward that branches on sizes, and the same place on each of them."""
+"""The branches of a forward that asks for sizes, each traced, and the same node on several of them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ from ..capture.graphs import counterparts, same_graph, subgraph
 from ..errors import Refusal
 from .module_graph import ModuleGraph
 
-MOST = 32  # ways through one forward
+MOST = 32  # branches of one forward
 
 
 @dataclasses.dataclass(eq=False)
 class Branch:
-    """One way through a forward: the outcomes of its conditions in order, and the graph, or why there is none.
+    """One branch of a forward.
 
-    `conditions` are nodes of `graph`, or of what was traced of it. `refused` says that the author's code raised there: no
-    input goes that way.
+    Attributes:
+        outcomes: Of its conditions, in order.
+        conditions: Their nodes, in `graph` or in the part of it that was traced.
+        graph: The trace; None where there is none.
+        error: Why there is none.
+        refused: Whether the author's code raises on this branch: no input takes it.
     """
 
     outcomes: tuple[bool, ...]
@@ -31,10 +35,10 @@ class Branch:
 
 
 def trace_branches(module: nn.Module, constants: dict[str, Any], reading: bool = False) -> list[Branch]:
-    """All ways through `module`'s forward, each traced; `reading` is `trace_forward`'s. `module` is not changed.
+    """All branches of `module`'s forward, each traced; `reading` is `trace_forward`'s. `module` is not changed.
 
     Raises:
-        Refusal: There is one way, which fx cannot follow, or there are too many.
+        Refusal: There is one branch, which fx cannot follow, or there are too many.
     """
     paths: list[Branch] = []
     todo: list[tuple[bool, ...]] = [()]
@@ -58,12 +62,12 @@ def trace_branches(module: nn.Module, constants: dict[str, Any], reading: bool =
         paths.append(Branch(tuple(outcomes), tuple(conditions), graph, error, refused))
         todo += [(*outcomes[:i], False) for i in range(len(prefix), len(outcomes))]
         if len(paths) + len(todo) > MOST:
-            raise Refusal(f"{type(module).__name__}.forward branches on sizes in more than {MOST} ways")
+            raise Refusal(f"{type(module).__name__}.forward has more than {MOST} branches by size")
     return paths
 
 
 def _is_authors(error: BaseException | None) -> bool:
-    """Whether an error is one that the traced code means to raise, and not one of tracing it."""
+    """Whether the traced code raised an error on purpose, and not because it was traced."""
     if isinstance(error, AssertionError):
         return True
     at = None if error is None else error.__traceback__
@@ -74,12 +78,12 @@ def _is_authors(error: BaseException | None) -> bool:
 
 
 def known_branch(graph: fx.Graph) -> Branch:
-    """A forward with one way, which was traced before. `graph` is not changed."""
+    """The branch of a forward that has one, with a trace that is at hand. `graph` is not changed."""
     return Branch((), (), subgraph(graph))
 
 
 def same_branches(a: list[Branch], b: list[Branch], constants: dict[str, Any]) -> bool:
-    """Whether two traces of one forward do the same; in `b` a placeholder may stand for its constant."""
+    """Whether two traces of one forward are the same; in `b` a placeholder may stand for its constant."""
     if len(a) != len(b):
         return False
     for x, y in zip(a, b):
@@ -91,7 +95,7 @@ def same_branches(a: list[Branch], b: list[Branch], constants: dict[str, Any]) -
 
 
 def same_work(a: Branch, b: Branch) -> bool:
-    """Whether two ways through a forward differ in nothing but what they ask to find the way."""
+    """Whether two branches differ in nothing but their conditions."""
     return a.graph is not None and b.graph is not None and same_graph(_without_conditions(a), _without_conditions(b), {})
 
 
@@ -107,7 +111,7 @@ def _without_conditions(path: Branch) -> fx.Graph:
 
 
 def branches(view: ModuleGraph) -> bool:
-    """Whether a forward has another way, which does something else, or which fx cannot follow."""
+    """Whether a forward has a branch that does something else than the traced one, or that fx cannot follow."""
     return bool(view.forward.decisions) and view.shared("branches", lambda: _branches(view))
 
 
@@ -120,12 +124,12 @@ def _branches(view: ModuleGraph) -> bool:
     return any(not p.refused and p is not taken and not same_work(taken, p) for p in paths)
 
 
-def other_ways(view: ModuleGraph) -> list[dict[fx.Node, fx.Node]]:
-    """For each other way through a forward on which layers are called, the nodes that are those of the traced one."""
-    return view.shared("other ways", lambda: _other_ways(view)) if view.forward.decisions else []
+def other_branches(view: ModuleGraph) -> list[dict[fx.Node, fx.Node]]:
+    """For each other branch of a forward that calls layers: the nodes of it by those of the traced branch."""
+    return view.shared("other branches", lambda: _other_branches(view)) if view.forward.decisions else []
 
 
-def _other_ways(view: ModuleGraph) -> list[dict[fx.Node, fx.Node]]:
+def _other_branches(view: ModuleGraph) -> list[dict[fx.Node, fx.Node]]:
     try:
         paths = trace_branches(view.module, view.forward.constants, reading=True)
     except Refusal:

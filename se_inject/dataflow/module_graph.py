@@ -1,4 +1,4 @@
-"""What the nodes of a traced forward do: tensors and their sources, learned and nonlinear work."""
+"""A traced forward as a graph with answers: which nodes are learned or nonlinear work, and what comes from what."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def _ints(value: Any) -> tuple[int, ...]:
 
 
 class TracedModel:
-    """Every module of one recorded run that was called and could be traced; each is traced once."""
+    """The modules of one recorded run, each traced once, when it is first asked for."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -88,8 +88,9 @@ class TracedModel:
         return self._views[module]
 
     def inside(self, call: Call) -> ModuleGraph:
-        """The traced forward of any call, to be read and not rewritten: also of torch's own layers, and of forwards that
-        set attributes.
+        """The traced forward of any call, to be read and not rewritten.
+
+        Unlike `view`, it also gives torch's own layers, and forwards that set attributes.
 
         Raises:
             Refusal: fx cannot follow it.
@@ -102,7 +103,7 @@ class TracedModel:
         return self._inside[call]
 
     def _view(self, call: Call, reading: bool = False) -> ModuleGraph:
-        """A view of the called module, on the trace of a module like it where there was one."""
+        """The graph of a called module; modules with one fingerprint share a trace."""
         key = (self.fingerprints.of(call.module), frozen(call.args), frozen(call.kwargs), reading)
         forward = self._forwards.get(key)
         if forward is not None:
@@ -156,7 +157,7 @@ class Step(NamedTuple):
 
 
 class ModuleGraph:
-    """One traced owner with answers about its nodes.
+    """The traced forward of one module, with answers about its nodes.
 
     Sets of nodes are bit masks over positions in the graph, so that ancestry costs one pass.
     """
@@ -170,7 +171,7 @@ class ModuleGraph:
         self.index: dict[fx.Node, int] = self.shared("index", lambda: {n: i for i, n in enumerate(self.nodes)})
 
     def shared(self, what: Hashable, find: Callable[[], _T]) -> _T:
-        """What `find` finds, found once for all modules that share this forward."""
+        """The result of `find`, computed once for all modules that share this forward."""
         memo = self.forward.memo
         if what not in memo:
             memo[what] = find()
@@ -182,7 +183,7 @@ class ModuleGraph:
         return self.writes_after(self.index[node], {storage(node.meta["val"])})
 
     def writes_after(self, place: int, memory: set[int]) -> bool:
-        """Whether a node behind this place writes into one of these storages."""
+        """Whether a node after this position writes into one of these storages."""
         last = self.shared("last writes", self._last_writes)
         return any(last.get(s, -1) > place for s in memory)
 
@@ -190,8 +191,8 @@ class ModuleGraph:
         return {s: i for i, n in enumerate(self.nodes) for s in n.meta.get("writes", ())}
 
     def is_read_elsewhere(self, node: fx.Node) -> bool:
-        """Whether the memory of `node`'s value is written, and read later through an earlier node, or by the caller whose
-        memory it is, which a gate would not reach."""
+        """Whether the memory of `node`'s value is written and then read where a gate would not reach: through an earlier node,
+        or by the caller that owns the memory."""
         mine, here = storage(node.meta["val"]), self.index[node]
         return mine in self.shared("last writes", self._last_writes) and any(
             (n.op == "placeholder" and self.is_written_after(node)) or (
@@ -251,7 +252,7 @@ class ModuleGraph:
         return out
 
     def fork(self, nodes: Iterable[fx.Node]) -> fx.Node | None:
-        """The last activation, a tensor or several in one value (chunks), that all of `nodes` come from."""
+        """The last activation that all of `nodes` come from: a tensor, or several in one value (chunks)."""
         common = -1
         for node in nodes:
             common &= self.ancestors[self.index[node]]
@@ -335,7 +336,7 @@ class ModuleGraph:
         return [self._calls[n] for n in self.members(mask) if n.op == "call_module"]
 
     def calls_before(self, node: fx.Node) -> Iterator[fx.Node]:
-        """The module calls that `node`'s data comes through, itself included, the last first."""
+        """The calls of modules that lead to `node`, itself included, the last first."""
         mask = self.ancestors[self.index[node]]
         while mask:
             i = mask.bit_length() - 1
@@ -344,9 +345,9 @@ class ModuleGraph:
                 yield self.nodes[i]
 
     def channel_dim(self, node: fx.Node) -> int:
-        """The channel dimension of an activation: 1 in NCHW, the last in NHWC and (N, L, C).
+        """The axis of an activation's channels: 1 in NCHW, the last in NHWC and (N, L, C).
 
-        Where the run did not carry it so far, the learned layer before `node` tells it.
+        Where the run lost it, the learned layer before `node` tells it.
         """
         dims = shape(node)
         axis = channel_axis(node.meta["val"])

@@ -101,7 +101,7 @@ def _spell(name: str, spelling: Any) -> None:
         SPELLINGS.setdefault(spelling, name)
         return
     for word, writes in ((spelling, False), (f"{spelling}_", True)):
-        homes: list[Any] = [torch, F]
+        homes: list[Any] = [F, torch]
         found = [getattr(home, word) for home in homes if callable(getattr(home, word, None))]
         if hasattr(torch.Tensor, word):
             found.append(word)
@@ -113,7 +113,8 @@ def _spell(name: str, spelling: Any) -> None:
         SPELLINGS[getattr(operator, spelling)] = SPELLINGS[f"__{spelling}__"] = name
         if hasattr(operator, f"i{spelling}"):
             SPELLINGS[getattr(operator, f"i{spelling}")] = SPELLINGS[f"__i{spelling}__"] = name
-            _WRITES.update((getattr(operator, f"i{spelling}"), f"__i{spelling}__"))
+            if hasattr(torch.Tensor, f"__i{spelling}__"):  # else Python does without
+                _WRITES.update((getattr(operator, f"i{spelling}"), f"__i{spelling}__"))
 
 
 def _memory_by_schema(name: str) -> str | None:
@@ -170,7 +171,9 @@ for _name in (
          memory=NEW if _name in ("softsign", "logsigmoid", "tanhshrink", "relu6", "mish", "hardtanh") else "")
 _row("clamp", "input min max", also=("clip",), elementwise=True)
 _row("pow", "input exponent", elementwise=True)
-for _name in ("softmax", "where", "norm", "scaled_dot_product_attention"):
+_row("where", "condition input other", linear=True, fixed="condition")
+_ORDERS["where"] = ("input", "condition", "other")  # the method
+for _name in ("softmax", "norm", "scaled_dot_product_attention"):
     _row(_name)
 
 # reductions and pools
@@ -183,7 +186,7 @@ for _n in (1, 2, 3):
     _row(f"max_pool{_n}d", "input kernel_size stride padding", pools="max")
     _row(f"adaptive_max_pool{_n}d", "input output_size", pools="max")
     _row(f"lp_pool{_n}d", "input norm_type kernel_size stride", pools="power", memory=NEW)
-_row("interpolate", "input size scale_factor mode", also=("upsample", "upsample_nearest", "upsample_bilinear"), linear=True,
+_row("interpolate", "input size scale_factor mode", also=("upsample", "upsample_nearest"), linear=True,
      pools="resize", memory=NEW)
 
 # elements moved, kept or left out
@@ -270,8 +273,9 @@ def writes(node: fx.Node) -> bool:
         return False
     if isinstance(node.target, str) and node.target.endswith("_") and not node.target.endswith("__"):
         return True
-    schema = getattr(node.target, "_schema", None)
-    return node.target in _WRITES or node.kwargs.get("inplace") is True or (schema is not None and schema.is_mutable)
+    exported = getattr(node.target, "overloadpacket", node.target)
+    return node.target in _WRITES or node.kwargs.get("inplace") is True or (
+        isinstance(exported, torch._ops.OpOverloadPacket) and str(exported).endswith("_"))
 
 
 def products(node: object) -> Iterator[tuple[fx.Node, Any]]:

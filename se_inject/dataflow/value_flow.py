@@ -1,4 +1,4 @@
-"""Where a value comes from, across the forwards of the modules that pass it on."""
+"""The source of a value, across the forwards of the modules that pass it on."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from torch import fx, nn
 from ..capture.recording import Call
 from ..errors import Refusal
 from . import ops
-from .branches import branches, other_ways
+from .branches import branches, other_branches
 from .module_graph import ModuleGraph, TracedModel
 
 
 class ValueFlow:
     """Follows values between the traced forwards of one recorded run.
 
-    With `barriers`, those of one way alone: not into a call of one of these modules, whose hooks may see or change what it
-    is given and returns, nor of one whose forward branches on sizes.
+    Args:
+        traces: The traced model.
+        barriers: Modules whose hooks may see or change their inputs and outputs. Where given, a value is followed neither
+            into a call of one of them nor into a forward that branches on sizes.
     """
 
     def __init__(self, traces: TracedModel, barriers: Collection[nn.Module] | None = None) -> None:
@@ -47,7 +49,7 @@ class ValueFlow:
         return inspect.signature(type(module).forward).bind(module, *node.args, **node.kwargs).arguments
 
     def outward(self, view: ModuleGraph, node: fx.Node) -> tuple[ModuleGraph, fx.Node]:
-        """The same value in the outermost forward that has it: what a module was given, where its caller has it."""
+        """The same value in the outermost forward that has it: an input of a module is a value of its caller."""
         while node.op == "placeholder":
             above = self.caller(view)
             given = None if above is None else self.bound(view.module, above[1]).get(str(node.target))
@@ -57,7 +59,7 @@ class ValueFlow:
         return view, node
 
     def origin(self, view: ModuleGraph, node: fx.Node) -> tuple[ModuleGraph, fx.Node]:
-        """The operator that computes a value, in whatever forward it stands; or the input, or a call that cannot be
+        """The operator that computes a value, in whichever forward it stands; or the model's input, or a call that cannot be
         traced."""
         while True:
             view, node = self.outward(view, node)
@@ -88,19 +90,19 @@ class ValueFlow:
             node = source
 
     def passes(self, call: Call) -> bool:
-        """Whether a call returns its input, at any size: an identity, and in eval mode dropout and drop path."""
+        """Whether a call returns its input at any size: an identity, or in eval mode dropout and drop path."""
         if not call.passes:
             return False
         try:
             if self.barriers is None:
-                return not other_ways(self.traces.inside(call))
+                return not other_branches(self.traces.inside(call))
             return not any(c.module in self.barriers or branches(self.traces.inside(c)) for c in call.walk())
         except Refusal:
             return False
 
     def keeps(self, call: Call) -> bool:
-        """Whether tensors that a call is given or returns may be kept by something: hooks, or a forward that sets attributes
-        or that cannot be traced."""
+        """Whether something may keep the inputs or the output of a call: hooks, or a forward that sets attributes or cannot be
+        traced."""
         if call not in self._keeps:
             module = call.module
             self._keeps[call] = module in (self.barriers or ()) or (

@@ -1,4 +1,4 @@
-"""Channel attention that a model already has, recognized by structure."""
+"""Channel attention that a model already has, recognized by structure: one recognizer for ours, timm's and anyone's."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def _pools(view: ModuleGraph, mask: int) -> bool:
 
 
 def gates_of(view: ModuleGraph) -> list[fx.Node]:
-    """The gates among the nodes of a forward; looked for once for all modules that share it."""
+    """The gates among the nodes of a forward, found once for all modules that share it."""
     return view.shared("gates", lambda: [n for n in view.nodes if is_gate(view, n)])
 
 

@@ -1,4 +1,4 @@
-"""A unit and its block as lines of text: the ways from its input, where they join, and where the gate is."""
+"""A unit and its block as lines of text: the chains from its input, where they join, and where the gate is."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def draw(place: Place, gate: str) -> str:
     if unit.merge is None or not (joined or unit.kind == "residual" or unit.merge is unit.output):
         return _lines([_chain(place, view, unit.output, unit.fork, gate)], "", [])
     fork = view.fork(operands)
-    ways = [_chain(place, view, o, fork, gate) for o in operands]
+    chains = [_chain(place, view, o, fork, gate) for o in operands]
     behind = _chain(place, view, _end(place), unit.merge, gate) if _end(place) is not unit.merge else []
     if place.view is view and place.node is unit.merge:
         behind = [gate, *behind]
-    return _lines(ways, "cat" if joined else "+", behind)
+    return _lines(chains, "cat" if joined else "+", behind)
 
 
 def _operands(merge: fx.Node) -> list[fx.Node]:
@@ -40,7 +40,7 @@ def _operands(merge: fx.Node) -> list[fx.Node]:
 
 
 def _end(place: Place) -> fx.Node:
-    """Where the drawing ends: at the join, or at what of the unit comes behind it."""
+    """The end of the drawing: the join, or the last value of the unit behind it."""
     unit = place.unit
     assert unit.merge is not None
     for node in (place.node, unit.output):
@@ -52,12 +52,12 @@ def _end(place: Place) -> fx.Node:
 def _chain(
     place: Place, view: ModuleGraph, end: fx.Node, start: fx.Node | None, gate: str, within: int = -1
 ) -> list[str]:
-    """The names on the way from `start` to `end`, or on its part in the mask `within`, and the gate where it is on it."""
+    """The names on the chain from `start` to `end`, or on its part in the mask `within`, with the gate where it is on it."""
     names: list[str] = []
     at, behind = end, None
     holder = _outermost_child(place, view)
     while True:
-        here = view is place.view and at is place.node and (at is not start or _on_this_way(place, behind))
+        here = view is place.view and at is place.node and (at is not start or _on_this_chain(place, behind))
         if here:
             names.append(gate)
         if at is start or at.op == "placeholder" or not within >> view.index[at] & 1:
@@ -86,8 +86,8 @@ def _is_silent(node: fx.Node) -> bool:
     return op.views or op.casts or op.slices or op.asks
 
 
-def _on_this_way(place: Place, behind: fx.Node | None) -> bool:
-    """Whether a gate on the input of several ways is on the one that goes on to `behind`; None is the join."""
+def _on_this_chain(place: Place, behind: fx.Node | None) -> bool:
+    """Whether a gate on the input of several chains is on the one with `behind`; None is the join."""
     return place.users is None or (behind in place.users if behind is not None else place.unit.merge in place.users)
 
 
@@ -99,10 +99,10 @@ def _outermost_child(place: Place, view: ModuleGraph) -> object:
     return call.module if call.parent is not None and place.view is not view else None
 
 
-def _lines(ways: list[list[str]], join: str, behind: Iterable[str]) -> str:
+def _lines(chains: list[list[str]], join: str, behind: Iterable[str]) -> str:
     end = "".join(f" ─ {name}" for name in behind)
-    bodies = [" ─ ".join(names) for names in ways]
-    if len(ways) == 1:
+    bodies = [" ─ ".join(names) for names in chains]
+    if len(chains) == 1:
         return f"x ─ {bodies[0]}{' ─ ' + join if join else ''}{end}"
     width = max(map(len, bodies)) + 1
     lines = []

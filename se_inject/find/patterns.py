@@ -1,7 +1,6 @@
-"""The places where squeeze-and-excitation belongs, in one traced forward.
+"""Candidates: where squeeze-and-excitation belongs in one traced forward.
 
-Each pattern reads one owner's graph and yields candidates; which of them become sites is decided
-where all owners of the model are known.
+Each pattern reads one owner's graph and yields candidates. `units` decides which of them count in the model.
 """
 
 from __future__ import annotations
@@ -23,9 +22,15 @@ UNLEARNED = "no convolution or linear layer in its branch"
 class Candidate:
     """A place in an owner's forward.
 
-    `branch` is the mask of the nodes that belong to the unit, `output` the node where the branch
-    ends, `shortcuts` the other operands of the sum, `fork` the branch's input, `merge` the sum or
-    concat that takes the branch in, `reason` why it is no place for a block after all.
+    Attributes:
+        view: The owner's forward.
+        kind: As `Site.kind`.
+        output: The node where the branch ends.
+        branch: Mask of the nodes of the branch.
+        fork: The branch's input.
+        merge: The sum or concat that the branch goes into.
+        shortcuts: The other operands of the sum.
+        reason: Why no block belongs there; None where one does.
     """
 
     view: ModuleGraph
@@ -39,7 +44,7 @@ class Candidate:
 
 
 def candidates(view: ModuleGraph) -> list[Candidate]:
-    """The residuals and aggregations of a forward; looked for once for all modules that share it."""
+    """The residuals and aggregations of a forward, found once for all modules that share it."""
     found = view.shared("candidates", lambda: _candidates(view))
     return [dataclasses.replace(c, view=view) for c in found]
 
@@ -125,7 +130,7 @@ def _residuals(view: ModuleGraph) -> Iterator[Candidate]:
 
 
 def _bare(view: ModuleGraph, node: fx.Node, fork: fx.Node | None) -> bool:
-    """Whether `node` is the fork, or an input where there is none, or a part or a multiple of it."""
+    """Whether `node` is the fork, or an input where there is no fork, or a part or a multiple of it."""
     for step in view.steps_back(node):
         if node is fork or step.kind == LAYOUT:
             break
@@ -249,7 +254,7 @@ def _activations(node: fx.Node) -> list[fx.Node]:
 
 
 def chain_end(view: ModuleGraph, kind: str = "inverted_residual") -> Candidate | None:
-    """The whole forward as a branch without a shortcut, when it is one learned, nonlinear way."""
+    """The whole forward as a branch without a shortcut, where it is one learned, nonlinear branch."""
     out = view.nodes[-1].args[0]
     inputs = [n for n in view.nodes if n.op == "placeholder" and is_tensor(n)]
     if not isinstance(out, fx.Node) or not is_tensor(out) or len(shape(out)) < 3 or len(inputs) != 1:
@@ -261,18 +266,18 @@ def chain_end(view: ModuleGraph, kind: str = "inverted_residual") -> Candidate |
 
 
 def is_inside(a: Candidate, b: Candidate) -> bool:
-    """Whether a unit lies in another's branch, in one forward, and is used for nothing else."""
+    """Whether a unit lies in another's branch, in one forward, and has no other use."""
     view = a.view
     if a.merge is b.merge is not None or not b.branch >> view.index[a.output] & 1:
         return False
     seen: set[fx.Node] = set()
-    ways: list[fx.Node] = [a.merge or a.output]
-    while ways:
-        node = ways.pop()
+    todo: list[fx.Node] = [a.merge or a.output]
+    while todo:
+        node = todo.pop()
         if node is b.output or node in seen:
             continue
         if node.op == "output":
             return False
         seen.add(node)
-        ways += node.users
+        todo += node.users
     return True

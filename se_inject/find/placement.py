@@ -20,9 +20,16 @@ NO_CONV = "placement='inner' needs one convolution over space that the whole bra
 
 @dataclasses.dataclass(eq=False)
 class Place:
-    """Where a block goes: in the forward of `view`, it gates `node`, for `users` or (None) for all.
+    """Where a block goes.
 
-    `inner` says that layers of the unit follow it, `depthwise` that it comes right behind a depthwise convolution.
+    Attributes:
+        unit: The unit that the place belongs to.
+        view, node: The forward, and the value in it that the block gates.
+        users: The nodes that get the gated value; None is all.
+        fill: The slot that the block fills.
+        inner: Whether layers of the unit follow the block.
+        depthwise: Whether the block comes right behind a depthwise convolution.
+        reason: Why there can be no block.
     """
 
     unit: Candidate
@@ -36,7 +43,7 @@ class Place:
 
 
 def find_place(c: Candidate, slot: Slot | None, placement: str, traces: TracedModel) -> Place:
-    """The place of a unit's block; one that cannot be has a reason."""
+    """The place of a unit's block; with a reason where there can be no block."""
     view = c.view
     if slot is not None:
         conv = _conv_before(view, slot.node)
@@ -45,7 +52,7 @@ def find_place(c: Candidate, slot: Slot | None, placement: str, traces: TracedMo
         return Place(c, slot.view, slot.node, fill=slot, inner=inner, depthwise=depthwise)
     place = _place(c, placement, traces)
     if place.reason is None and c.reason is None:
-        place = _where_all_ways_pass(place, traces)
+        place = _where_all_methods_pass(place, traces)
         if place.view.is_read_elsewhere(place.node) or (place.users is not None and place.view.is_written_after(place.node)):
             place = dataclasses.replace(place, reason=IN_PLACE)
     return place
@@ -91,10 +98,12 @@ def _place(c: Candidate, placement: str, traces: TracedModel) -> Place:
 def _walk_back(
     traces: TracedModel, view: ModuleGraph, end: fx.Node, branch: int
 ) -> tuple[ModuleGraph, fx.Node, fx.Node | None, bool]:
-    """From a branch's end to before its drop path, layer scale, gain and channel slice.
+    """The last value of a branch before its drop path, layer scale, gain and channel slice.
 
-    Changes of layout are passed where one of those lies behind them, and a child is entered where it ends with one.
-    Returns the forward and the node, the node behind it on the way, and whether a slice was passed.
+    Changes of layout are passed where one of those comes before them, and a child is entered where it ends with one.
+
+    Returns:
+        The forward and the node, the node that reads it on the chain to `end`, and whether a slice was passed.
     """
     node, behind, sliced = end, None, False
     cut = layout = False
@@ -119,13 +128,13 @@ def _walk_back(
         if isinstance(out, fx.Node) and is_tensor(out):
             mask = (1 << len(inside.nodes)) - 1
             child, n, last, part = _walk_back(traces, inside, out, mask)
-            if child is not inside or any(_is_drop_or_scale(inside, m) for m in _way(inside, out, n)):
+            if child is not inside or any(_is_drop_or_scale(inside, m) for m in _chain(inside, out, n)):
                 return child, n, last, part
     return view, node, behind, sliced
 
 
-def _way(view: ModuleGraph, end: fx.Node, start: fx.Node) -> Iterator[fx.Node]:
-    """The nodes of a chain from `end` back to `start`, without it."""
+def _chain(view: ModuleGraph, end: fx.Node, start: fx.Node) -> Iterator[fx.Node]:
+    """The nodes of a chain from `end` back to `start`, without `start`."""
     while end is not start:
         yield end
         end = next(s for s in view.sources(end) if view.ancestors[view.index[s]] >> view.index[start] & 1)
@@ -151,10 +160,12 @@ def _child(traces: TracedModel, view: ModuleGraph, node: fx.Node) -> ModuleGraph
 
 
 def _inner(traces: TracedModel, view: ModuleGraph, end: fx.Node, branch: int) -> tuple[ModuleGraph, fx.Node, bool] | None:
-    """Behind the last convolution over space that the way to `end` goes through, with its norm and activation.
+    """The value behind the last convolution over space that the branch to `end` passes, with its norm and activation.
 
-    Returns the forward and the node, and whether that convolution is depthwise. Of parallel convolutions
-    whose concat or sum is on the way, it is that.
+    Where parallel convolutions are joined by a concat, the value is the concat.
+
+    Returns:
+        The forward and the node, and whether that convolution is depthwise.
     """
     at = end
     while branch >> view.index[at] & 1:
@@ -210,34 +221,35 @@ def _conv_before(view: ModuleGraph, node: fx.Node) -> nn.Module | None:
     return None
 
 
-def _where_all_ways_pass(place: Place, traces: TracedModel) -> Place:
-    """A place in a child, where the owner has other ways in than `forward`, which would miss the block."""
+def _where_all_methods_pass(place: Place, traces: TracedModel) -> Place:
+    """The place, moved into a child where the owner has a method beside `forward` that would miss the block."""
     view, node, moved = place.view, place.node, False
-    while _other_way(view) or (moved and is_plain_sequential(view.module)):
+    while _other_method(view) or (moved and is_plain_sequential(view.module)):
         child = _child(traces, view, node)
         out = None if child is None else child.nodes[-1].args[0]
         if child is None or not isinstance(out, fx.Node) or not is_tensor(out):
             name = type(view.module).__name__
-            return dataclasses.replace(place, reason=f"{name}.{_other_way(view)} is another way in, which would miss the block")
+            return dataclasses.replace(
+                place, reason=f"{name}.{_other_method(view)} does the work of forward, too, and would miss the block")
         view, node, moved = child, out, True
     return dataclasses.replace(place, view=view, node=node, users=None) if moved else place
 
 
-def _other_way(view: ModuleGraph) -> str | None:
-    """Name of a method of an owner that does the work of its forward in another way."""
-    return view.shared("other way", lambda: _find_other_way(type(view.module), view.call.parent is None))
+def _other_method(view: ModuleGraph) -> str | None:
+    """Name of a method of an owner that does the work of its forward, too."""
+    return view.shared("other method", lambda: _find_other_method(type(view.module), view.call.parent is None))
 
 
-def _find_other_way(cls: type[nn.Module], is_root: bool) -> str | None:
+def _find_other_method(cls: type[nn.Module], is_root: bool) -> str | None:
     used: set[str] = set()
-    ways = ["forward"]
-    while ways:  # the methods that forward calls do not count, but a model's own are called by their names
-        function = getattr(cls, ways.pop(), None)
+    todo = ["forward"]
+    while todo:  # methods that forward calls do not count; those of the model itself do, as users call them by name
+        function = getattr(cls, todo.pop(), None)
         code = getattr(function, "__code__", None)
         if isinstance(code, types.CodeType):
             new = {n for n in code.co_names if n not in used and not hasattr(nn.Module, n) and callable(getattr(cls, n, None))}
             used |= new
-            ways += new
+            todo += new
     for name in sorted(dir(cls)):
         if name.startswith("forward_") and callable(getattr(cls, name)) and (is_root or name not in used):
             return name

@@ -1,4 +1,4 @@
-"""What will be done, as plain data: sites and their totals."""
+"""The plan as plain data: sites, and their totals."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from ..config import SEConfig
 from ..site import KINDS, Site
+from ..tables import text_table
 
 
 def _range(numbers: Iterable[int]) -> str:
@@ -72,8 +73,8 @@ class Plan:
     def diagram(self) -> str:
         """Where the blocks go, drawn: each kind of unit once, with the sites that it stands for.
 
-        A unit is read from left to right, from its input x: the ways through its children, the gate with its
-        channels and squeeze width, and the sum or concat in which the ways join.
+        A unit is read from left to right, from its input x: the chains of its children, the gate with its
+        channels and squeeze width, and the sum or concat in which the chains join.
         """
         groups: dict[tuple[object, ...], list[Site]] = {}
         for s in self.sites:
@@ -96,12 +97,7 @@ class Plan:
              str(s.rd_channels), f"{s.params:,}")
             for s in self.sites
         ]
-        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-        left = {0, 1, 2}
-        lines = [
-            "  ".join(c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
-            for row in [head, *rows]
-        ]
+        lines = [text_table(head, rows, left=("site", "kind", "layout"))]
         for s in self.skipped:
             lines.append(f"{s.path}  skipped: {s.reason}")
         lines += [f"{s.path}  replaces {', '.join(s.replaces)}" for s in self.sites if s.replaces]

@@ -1,4 +1,4 @@
-"""From the units of a model to its sites: what each block would be, or why there is none."""
+"""The sites of a model: from its units, the block of each, or why there is none."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from fnmatch import fnmatchcase
 
 from torch import fx, nn
 
-from ..blocks.catalogue import block_spec, cost, get_block, problem
+from ..blocks.build import block_spec, cost, problem
+from ..blocks.catalogue import get_block
 from ..capture.channels import batch_is_first, channel_axis
 from ..capture.recording import Call
 from ..config import SEConfig
@@ -69,21 +70,6 @@ def find_sites(
     return out, [_unknown(call, why, stages) for call, why in find_untraced(traced, units)]
 
 
-def rejected(config: SEConfig, site: Site) -> str | None:
-    """Why the filters of `config` leave `site` out, or None where they do not."""
-    if config.stages is not None and site.stage not in config.stages:
-        return f"stage {site.stage} is not in stages={list(config.stages)}"
-    if config.include is not None and not any(fnmatchcase(site.path, p) for p in config.include):
-        return "no include pattern matches"
-    if config.exclude is not None and any(fnmatchcase(site.path, p) for p in config.exclude):
-        return "an exclude pattern matches"
-    if site.channels < config.min_channels:
-        return f"{site.channels} channels are below min_channels={config.min_channels}"
-    if config.filter_fn is not None and not config.filter_fn(site):
-        return "filter_fn said no"
-    return None
-
-
 def _unknown(call: Call, why: str, stages: Stages) -> Site:
     dims = tuple(call.output.shape)
     dim = channel_axis(call.output)
@@ -104,7 +90,7 @@ def _positions(dims: Sequence[int], channels: int) -> tuple[int, ...]:
 
 
 def _distinct(places: list[Place]) -> list[Place]:
-    """One place for each gated tensor: two slices of one tensor (DPN) lead to the same, and one input to two branches."""
+    """One place for each gated tensor: two slices of one tensor (DPN), or two branches from one input, share a place."""
     found: dict[tuple[int, fx.Node], Place] = {}
     for p in places:
         key = (id(p.view), p.node)
@@ -118,9 +104,9 @@ def _distinct(places: list[Place]) -> list[Place]:
 
 
 def _slot_names(module: nn.Module, places: list[Place]) -> list[str]:
-    """``se``, or ``se1``, ``se2``, ... for several in one owner; names that are taken are passed over.
+    """``se``, or ``se1``, ``se2``, ... for several in one owner, without names that the owner uses.
 
-    Units that are no place for a block are named last, so that they change no other name.
+    Places without a block are named last, so that they change no other name.
     """
     if places[0].fill is not None:
         return [places[0].fill.name]
@@ -149,7 +135,7 @@ def _site(place: Place, slot: str, reason: str | None, stages: Stages, config: S
     gate = f"[{config.block.upper()} {channels}{f' to {spec.rd_channels}' if spec.rd_channels else ''}]"
     site = Site(
         path=f"{view.path}.{slot}" if view.path else slot, owner=view.path, slot=slot, kind=c.kind, channels=channels,
-        layout=layout, size=size, stage=stages.of(place), style=style, rd_channels=spec.rd_channels,
+        layout=layout, size=size, stage=stages.of(place), style=spec.style, rd_channels=spec.rd_channels,
         params=params, macs=len(view.traces.calls[view.module]) * macs, reason=reason, replaces=_replaced(place),
         drawing=draw(place, gate) if drawn else "")
     return site if reason is not None else dataclasses.replace(site, reason=rejected(config, site))
@@ -189,6 +175,21 @@ def _gain(place: Place) -> float:
     return 1.0 if place.fill is None else place.fill.gain
 
 
+def rejected(config: SEConfig, site: Site) -> str | None:
+    """Why the filters of `config` leave `site` out; None if they keep it."""
+    if config.stages is not None and site.stage not in config.stages:
+        return f"stage {site.stage} is not in stages={list(config.stages)}"
+    if config.include is not None and not any(fnmatchcase(site.path, p) for p in config.include):
+        return "no include pattern matches"
+    if config.exclude is not None and any(fnmatchcase(site.path, p) for p in config.exclude):
+        return "an exclude pattern matches"
+    if site.channels < config.min_channels:
+        return f"{site.channels} channels are below min_channels={config.min_channels}"
+    if config.filter_fn is not None and not config.filter_fn(site):
+        return "filter_fn said no"
+    return None
+
+
 def _replaced(place: Place) -> tuple[str, ...]:
     """The tensors of the attention that a block replaces."""
     if place.fill is None or not place.fill.replaces:
@@ -199,7 +200,7 @@ def _replaced(place: Place) -> tuple[str, ...]:
 
 
 def _values(place: Place, dims: tuple[int, ...]) -> list[fx.Node]:
-    """The gated value and, of the same shape, the sum that it goes into, which may know more of its axes."""
+    """The gated value, and the sum that it goes into where that has the same shape, and may know more about the axes."""
     return [n for n in (place.node, place.unit.merge) if n is not None and is_tensor(n) and shape(n) == dims]
 
 

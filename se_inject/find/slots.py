@@ -1,4 +1,4 @@
-"""Empty attention slots: places where a model's author left room for channel attention."""
+"""Empty attention slots: attributes in which a model's author left room for channel attention."""
 
 from __future__ import annotations
 
@@ -23,10 +23,13 @@ _ABSENT = object()
 
 @dataclasses.dataclass(eq=False)
 class Slot:
-    """An empty slot: the call of what stands in it, in a forward traced with the slot filled.
+    """A slot for a block.
 
-    `gain` is the factor that the author's code puts behind a filled slot (NFNet: 2), else 1. `replaces`
-    says that the slot is not empty: it holds channel attention that is to be swapped.
+    Attributes:
+        name: Of the attribute.
+        view, node: The call of its content, in a forward that was traced with the slot filled.
+        gain: The factor that the author's code puts behind a filled slot (NFNet: 2), else 1.
+        replaces: Whether the slot holds channel attention that the block replaces; else it is empty.
     """
 
     name: str
@@ -81,10 +84,10 @@ def gate_slot(view: ModuleGraph, gates: Gates) -> Slot | None:
 
 @functools.lru_cache(maxsize=256)
 def takes_activation(owner: Any, slot: str) -> bool:
-    """Whether the author hands the owner's activation on to what is put into `slot`.
+    """Whether the author gives the owner's activation to the content of `slot`.
 
-    It is read from the constructor, where ``self.<slot>`` is assigned a call with ``act_layer=``.
-    Authors differ: EfficientNet and CSPNet do, ResNet and ByobNet leave attention its ReLU.
+    The constructor tells: it does where ``self.<slot>`` is assigned a call with ``act_layer=``. EfficientNet and
+    CSPNet do so; ResNet and ByobNet leave attention its ReLU.
     """
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(owner.__init__)))
@@ -115,12 +118,12 @@ def _usable(node: fx.Node) -> bool:
 
 
 def _after_work(view: ModuleGraph, node: fx.Node) -> bool:
-    """Whether a learned layer of the same forward comes before `node`: else it would gate the input, shortcut and all."""
+    """Whether a learned layer of the same forward comes before `node`; else a gate there would scale the shortcut, too."""
     return any(view.is_learned(n) for n in view.members(view.ancestors[view.index[node]]) if n is not node)
 
 
 def _probe(view: ModuleGraph, name: str) -> tuple[Forward, fx.Node, float] | None:
-    """Fill a None slot with a marker and see whether, where, and with which gain the author's code calls it."""
+    """Fill a None slot with a marker and find the place and the gain of its call; None where the forward does not call it."""
     try:
         forward, _ = own_forward(view.call, marker=name)
     except Refusal:

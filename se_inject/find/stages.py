@@ -16,10 +16,10 @@ from .placement import Place
 
 
 class Stages:
-    """Which stage a place is in.
+    """The stage of a place.
 
-    By the modules that a model's feature info names, in the order of the run; where it names none that there is,
-    by the reduction that it gives; where a model has no feature info, by halvings of the image, the stem being 0.
+    The model's feature info names the last module of each stage. Where those names are not the model's, its reductions
+    count; where a model has no feature info, the halvings of the image. The stem is 0.
     """
 
     def __init__(self, model: nn.Module, traces: TracedModel) -> None:
@@ -34,7 +34,7 @@ class Stages:
         self._ends = _ends(model, traces, [str(e.get("module", "")) for e in entries])
 
     def position(self, place: Place) -> int:
-        """Where in the run the gated value was made, for sorting."""
+        """The moment of the run at which the gated value was made, for sorting."""
         call = self._maker(place)
         return place.view.call.begin if call is None else call.begin
 
@@ -66,7 +66,7 @@ class Stages:
 
 
 def _ends(model: nn.Module, traces: TracedModel, names: list[str]) -> list[int]:
-    """When each named module was done, -1 for one that was not called; empty where the names are not the model's."""
+    """The moment at which each named module ended, -1 for one without a call; empty where the names are not the model's."""
     calls: list[Call] = [c for group in traces.calls.values() for c in group]
     by_end: dict[str, int] = defaultdict(int)
     for c in calls:
@@ -82,7 +82,7 @@ def _ends(model: nn.Module, traces: TracedModel, names: list[str]) -> list[int]:
 
 
 def _resolve(model: nn.Module, paths: Any, name: str) -> str | None:
-    """The path of the module that is meant by a name: it, or the only one that ends with it."""
+    """The path that a name means: the name itself, or the only path that ends with it."""
     try:
         model.get_submodule(name)
     except AttributeError:

@@ -1,4 +1,4 @@
-"""Which of the candidates of all owners are the units of a model: the outermost, where authors left room first."""
+"""The units of a model: of the candidates of all owners the outermost; an author's slot goes first."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def find_units(traces: TracedModel, gates: Gates, config: SEConfig) -> tuple[lis
 
 
 def _is_in_untraced(call: Call, traces: TracedModel) -> bool:
-    """Whether a call lies in a forward, other than the model's, that could not be traced: a unit of which nothing is known."""
+    """Whether a call is inside a forward, other than the model's, that could not be traced: an unknown unit."""
     at = call.parent
     while at is not None and at.parent is not None:
         if at.module in traces.failures:
@@ -61,7 +61,7 @@ def _is_in_untraced(call: Call, traces: TracedModel) -> bool:
 
 
 def find_untraced(traces: TracedModel, units: list[Candidate]) -> list[tuple[Call, str]]:
-    """The modules on maps whose forward could not be traced, and why, but for those around units or inside one."""
+    """The modules on maps whose forward could not be traced, each with the reason, except those around or inside units."""
     holders = _Holders(units)
     around: set[int] = set()
     for c in units:
@@ -81,10 +81,10 @@ def find_untraced(traces: TracedModel, units: list[Candidate]) -> list[tuple[Cal
 def _rooms(
     traces: TracedModel, views: list[ModuleGraph], gates: Gates, linear: _Holders, config: SEConfig
 ) -> tuple[dict[nn.Module, Slot], dict[nn.Module, Slot]]:
-    """Where authors left room for attention or put it, by owner; and those of it that are the place for a block.
+    """The slots of all owners, empty or filled, and among them those that take a block.
 
-    Of a class that has attention in one slot here and left the same empty there, both are the place. What lies in a
-    linear branch is none: a block there would be lost when the author's code makes one convolution of it.
+    Where a class fills a slot in one owner and leaves it empty in another, both slots count. A slot in a linear branch
+    does not: the author's code may fuse the branch into one convolution, and the block would be lost.
     """
     empty = {}
     for view in views:
@@ -104,7 +104,7 @@ def _rooms(
 
 
 def _at_slot(slot: Slot, view: ModuleGraph, found: list[Candidate]) -> Candidate:
-    """The unit that a slot belongs to, with the slot as its end: the author's room wins over other places."""
+    """The unit that a slot belongs to, with the slot as its end: a slot goes before other places."""
     own = found if slot.view.forward is view.forward else candidates(slot.view)
     around = [c for c in own if c.branch >> slot.view.index[slot.node] & 1 and c.reason is None]
     if around:
@@ -116,7 +116,7 @@ def _at_slot(slot: Slot, view: ModuleGraph, found: list[Candidate]) -> Candidate
 def _without_shortcut(
     view: ModuleGraph, room: Slot | None, of_residual_class: bool, begins: list[int], config: SEConfig
 ) -> Candidate | None:
-    """The whole forward as a unit, where its class has a shortcut elsewhere, or its author thought of attention."""
+    """The whole forward as a unit, where its class has a shortcut in other owners, or a slot for attention."""
     if room is None or of_residual_class:
         return chain_end(view) if of_residual_class else None
     end = chain_end(view, kind_of(room)) if config.placement != "auto" else None
@@ -128,7 +128,7 @@ def _without_shortcut(
 
 
 def _without(view: ModuleGraph, node: fx.Node, begins: list[int]) -> int:
-    """Mask of what comes before `node` in its forward, but for calls in which one of the calls `begins` is."""
+    """Mask of the nodes before `node` in its forward, without calls inside which one of the calls `begins` is."""
     mask = 0
     for n in view.members(view.ancestors[view.index[node]]):
         span = view.call_of(n) if n.op == "call_module" else None
@@ -138,7 +138,7 @@ def _without(view: ModuleGraph, node: fx.Node, begins: list[int]) -> int:
 
 
 class _Holders:
-    """Which units lie around a call, in the forwards that lead to it."""
+    """The units around a call, in the forwards that lead to it."""
 
     def __init__(self, units: Iterable[Candidate]) -> None:
         self._of: dict[int, list[Candidate]] = defaultdict(list)
@@ -155,10 +155,10 @@ class _Holders:
 
 
 def _outermost(chosen: list[Candidate], slots: dict[nn.Module, Slot], linear: list[Candidate]) -> list[Candidate]:
-    """Drop what lies inside another unit, so that nothing is gated twice on one way.
+    """Drop units inside other units, so that no value is gated twice.
 
-    A unit that holds a slot further inside gives way to it, and an aggregation to the residual units of the
-    modules that it calls: it is then a stage of them (CSPNet). So does a skip around a stage of residual units.
+    A unit with a slot further inside is dropped for the slot. An aggregation of modules that are residual units is dropped
+    for these: it is a stage of them (CSPNet). So is a skip around a stage of residual units.
     """
     holders = _Holders(chosen)
     gone: set[int] = set()

@@ -80,7 +80,7 @@ def _product(memory: Memory, node: fx.Node) -> _Product:
             break
         full, k = parts
         operands = [full, k] if isinstance(k, fx.Node) else [full]
-        if any(memory.is_read_after(n, found.full) for n in operands) or (writes(found.full) and memory.is_pinned(full)):
+        if any(memory.is_read_after(n, found.full) for n in operands) or (writes(found.full) and memory.is_external(full)):
             break
         found.nodes.append(found.full)
         found.full = full

@@ -113,7 +113,7 @@ class InlinedGraph:
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         """Let `new` stand for `old`, which is erased."""
         for user in old.users:
-            user.meta["shares"] = [new if n is old else n for n in user.meta.get("shares", ())]
+            user.meta["may_alias"] = [new if n is old else n for n in user.meta.get("may_alias", ())]
         old.replace_all_uses_with(new)
         self.graph.erase_node(old)
         self._replaced[old] = new

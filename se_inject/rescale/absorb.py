@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from ..capture.recording import Call
-from ..dataflow.branches import other_ways
+from ..dataflow.branches import other_branches
 from ..dataflow.module_graph import ModuleGraph, TracedModel, spelled
 from ..dataflow.ops import CONVS, argument, is_tensor, layer_arguments, of, shape
 from ..dataflow.value_flow import ValueFlow
@@ -61,7 +61,7 @@ class Absorber:
         """
         if not view.forward.decisions:
             return
-        for pairs in other_ways(view):
+        for pairs in other_branches(view):
             there = pairs.get(node)
             ours = {pairs.get(u) for u in readers(view, node)}
             if there is None or pairs.get(user) is None or None in ours or ours != {

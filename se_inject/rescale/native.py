@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..blocks.catalogue import gains
+from ..blocks.identity import gains
 from ..capture.inputs import runs_on, smaller_sizes, without_values
 from ..capture.snapshot import restored
 from ..errors import Refusal, SEInjectError

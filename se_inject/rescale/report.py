@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from ..tables import text_table
+
 
 @dataclasses.dataclass(frozen=True)
 class FoldedSite:
@@ -57,9 +59,7 @@ class FoldReport:
         head = ("site", "mean gate", "variation", "result")
         rows = [(s.path, f"{s.gate:.4f}", f"{s.variation:.4f}", f"folded into {', '.join(s.into)}" if s.folded
                  else f"kept: {s.reason}") for s in self.sites]
-        widths = [max(len(row[i]) for row in [head, *rows]) for i in range(3)]
-        lines = ["  ".join([row[0].ljust(widths[0]), row[1].rjust(widths[1]), row[2].rjust(widths[2]), row[3]])
-                 for row in [head, *rows]]
+        lines = [text_table(head, rows, left=("site", "result"))]
         agreement = "" if self.agreement is None else f", top-1 as before for {self.agreement:.2%}"
         lines.append(f"{len(self.folded)} of {len(self.sites)} blocks folded; on {self.images} images the outputs changed by "
                      f"{self.change:.3g} (relative RMS){agreement}")

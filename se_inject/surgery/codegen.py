@@ -1,4 +1,4 @@
-"""Generate the forward of an owner that calls its blocks: a subclass of its own class, or a new graph."""
+"""The forward of an owner that calls its blocks, generated: in a subclass of its own class, or as a new graph."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from .state import BASE, OwnerEdits, base_class, edits_of, set_edits
 def trace_modes(
     module: nn.Module, constants: dict[str, Any], known: Branch | None = None
 ) -> tuple[list[Branch], dict[str, Any]]:
-    """Trace an owner for rewriting: the ways through its forward, and the arguments that they hold fixed.
+    """Trace an owner for rewriting: the branches of its forward, and the arguments that they hold fixed.
 
-    Arguments stay open where the forward does not branch on them. `known` is the only way in eval mode with
+    An argument stays open where the forward does not branch on it. `known` is the only branch in eval mode with
     `constants`, where it is at hand. `module` is not changed.
 
     Raises:
@@ -63,7 +63,7 @@ def trace_modes(
 def generate(
     module: nn.Module, edits: OwnerEdits, known: fx.Graph | None = None
 ) -> type[nn.Module] | dict[str, fx.Graph] | None:
-    """What an owner needs that its blocks are called: a class, graphs, or nothing. `module` is not changed.
+    """The code that an owner needs to call its blocks: a class, graphs, or nothing. `module` is not changed.
 
     Raises:
         Refusal: As `generate_class` and `generate_graphs`.
@@ -79,7 +79,7 @@ def generate_class(module: nn.Module, edits: OwnerEdits, known: fx.Graph | None 
     """A subclass of `module`'s class whose forward calls the blocks. `module` is not changed.
 
     Owners of one class and equal code share one generated class. `known` is the trace that the edits were
-    made for, where it is at hand and the forward has no other ways.
+    made for, where it is at hand and the forward has no other branches.
 
     Raises:
         Refusal: The forward cannot be traced, or is not the one that the edits were made for.
@@ -99,7 +99,7 @@ def generate_class(module: nn.Module, edits: OwnerEdits, known: fx.Graph | None 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def regenerate(module: nn.Module) -> None:
-    """Rewrite an owner anew, in place, after its author's code, or the user's, set an attribute that its forward may read.
+    """Rewrite a stale owner again, in place: code of its author or of the user set an attribute that its forward may read.
 
     Raises:
         TraceError: The place of a block is not in the forward as it is now.
@@ -142,7 +142,7 @@ def _regenerate(module: nn.Module) -> None:
 def _trace_without_blocks(
     module: nn.Module, edits: OwnerEdits, known: fx.Graph | None
 ) -> tuple[list[Branch], dict[str, Any]]:
-    """Trace the author's own forward, whether or not the blocks are there: an owner may iterate its children."""
+    """Trace the author's own forward with the blocks taken out, as an owner may iterate its children."""
     children, cls = dict(module._modules), type(module)
     try:
         for edit in edits.edits:
@@ -159,10 +159,10 @@ def _trace_without_blocks(
 def _generate(
     module: nn.Module, edits: OwnerEdits, main: fx.Graph, paths: list[Branch], fixed: dict[str, Any]
 ) -> type[nn.Module]:
-    """The class for ways through a forward; `edits` are those of `main`, which is kept as it is."""
+    """The class for the branches of a forward; `edits` are those of `main`, which stays as it is."""
     base = base_class(module)
     guards, names = guards_for(fixed, f"{base.__name__}.forward was rewritten for one value of {{name}}: "
-                            "eject(), then inject() the model in the way it is called")
+                            "eject(), then inject() the model as it is called")
     if len(paths) == 1:
         assert paths[0].graph is not None
         code = put_in(paths[0].graph, edits.edits).python_code("self")
@@ -173,13 +173,13 @@ def _generate(
     def define(graph: fx.Graph, name: str) -> None:
         code = graph.python_code("self")
         if any(names.setdefault(k, v) is not v for k, v in code.globals.items()):
-            raise Refusal(f"{base.__name__}.forward gives one name to two things in its ways")
+            raise Refusal(f"{base.__name__}.forward gives one name to two things in its branches")
         functions.append(code.src.replace("def forward(", f"def {name}(", 1))
 
     def branch(prefix: tuple[bool, ...], indent: str) -> str:
         here = [p for p in paths if p.outcomes[:len(prefix)] == prefix]
         if len(here) == 1 and here[0].outcomes == prefix:
-            name = f"_se_way_{paths.index(here[0])}"
+            name = f"_se_branch_{paths.index(here[0])}"
             if here[0].graph is None:
                 return f"{indent}raise {ERROR_NAME}({here[0].error!r})\n"
             graph = here[0].graph
@@ -244,7 +244,8 @@ def _class_of(
 
 
 def _set_attribute(self: nn.Module, name: str, value: Any) -> None:
-    """Set it; and as the author's forward may read it, where the trace holds what it was, rewrite anew before the next call."""
+    """Set the attribute and mark the owner stale: the generated forward has the old value baked in, so it is regenerated
+    before the next call."""
     cls: Any = type(self)
     old = getattr(self, name, None)
     base_class(self).__setattr__(self, name, value)
@@ -259,7 +260,7 @@ _OF_MODULES = {  # what torch sets on modules
 
 
 def _traces_alike(old: Any, new: Any) -> bool:
-    """Whether a trace is the same for two values of an attribute: it reads tensors and children by their names."""
+    """Whether a trace is the same for two values of an attribute; it reads tensors and children by name."""
     if isinstance(old, torch.Tensor) or isinstance(new, torch.Tensor):
         return isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor) and old.shape == new.shape
     if isinstance(old, nn.Module) or isinstance(new, nn.Module):
@@ -270,12 +271,12 @@ def _traces_alike(old: Any, new: Any) -> bool:
 
 @functools.cache
 def _stale(cls: Any) -> type[nn.Module]:
-    """The class of an owner whose attributes were set since its forward was generated as `cls`."""
+    """The class of a stale owner, whose forward was generated as `cls`."""
     return derived(getattr(cls, BASE), {
-        "forward": _forward_anew, "_se_stale": True, "_se_graph": cls._se_graph, "__reduce_ex__": _reduce})
+        "forward": _regenerated_forward, "_se_stale": True, "_se_graph": cls._se_graph, "__reduce_ex__": _reduce})
 
 
-def _forward_anew(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _regenerated_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     regenerate(self)
     return self.forward(*args, **kwargs)
 

@@ -1,9 +1,9 @@
-"""What is done to the owner of a site, as data: put into a graph, put into the module, and taken out again.
+"""Blocks in an owner: put into its graph, put into the module, and taken out again.
 
-Four ways, the lightest that serves: an empty slot is filled and the author's own forward calls it;
-a plain `nn.Sequential` gets the block as one more child, without a position of its own; an `fx.GraphModule`
-gets a new graph; any other owner gets a subclass of its own class whose forward is generated from its traced
-graph. The weights and their names stay where they are.
+There are four kinds of edits; the lightest that serves is taken. An empty slot is filled, and the author's own forward
+calls it. A plain `nn.Sequential` gets the block as one more child, without a position of its own. An `fx.GraphModule` gets
+a new graph. Any other owner gets a subclass of its own class, with a forward that is generated from its traced graph.
+Weights and their names stay where they are.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _insert(graph: fx.Graph, nodes: list[fx.Node], edit: Edit) -> None:
 
 
 def moved(edits: tuple[Edit, ...], old: fx.Graph, new: fx.Graph, module: nn.Module) -> tuple[Edit, ...]:
-    """The edits of one graph in another of the same forward: by the gated node, or by what uses it.
+    """The edits of one graph, for another graph of the same forward: the place is found by the gated node or its users.
 
     Raises:
         Refusal: A place is not there, or not clear.
@@ -58,12 +58,12 @@ def moved(edits: tuple[Edit, ...], old: fx.Graph, new: fx.Graph, module: nn.Modu
         everyone = edit.users is None or set(users) == set(node.users)
         if node in pairs:
             there = {pairs[node]}
-        else:  # what the users read that is no counterpart of anything else
+        else:  # the value that the users read there and that has no other counterpart
             there = {m for u in users if u in pairs for m in pairs[u].all_input_nodes if m not in taken}
         (target,) = there if len(there) == 1 else (None,)
         if target is None or (any(u not in pairs for u in users) and not (everyone and node in pairs)):
             raise Refusal(
-                f"{type(module).__name__}.forward has another way in which the place of {edit.slot!r} is not to be found")
+                f"{type(module).__name__}.forward has a branch in which the place of {edit.slot!r} cannot be found")
         out.append(dataclasses.replace(
             edit, node=index[target], name=target.name,
             users=None if everyone and node in pairs else tuple(index[pairs[u]] for u in users)))

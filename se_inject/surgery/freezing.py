@@ -1,4 +1,4 @@
-"""What training asks of an injected model: the blocks' parameters, and a frozen base."""
+"""For training: the parameters of the blocks, and a frozen base."""
 
 from __future__ import annotations
 
@@ -16,24 +16,31 @@ _FROZEN = "_se_frozen"
 
 
 def se_parameters(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> list[nn.Parameter]:
-    """The parameters of the injected blocks, in the order of the model's modules. Changes nothing.
+    """Return the parameters of the injected blocks, in the order of the model's modules. Changes nothing.
 
-    An optimizer that was made before the injection does not have them, and says nothing about it: with
-    `optimizer`, those that it lacks are returned, to be added to it. A scheduler and an EMA that were made before
-    do not know the new group either: make them after.
+    An optimizer that was created before the injection does not have these parameters, and gives no error. With
+    `optimizer`, the result is what it lacks, for its `add_param_group`. Create schedulers and EMA models after that: they
+    do not see a new group.
 
     Args:
-        model: An injected model; wrapped by DDP or `torch.compile`, too.
-        optimizer: Leave out what it has.
+        model: An injected model, which DDP or `torch.compile` may wrap.
+        optimizer: Leave out the parameters that this optimizer has.
 
     Returns:
-        The parameters; with `optimizer`, those that it lacks, which may be none.
+        The parameters. With `optimizer`, the list may be empty.
 
     Raises:
         SEInjectError: The model has no injected blocks.
+        ConfigError: `model` is not a module, or `optimizer` is not an optimizer.
 
     Example:
-        >>> optimizer.add_param_group({"params": se_inject.se_parameters(model, optimizer), "lr": 1e-3})  # doctest: +SKIP
+        >>> import se_inject, timm, torch
+        >>> model = timm.create_model("test_resnet")
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> model = se_inject.inject(model)
+        >>> optimizer.add_param_group({"params": se_inject.se_parameters(model, optimizer), "lr": 0.01})
+        >>> len(se_inject.se_parameters(model)), len(se_inject.se_parameters(model, optimizer))
+        (16, 0)
     """
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(
@@ -44,25 +51,34 @@ def se_parameters(model: nn.Module, optimizer: torch.optim.Optimizer | None = No
 
 
 def freeze_base(model: nn.Module, head: bool | nn.Module = True) -> nn.Module:
-    """Let the blocks alone learn, in place, and return the model; `unfreeze_base` undoes it.
+    """Let only the blocks and the head learn, in place, and return the model. `unfreeze_base` undoes it.
 
-    Of everything else `requires_grad` is False, and the layers that keep statistics (BatchNorm) stay in eval mode, also
-    after ``model.train()``: a training step changes no tensor of the base. Dropout and drop path go on as they are.
-    Names, classes and the state dict do not change. Freeze before the optimizer, DDP or FSDP are made, and after a
-    `reset_classifier`.
+    `requires_grad` of all other parameters becomes False. Layers that keep statistics (BatchNorm) stay in eval mode, also
+    after ``model.train()``, so that a training step changes no tensor of the base. Dropout and drop path work as before.
+    Names, classes and the state dict do not change. Freeze before you create the optimizer or wrap the model in DDP or
+    FSDP, and after a `reset_classifier`.
 
     Args:
         model: An injected model, not wrapped; changed in place.
-        head: Whether the classifier learns, too, as a new task needs it; True takes ``model.get_classifier()``. For a
-            model without that, give the module itself.
+        head: Whether the classifier learns too, as a new task needs. True takes ``model.get_classifier()``; for a model
+            without that method, give the module itself.
+
+    Returns:
+        `model` itself.
 
     Raises:
-        SEInjectError: The model has no injected blocks; nothing was changed.
-        ConfigError: `head` is True and the model does not say its own, or it is no part of the model.
+        SEInjectError: The model has no injected blocks; nothing is changed.
+        ConfigError: `model` is not a module, `head` is True and the model does not know its own, or `head` is not a
+            module of the model.
 
     Example:
-        >>> model = timm.create_model("se_inject/resnet50", pretrained=True, num_classes=10)  # doctest: +SKIP
-        >>> optimizer = timm.optim.create_optimizer_v2(se_inject.freeze_base(model), "adamw")  # doctest: +SKIP
+        >>> import se_inject, timm
+        >>> model = timm.create_model("se_inject/test_resnet", num_classes=10)
+        >>> model = se_inject.freeze_base(model)
+        >>> [name for name, p in model.named_parameters() if p.requires_grad and ".se." not in name]
+        ['fc.weight', 'fc.bias']
+        >>> model.train().bn1.training
+        False
     """
     _paths(model, "freeze_base")
     names = _head_names(model, head)
@@ -78,12 +94,26 @@ def freeze_base(model: nn.Module, head: bool | nn.Module = True) -> nn.Module:
 
 
 def unfreeze_base(model: nn.Module) -> nn.Module:
-    """Undo `freeze_base`, in place, and return the model: what was frozen before it stays frozen.
+    """Undo `freeze_base`, in place, and return the model. Parameters that were frozen before it stay frozen.
 
-    A model that is not frozen is left as it is.
+    Args:
+        model: A model; one that is not frozen stays as it is.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        ConfigError: `model` is not a module.
+
+    Example:
+        >>> import se_inject, timm
+        >>> model = se_inject.freeze_base(timm.create_model("se_inject/test_resnet"))
+        >>> model = se_inject.unfreeze_base(model)
+        >>> all(p.requires_grad for p in model.parameters()), model.bn1.training
+        (True, True)
     """
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"unfreeze_base({model!r}) needs a model")
+        raise ConfigError(f"unfreeze_base({model!r}) needs a model, such as timm.create_model(...) returns")
     state: _Frozen | None = model.__dict__.pop(_FROZEN, None)
     if state is None:
         return model
@@ -99,7 +129,13 @@ def unfreeze_base(model: nn.Module) -> nn.Module:
 
 @dataclasses.dataclass
 class _Frozen:
-    """What `freeze_base` did: the names of the head, of what it froze, and of what is held in eval mode now."""
+    """What `freeze_base` did, as names.
+
+    Attributes:
+        head: Modules of the head that learn.
+        parameters: Parameters that it froze.
+        held: Modules that it keeps in eval mode, while the model is in train mode.
+    """
 
     head: tuple[str, ...]
     parameters: frozenset[str]
@@ -107,16 +143,16 @@ class _Frozen:
 
 
 def _train(model: nn.Module, mode: bool = True) -> nn.Module:
-    """The `train` of a frozen model: its own, after which what keeps statistics goes back to eval mode."""
+    """The `train` of a frozen model: that of its class, after which the layers with statistics go back to eval mode."""
     type(model).train(model, mode)
     _hold_statistics(model)
     return model
 
 
 def _hold_statistics(model: nn.Module) -> None:
-    """Put in eval mode what may write its buffers in train mode: norms, and layers with buffers that are made of no others.
+    """Put the modules that may write their buffers in train mode into eval mode: norms, and other leaves with buffers.
 
-    A module of several layers with a buffer, as in attention, often asks its own mode for the rate of a dropout.
+    Other modules with buffers and children (attention) often need their own mode for the rate of a dropout.
     """
     state: _Frozen = model.__dict__[_FROZEN]
     learns = _learning(model, state.head)
@@ -138,28 +174,38 @@ def _inside(name: str, paths: Iterable[str]) -> bool:
 
 
 def _paths(model: nn.Module, function: str) -> list[str]:
+    """The paths of the blocks, for a public function of this name.
+
+    Raises:
+        SEInjectError: There are none.
+        ConfigError: `model` is not a module.
+    """
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"{function}({model!r}) needs a model")
+        raise ConfigError(f"{function}({model!r}) needs a model, such as se_inject.inject(...) returns")
     paths = block_paths(model)
     if not paths:
-        raise SEInjectError(
-            f"{function}({type(model).__name__}): there are no injected blocks in this model; inject() it first")
+        raise SEInjectError(f"{function}({type(model).__name__}): this model has no injected blocks; inject() it first")
     return paths
 
 
 def _head_names(model: nn.Module, head: object) -> tuple[str, ...]:
+    """The names of the modules that `head` stands for.
+
+    Raises:
+        ConfigError: It stands for none.
+    """
     if head is False:
         return ()
     if head is True:
         if not hasattr(model, "get_classifier"):
             raise ConfigError(
-                f"freeze_base({type(model).__name__}): this model has no get_classifier() that says its head: give the "
+                f"freeze_base({type(model).__name__}): this model has no get_classifier() that returns its head: give the "
                 "module itself, as in head=model.fc, or head=False to train the blocks alone")
         return tuple(head_paths(model))
     modules = [m for m in (head if isinstance(head, (tuple, list)) else (head,)) if m is not None]
     names = {m: name for name, m in model.named_modules()}
     if any(not isinstance(m, nn.Module) or not names.get(m) for m in modules):
         raise ConfigError(
-            f"freeze_base({type(model).__name__}): head={head!r} is no module inside this model: give one, as in "
+            f"freeze_base({type(model).__name__}): head={head!r} is not a module inside this model: give one, as in "
             "head=model.fc, or True or False")
     return tuple(names[m] for m in modules)

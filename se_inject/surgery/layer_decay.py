@@ -1,4 +1,4 @@
-"""Which layer a block belongs to, for layer-wise learning rates."""
+"""The layer of a block, for layer-wise learning rates (timm's ``layer_decay``)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NAME = "group_matcher"
 
 
 def attach_matcher(model: nn.Module) -> None:
-    """Let the `group_matcher` of an injected model of timm's know the blocks. The model is changed."""
+    """Let the `group_matcher` of an injected timm model know the blocks. Changes the model."""
     if hasattr(type(model), _NAME):
         model.__dict__[_NAME] = functools.partial(_group_matcher, model)
 
@@ -26,20 +26,20 @@ def detach_matcher(model: nn.Module) -> None:
 
 
 def _group_matcher(model: nn.Module, coarse: bool = False) -> Any:
-    """The model's own `group_matcher`, with the blocks that it does not know put into the layer that they stand behind.
+    """The model's own `group_matcher`, in which a block belongs to the layer before it.
 
-    timm takes what the matcher does not know for the head, and trains it at the head's rate.
+    timm counts parameters that the matcher does not know to the head, and trains them at the head's rate.
     """
     cls: Any = type(model)
     own = cls.group_matcher(model, coarse=coarse)
-    blocks = block_paths(model)
     if not isinstance(own, dict):
         return own
+    blocks = block_paths(model)
     specs: dict[str, list[Any]] = {
         key: list(spec) if isinstance(spec, (tuple, list)) else [(spec, None)]
         for key, spec in own.items() if spec}
     changed = dict(own)
-    before: str | None = None
+    before: str | None = None  # the parameter of the base before the current one
     for name, _ in model.named_parameters():
         path = next((p for p in blocks if name.startswith(f"{p}.")), None)
         if path is None:
@@ -54,7 +54,7 @@ def _group_matcher(model: nn.Module, coarse: bool = False) -> Any:
 
 
 def _match(specs: dict[str, list[Any]], name: str) -> tuple[str, tuple[Any, ...]] | None:
-    """Where a matcher puts a parameter: the entry, and the numbers behind it."""
+    """The entry of a matcher that a parameter belongs to, and its numbers in that entry."""
     for key, entry in specs.items():
         for pattern, suffix in entry:
             r = re.match(pattern, name)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from ..blocks.catalogue import BlockSpec, make_block, problem
+from ..blocks.build import BlockSpec, make_block, problem
 from ..capture.fingerprint import frozen
 from ..capture.forward import is_plain_sequential
-from ..capture.inputs import checked_size
 from ..capture.tracer import patched
 from ..config import SEConfig
 from ..dataflow.module_graph import TracedModel
@@ -22,6 +22,7 @@ from ..errors import ConfigError, Refusal, SEInjectError
 from ..find.plan import Plan
 from ..find.sites import PlacedSite, find_sites
 from ..find.slots import takes_activation
+from ..site import Site
 from ..timm_names import architecture_of, rename, skeleton
 from .codegen import generate
 from .edits import apply_edits, parameters_near, undo_edits
@@ -194,7 +195,7 @@ def eject(model: nn.Module) -> nn.Module:
 
 
 def forget_injections(model: nn.Module) -> None:
-    """Let a model whose blocks are gone be what it is: a base, also to timm, which writes it into what it saves."""
+    """Make a model whose blocks are gone a base again, also for timm, which writes its name into files."""
     remove_hooks(model)
     for m in model.modules():
         detach_matcher(m)
@@ -211,22 +212,34 @@ def prepare(
     model: nn.Module, config: SEConfig, input_size: tuple[int, ...] | None, name: str, *, drawn: bool = False
 ) -> Prepared:
     """Find the sites and make everything that can fail, without changing the model."""
+    with recorded(model, config, input_size) as t:
+        found, untraced = placed_sites(model, t, config, drawn=drawn)
+        jobs = owner_jobs(found, t)
+    params = sum(p.numel() for p in model.parameters())
+    plan = Plan(name, config, t.run.input_size, params, t.run.macs, (*(s.site for s in found), *untraced))
+    return Prepared(plan, tuple(jobs), None if input_size is None else tuple(input_size))
+
+
+@contextlib.contextmanager
+def recorded(model: nn.Module, config: SEConfig, input_size: tuple[int, ...] | None = None) -> Iterator[TracedModel]:
+    """Check model and options, and run the model on the meta device. Inside, its modules can be traced."""
     refuse(model, "inject")
     with torch.inference_mode(False):  # a block is made to see whether it can be
         if (why := problem(config)) is not None:
             raise ConfigError(why)
-    asked = None if input_size is None else checked_size(input_size)
+    with traced(model, input_size) as t, patched():
+        yield t
+
+
+def placed_sites(
+    model: nn.Module, traces: TracedModel, config: SEConfig, *, drawn: bool = False
+) -> tuple[list[PlacedSite], list[Site]]:
+    """`find_sites` for a model that may have blocks already."""
     taken = {m: f"{path}.{slots_of(m)[0]}".lstrip(".") for path, m in model.named_modules() if edits_of(m) is not None}
-    with traced(model, asked) as t, patched():
-        found, untraced = find_sites(model, t, config, taken=taken, drawn=drawn)
-        jobs = _jobs(found, t)
-        run = t.run
-    params = sum(p.numel() for p in model.parameters())
-    made = Plan(name, config, run.input_size, params, run.macs, (*(s.site for s in found), *untraced))
-    return Prepared(made, tuple(jobs), asked)
+    return find_sites(model, traces, config, taken=taken, drawn=drawn)
 
 
-def _jobs(found: list[PlacedSite], traces: TracedModel) -> list[Job]:
+def owner_jobs(found: list[PlacedSite], traces: TracedModel) -> list[Job]:
     """Group the sites by owner and generate the owners' code; a site whose owner refuses gets a reason."""
     owners: dict[nn.Module, list[PlacedSite]] = defaultdict(list)
     for s in found:
@@ -275,7 +288,7 @@ def _edits(module: nn.Module, group: list[PlacedSite]) -> OwnerEdits:
 
 
 def _child_before(s: PlacedSite) -> str:
-    """The owner's child that is called last on the way to a site."""
+    """The owner's child that is called last before a site."""
     names = (str(n.target).partition(".")[0] for n in s.view.calls_before(s.place.node))
     return next((name for name in names if name in s.view.module._modules and name != s.site.slot), "")
 
@@ -283,7 +296,7 @@ def _child_before(s: PlacedSite) -> str:
 def _block(found: PlacedSite, owner: nn.Module, model: nn.Module, config: SEConfig) -> nn.Module:
     site = found.site
     device, dtype = parameters_near(owner, model)
-    spec = BlockSpec(config.block, site.channels, site.rd_channels, site.layout, site.style, config.bias)
+    spec = BlockSpec(site.channels, site.rd_channels, site.layout, site.style)
     slot = found.place.fill
     kind: Any = type(owner)
     own = found.place.inner if slot is None else takes_activation(kind, slot.name)

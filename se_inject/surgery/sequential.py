@@ -1,8 +1,7 @@
-"""An `nn.Sequential` with blocks among its children, whose positions are still those that its author counts.
+"""An `nn.Sequential` with blocks among its children, in which the author's positions stay.
 
-Authors iterate a Sequential and index it by number (VGG's intermediate features). A block is a child of its own, with a
-name of its own, but no position: what stands at a position is the author's child, and calling it calls the
-blocks behind it, too.
+Authors iterate a Sequential and index it by number (VGG's intermediate features). A block is a child with a name, but
+without a position: at a position stands the author's child, and a call of it also calls the blocks behind it.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from .state import base_class, edits_of, set_edits, slots_of
 
 
 class Gated:
-    """An author's child with the blocks around it, to be called; its attributes are the child's, also when they are set."""
+    """An author's child with the blocks around it, to be called. Its attributes are the child's, to read and to set."""
 
     def __init__(self, child: nn.Module, before: list[nn.Module], behind: list[nn.Module]) -> None:
         self.__dict__["_child"] = child

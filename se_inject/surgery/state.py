@@ -122,7 +122,28 @@ def set_injections(model: nn.Module, injections: tuple[Injection, ...]) -> None:
 
 
 def block_paths(model: nn.Module) -> list[str]:
-    """Dotted names of the injected blocks, in the order of the model's modules."""
+    """Return the dotted names of the injected blocks, in the order of the model's modules. Changes nothing.
+
+    Args:
+        model: A model, with or without blocks.
+
+    Returns:
+        The names, for `get_submodule`; none for a model without blocks.
+
+    Example:
+        >>> import se_inject, timm
+        >>> model = se_inject.inject(timm.create_model("test_resnet"), stages=(1, 2))
+        >>> se_inject.block_paths(model)
+        ['layer1.0.se', 'layer2.0.se']
+        >>> model.get_submodule("layer1.0.se")
+        SqueezeExcite(
+          32, layout=NCHW, gain=2
+          (fc1): Conv2d(32, 8, kernel_size=(1, 1), stride=(1, 1))
+          (act): ReLU(inplace=True)
+          (fc2): Conv2d(8, 32, kernel_size=(1, 1), stride=(1, 1))
+          (gate): Sigmoid()
+        )
+    """
     return [f"{path}.{slot}" if path else slot for path, m in model.named_modules() for slot in slots_of(m)]
 
 

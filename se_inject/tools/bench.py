@@ -1,4 +1,4 @@
-"""What blocks cost: inference, a training step, the injection itself, and loading; against the base in the same run."""
+"""What blocks cost: in inference, in a training step, to inject, and to load; each is timed beside a base."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import platform
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,248 +17,212 @@ from torch import nn
 
 from ..config import SEConfig
 from ..errors import ConfigError
-from ..surgery import pipeline as surgery
-from ..surgery.session import traced
+from ..find.plan import Plan
+from ..surgery import pipeline
 from ..timm_names import PREFIX, base_name, door_options, skeleton
-from .timing import Job, Spread, clock, interleaved, peak_memory, peak_resident, ratios, watched
-from .variants import BASE, OPTIMIZED, Variant, create, image_size, optimized, outputs, plain_variants
+from ..weights.files import load, save
+from .bench_report import STAGES, Comparison, Entry, Report, Settings
+from .machine import description, device_for, threads
+from .memory import peak_memory, peak_resident
+from .outputs import tensors
+from .timing import Job, Spread, clock, interleaved, ratios
+from .variants import BASE, OPTIMIZED, Variant, create, image_size, optimized, plain_variants
 
-MEASURES = ("inference", "training", "surgery", "loading")
-DTYPES = ("float32", "bfloat16", "float16")
-CHECKED = 2  # images on which an optimised model is compared with the plain one
-PARTS = {"traced": "record", "find_sites": "sites", "_jobs": "code", "apply": "apply"}  # of an injection, by their functions
+CHECKED = 2  # images on which an optimized model is compared with the plain one
 
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How it is measured; see the options of ``se-inject bench``."""
-
-    batches: tuple[int, ...] = (1,)
-    dtypes: tuple[str, ...] = ("float32",)
-    size: int | None = None
-    threads: int | None = None
-    device: str = "cpu"
-    channels_last: bool = False
-    compile: bool = False
-    native: bool = True
-    rounds: int | None = None
-    min_time: float = 3.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """One line of a comparison.
-
-    Attributes:
-        name, architecture: See `Variant`; of surgery and loading, `name` is what was done.
-        seconds: Of one call.
-        ratios: To the lines that it is compared with, from the times of the same round.
-        memory: Bytes at the peak, beyond what was there before.
-        params, blocks, deviation: See `Variant`.
-        parts: Seconds (medians) of the parts of an injection.
-        nodes: Nodes of the graphs that an injection traced; a module that is there many times counts as often.
-        file: Bytes of the file that was loaded.
-    """
-
-    name: str
-    architecture: str
-    seconds: Spread
-    ratios: dict[str, Spread]
-    memory: int | None = None
-    params: int | None = None
-    blocks: int | None = None
-    deviation: float | None = None
-    parts: dict[str, float] | None = None
-    nodes: int | None = None
-    file: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """What was timed in the same rounds."""
-
-    model: str
-    rounds: int
-    entries: tuple[Entry, ...]
-    batch: int | None = None
-    size: tuple[int, ...] | None = None
-    dtype: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """All comparisons of one run, and where it was."""
-
-    measure: str
-    settings: Settings
-    options: dict[str, Any]
-    machine: dict[str, Any]
-    comparisons: tuple[Comparison, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+Other = tuple[str, Mapping[str, Any]]  # a timm name and its arguments
 
 
 def bench(
     names: Sequence[str], measure: str = "inference", config: SEConfig | None = None, args: Mapping[str, Any] | None = None,
-    others: Sequence[tuple[str, Mapping[str, Any]]] = (), settings: Settings | None = None,
-    say: Callable[[str], object] = lambda text: None,
+    others: Sequence[Other] = (), settings: Settings | None = None, say: Callable[[str], object] = lambda text: None,
 ) -> Report:  # fmt: skip
-    """Measure each of `names`.
+    """Measure each base in `names`.
 
     Args:
-        names: timm names of bases.
+        names: timm names.
         measure: One of `MEASURES`.
-        config: The injection's options.
+        config: The options of the injection.
         args: Arguments of `timm.create_model`, for the bases.
-        others: Names and arguments of further models, for inference and training.
-        settings: How.
-        say: Is told what is done.
+        others: Further models, for inference and training.
+        settings: How to measure.
+        say: Called with a line of text before each step.
 
     Raises:
-        ConfigError: A name, the device or the size is not there, or does not go with `measure`.
-        SEInjectError: There is nothing to inject, or an optimised model does not compute what the plain one does.
+        ConfigError: A name, the device or the size does not exist, or does not fit `measure`.
+        SEInjectError: There is nothing to inject, or an optimized model deviates from the plain one.
     """
-    settings, config, args = settings or Settings(), config or SEConfig(), dict(args or {})
-    device = _device(settings.device, measure)
+    config, args, settings = config or SEConfig(), dict(args or {}), settings or Settings()
+    if not settings.batches:
+        settings = dataclasses.replace(settings, batches=(8 if measure == "training" else 1,))
+    device = device_for(settings.device, measure)
     if others and measure in ("surgery", "loading"):
-        raise ConfigError(f"--measure {measure} is of the names themselves, and takes no --vs: give all names as NAME...")
-    names = [base_name(name) for name in names]
-    for name in names:
-        image_size(name, args, settings.size)  # a wrong name is said before anything is timed
-    for name, given in others:
-        image_size(name, given, settings.size)
-    measures: dict[str, Callable[..., Iterator[Comparison]]] = {
-        "inference": _inference, "training": _training, "surgery": _surgery, "loading": _loading}
-    with _threads(settings.threads), torch.random.fork_rng(devices=[]), _silent():
+        raise ConfigError(f"--measure {measure} takes no --vs: give all models as NAMEs")
+    tasks = [
+        _Task(name, config, args, others, settings, device, say, image_size(name, args, settings.size))
+        for name in map(base_name, names)]
+    for other, other_args in others:
+        image_size(other, other_args, settings.size)  # a wrong name is an error before anything is timed
+    with threads(settings.threads), torch.random.fork_rng(devices=[]), _quiet():
         torch.manual_seed(0)
-        comparisons = [c for name in names for c in measures[measure](name, config, args, others, settings, device, say)]
-        machine = _machine(device)
-    return Report(measure, settings, {**config.to_dict(), **args}, machine, tuple(comparisons))
+        comparisons = tuple(comparison for task in tasks for comparison in MEASURES[measure](task))
+        machine = description(device)
+    return Report(measure, settings, {**config.to_dict(), **args}, machine, comparisons)
 
 
-def _inference(
-    name: str, config: SEConfig, args: dict[str, Any], others: Any, settings: Settings, device: torch.device, say: Any
-) -> Iterator[Comparison]:
-    say(f"{name}: making the models")
-    plain = plain_variants(name, config, args, others, settings.native)
-    size = image_size(name, args, settings.size)
-    layout = _layout(settings)
-    variants: list[Variant] = []
-    for v in plain:
-        v.model.to(device).to(memory_format=layout)
-        variants += [v, optimized(v, _images(CHECKED, size, device, layout))]
-    for dtype in settings.dtypes:
-        kind = getattr(torch, dtype)
-        models = {v.name: v.model.to(kind) for v in variants}
-        if settings.compile:
-            torch.compiler.reset()
-            models = {key: torch.compile(model) for key, model in models.items()}  # type: ignore[misc]
-        for batch in settings.batches:
-            images = _images(batch, size, device, layout).to(kind)
-            jobs = {key: Job(functools.partial(_forward, model, images)) for key, model in models.items()}
-            yield _compared(name, variants, jobs, settings, device, say, batch=batch, size=size, dtype=dtype)
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """One base, and how to measure it."""
 
+    name: str
+    config: SEConfig
+    args: Mapping[str, Any]
+    others: Sequence[Other]
+    settings: Settings
+    device: torch.device
+    say: Callable[[str], object]
+    size: tuple[int, ...]
 
-def _training(
-    name: str, config: SEConfig, args: dict[str, Any], others: Any, settings: Settings, device: torch.device, say: Any
-) -> Iterator[Comparison]:
-    say(f"{name}: making the models")
-    variants = plain_variants(name, config, args, others, settings.native)
-    size = image_size(name, args, settings.size)
-    layout = _layout(settings)
-    models = {v.name: v.model.to(device).to(memory_format=layout).train() for v in variants}
-    if settings.compile:
+    @property
+    def layout(self) -> torch.memory_format:
+        return torch.channels_last if self.settings.channels_last else torch.preserve_format
+
+    def variants(self) -> list[Variant]:
+        self.say(f"{self.name}: making the models")
+        variants = plain_variants(self.name, self.config, self.args, self.others, self.settings.native)
+        for v in variants:
+            v.model.to(self.device).to(memory_format=self.layout)
+        return variants
+
+    def images(self, batch: int) -> torch.Tensor:
+        images = torch.randn(batch, *self.size, generator=torch.Generator().manual_seed(0))
+        return images.to(device=self.device, memory_format=self.layout)
+
+    def compiled(self, models: dict[str, nn.Module]) -> dict[str, nn.Module]:
+        if not self.settings.compile:
+            return models
         torch.compiler.reset()
-        models = {key: torch.compile(model) for key, model in models.items()}  # type: ignore[misc]
-    for dtype in settings.dtypes:
-        for batch in settings.batches:
-            images = _images(batch, size, device, layout)
+        return {name: torch.compile(model) for name, model in models.items()}  # type: ignore[misc]
+
+    def timed(self, jobs: Mapping[str, Job], what: str = "") -> dict[str, list[float]]:
+        self.say(f"{self.name}{what}: timing {', '.join(jobs)}")
+        return interleaved(jobs, rounds=self.settings.rounds, min_time=self.settings.min_time, now=clock(self.device))
+
+    def compared(self, variants: list[Variant], jobs: dict[str, Job], batch: int, dtype: str) -> Comparison:
+        """Time the variants against the base, and the optimized ones also against the optimized base."""
+        times = self.timed(jobs, f", batch {batch}, {dtype}")
+        entries = []
+        for v in variants:
+            references = [BASE, BASE + OPTIMIZED] if v.is_optimized else [BASE]
+            entries.append(Entry(
+                v.name, v.architecture, Spread.of(times[v.name]), {to: ratios(times, v.name, to) for to in references},
+                peak_memory(jobs[v.name], self.device), v.params, v.blocks, v.deviation))
+        return Comparison(self.name, len(times[BASE]), tuple(entries), batch, self.size, dtype)
+
+
+def _inference(task: _Task) -> Iterator[Comparison]:
+    images = task.images(CHECKED)
+    variants = [v for plain in task.variants() for v in (plain, optimized(plain, images))]
+    for dtype in task.settings.dtypes:
+        kind = getattr(torch, dtype)
+        models = task.compiled({v.name: v.model.to(kind) for v in variants})
+        for batch in task.settings.batches:
+            images = task.images(batch).to(kind)
+            jobs = {name: Job(functools.partial(_forward, model, images)) for name, model in models.items()}
+            yield task.compared(variants, jobs, batch, dtype)
+
+
+def _training(task: _Task) -> Iterator[Comparison]:
+    variants = task.variants()
+    models = task.compiled({v.name: v.model.train() for v in variants})
+    for dtype in task.settings.dtypes:
+        for batch in task.settings.batches:
+            images = task.images(batch)
             jobs = {
-                v.name: Job(functools.partial(_step, models[v.name], images, dtype), functools.partial(_forget, v.model))
+                v.name: Job(functools.partial(_step, models[v.name], images, dtype), v.model.zero_grad)
                 for v in variants}
-            yield _compared(name, variants, jobs, settings, device, say, batch=batch, size=size, dtype=dtype)
+            yield task.compared(variants, jobs, batch, dtype)
 
 
-def _compared(
-    name: str, variants: list[Variant], jobs: dict[str, Job], settings: Settings, device: torch.device, say: Any,
-    **said: Any,
-) -> Comparison:  # fmt: skip
-    """Time the variants, those that are optimised also against the optimised base."""
-    times = _timed(f"{name}, batch {said['batch']}, {said['dtype']}", jobs, settings, device, say)
-    entries = []
-    for v in variants:
-        against = [BASE, BASE + OPTIMIZED] if v.optimised else [BASE]
-        entries.append(Entry(
-            v.name, v.architecture, Spread.of(times[v.name]), {to: ratios(times, v.name, to) for to in against},
-            peak_memory(jobs[v.name], device), v.params, v.blocks, v.deviation))
-    return Comparison(name, len(times[BASE]), tuple(entries), **said)
-
-
-def _surgery(
-    name: str, config: SEConfig, args: dict[str, Any], others: Any, settings: Settings, device: torch.device, say: Any
-) -> Iterator[Comparison]:
-    """`inject` on a new model each time, against the making of the model."""
+def _surgery(task: _Task) -> Iterator[Comparison]:
+    """The injection of a new model, against the creation of the model."""
     import timm
 
     def new(_: object = None) -> nn.Module:
-        if device.type == "meta":
-            return skeleton(name, **args)
-        model: nn.Module = timm.create_model(name, **args)
+        if task.device.type == "meta":
+            return skeleton(task.name, **task.args)
+        model: nn.Module = timm.create_model(task.name, **task.args)
         return model
 
-    jobs = {"create_model": Job(new), "inject": Job(lambda model: surgery.inject(model, config), new)}
-    with watched(surgery, list(PARTS)) as seconds:
-        times = _timed(name, jobs, settings, device, say)
-        parts = {part: Spread.of(seconds[function][-len(times["inject"]):]).median for function, part in PARTS.items()}
+    seconds: dict[str, list[float]] = {stage: [] for stage in STAGES}
+    jobs = {"create_model": Job(new), "inject": Job(lambda model: inject_in_stages(model, task.config, seconds), new)}
+    times = task.timed(jobs)
+    rounds = len(times["inject"])
+    parts = {stage: Spread.of(values[-rounds:]).median for stage, values in seconds.items()}  # without the warm-up calls
+    memory = None if task.device.type == "meta" else peak_resident(jobs["inject"])
     model = new()
-    params = sum(p.numel() for p in model.parameters())
-    nodes = _nodes(model)
-    del model
-    memory = None if device.type == "meta" else peak_resident(jobs["inject"])
-    plan = surgery.plan(new(), config)
-    yield Comparison(name, len(times["inject"]), (
-        Entry("create_model", name, Spread.of(times["create_model"]), {}, params=params),
-        Entry("inject", f"se_inject/{name}", Spread.of(times["inject"]),
+    plan = pipeline.plan(model, task.config)
+    yield Comparison(task.name, rounds, (
+        Entry("create_model", task.name, Spread.of(times["create_model"]), {}, params=plan.params),
+        Entry("inject", f"se_inject/{task.name}", Spread.of(times["inject"]),
               {"create_model": ratios(times, "inject", "create_model")}, memory, plan.added_params, len(plan.sites),
-              parts=parts, nodes=nodes)))  # fmt: skip
+              parts=parts, nodes=_nodes(model, task.config))))  # fmt: skip
 
 
-def _nodes(model: nn.Module) -> int:
-    with traced(model) as traces:
+def inject_in_stages(model: nn.Module, config: SEConfig, seconds: Mapping[str, list[float]]) -> nn.Module:
+    """`inject`, stage by stage: appends the seconds of each of `STAGES` to its list in `seconds`."""
+    start = time.perf_counter()
+
+    def finished(stage: str) -> None:
+        nonlocal start
+        now = time.perf_counter()
+        seconds[stage].append(now - start)
+        start = now
+
+    with pipeline.recorded(model, config) as traces:
+        finished("record")
+        found, _ = pipeline.placed_sites(model, traces, config)
+        finished("sites")
+        jobs = pipeline.owner_jobs(found, traces)
+        finished("code")
+    sites = tuple(s.site for s in found)
+    plan = Plan(type(model).__name__, config, traces.run.input_size, 0, traces.run.macs, sites)
+    pipeline.apply(model, pipeline.Prepared(plan, tuple(jobs)))
+    finished("apply")
+    return model
+
+
+def _nodes(model: nn.Module, config: SEConfig) -> int:
+    with pipeline.recorded(model, config) as traces:
         views = [traces.view(module) for module in traces.calls]
         return sum(len(view.nodes) for view in views if view is not None)
 
 
-def _loading(
-    name: str, config: SEConfig, args: dict[str, Any], others: Any, settings: Settings, device: torch.device, say: Any
-) -> Iterator[Comparison]:
-    """Files into models that are there, against `load_file` and `load_state_dict`; and into new ones, against timm's door."""
+def _loading(task: _Task) -> Iterator[Comparison]:
+    """Into a model that exists, against `load_file` and `load_state_dict`; into a new model, against `checkpoint_path`."""
     import timm
     from safetensors.torch import load_file, save_file
     from timm.models import load_checkpoint
 
-    from ..weights.files import load, save
-
-    base, twin = create(name, args), PREFIX + name
-    injected = surgery.inject(create(name, args), config)
-    said = door_options([config])
+    base, name, twin, args = create(task.name, task.args), task.name, PREFIX + task.name, task.args
+    injected = pipeline.inject(create(name, args), task.config)
+    twin_args = {**args, **door_options([task.config])}
     with tempfile.TemporaryDirectory() as folder:
         plain, full = (str(Path(folder) / f"{file}.safetensors") for file in ("base", "injected"))
         save_file(base.state_dict(), plain)
         save(injected, full)
-        into, made = "load_file, load_state_dict", "create_model(checkpoint_path)"
+        into, created = "load_file, load_state_dict", "create_model(checkpoint_path)"
         work: dict[str, tuple[str, str, str, Callable[[], object]]] = {  # architecture, file, compared with, call
             into: (name, plain, into, lambda: base.load_state_dict(load_file(plain))),
             "load(model=)": (twin, full, into, lambda: load(full, model=injected)),
             "load(model=), the base's file": (twin, plain, into, lambda: load(plain, model=injected)),
             "load_checkpoint": (twin, full, into, lambda: load_checkpoint(injected, full)),
-            made: (name, plain, made, lambda: timm.create_model(name, checkpoint_path=plain, **args)),
-            "load(path)": (twin, full, made, lambda: load(full)),
-            f"{made}, twin": (twin, full, made, lambda: timm.create_model(twin, checkpoint_path=full, **args, **said)),
+            created: (name, plain, created, lambda: timm.create_model(name, checkpoint_path=plain, **args)),
+            "load(path)": (twin, full, created, lambda: load(full)),
+            f"{created}, twin": (twin, full, created, lambda: timm.create_model(twin, checkpoint_path=full, **twin_args)),
         }  # fmt: skip
         jobs = {key: Job(lambda _, call=call: call()) for key, (*_, call) in work.items()}  # type: ignore[misc]
-        times = _timed(name, jobs, settings, device, say)
+        times = task.timed(jobs)
         entries = [
             Entry(key, architecture, Spread.of(times[key]), {to: ratios(times, key, to)}, peak_resident(jobs[key]),
                   file=Path(file).stat().st_size)
@@ -266,11 +230,8 @@ def _loading(
     yield Comparison(name, len(times[into]), tuple(entries))
 
 
-def _timed(
-    what: str, jobs: Mapping[str, Job], settings: Settings, device: torch.device, say: Callable[[str], object]
-) -> dict[str, list[float]]:
-    say(f"{what}: timing {', '.join(jobs)}")
-    return interleaved(jobs, rounds=settings.rounds, min_time=settings.min_time, now=clock(device))
+MEASURES: dict[str, Callable[[_Task], Iterator[Comparison]]] = {
+    "inference": _inference, "training": _training, "surgery": _surgery, "loading": _loading}
 
 
 @torch.inference_mode()
@@ -281,37 +242,14 @@ def _forward(model: nn.Module, images: torch.Tensor, _: object) -> object:
 def _step(model: nn.Module, images: torch.Tensor, dtype: str, _: object) -> None:
     """Forward, loss and backward; the loss is the mean square of the outputs."""
     with torch.autocast(images.device.type, getattr(torch, dtype), enabled=dtype != "float32"):
-        y = outputs(model(images))
-    loss = torch.stack([t.float().square().mean() for t in y]).sum()
+        output = model(images)
+    loss = torch.stack([t.float().square().mean() for t in tensors(output)]).sum()
     loss.backward()
 
 
-def _forget(model: nn.Module) -> None:
-    model.zero_grad(set_to_none=True)
-
-
-def _images(batch: int, size: tuple[int, ...], device: torch.device, layout: torch.memory_format) -> torch.Tensor:
-    images = torch.randn(batch, *size, generator=torch.Generator().manual_seed(0))
-    return images.to(device=device, memory_format=layout)
-
-
-def _layout(settings: Settings) -> torch.memory_format:
-    return torch.channels_last if settings.channels_last else torch.preserve_format
-
-
 @contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Inside, what is injected and loaded again and again is not told each time."""
+def _quiet() -> Iterator[None]:
+    """Inside, injections and loads are not logged: they happen again in each round."""
     logger = logging.getLogger("se_inject")
     before = logger.level
     logger.setLevel(logging.WARNING)
@@ -319,41 +257,3 @@ def _silent() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(before)
-
-
-def _device(name: str, measure: str) -> torch.device:
-    """The device, if it is there.
-
-    Raises:
-        ConfigError: It is not, or `measure` is not for it.
-    """
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        said = str(error).partition("\n")[0]
-        raise ConfigError(f"--device {name}: torch has no such device here ({said}): write --device cpu") from error
-    fitting = {"surgery": ("cpu", "meta"), "loading": ("cpu",)}.get(measure)
-    if device.type not in fitting if fitting else device.type == "meta":
-        other = "a device that computes" if fitting is None else " or ".join(fitting)
-        raise ConfigError(f"--device {name}: --measure {measure} is done on {other}")
-    return device
-
-
-def _machine(device: torch.device) -> dict[str, Any]:
-    from importlib.metadata import version
-
-    import timm
-
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {"device": name, "threads": torch.get_num_threads(), "python": platform.python_version(),
-            "torch": torch.__version__, "timm": timm.__version__, "se_inject": version("se-inject")}  # fmt: skip
-
-
-def _processor() -> str:
-    """The processor's name as the system says it."""
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-        for line in file:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

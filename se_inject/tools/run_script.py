@@ -1,4 +1,4 @@
-"""``se-inject run``: a script as ``python SCRIPT`` would run it, with the plugin imported."""
+"""``se-inject run``: a script runs as ``python SCRIPT`` would run it, with the ``se_inject/...`` models in timm."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from collections.abc import Sequence
 
 
 def run(target: str, args: Sequence[str] = (), *, module: bool = False) -> None:
-    """Run a script, or a module, as ``__main__`` in this process; sets ``sys.argv`` and ``sys.path[0]`` for it.
+    """Run a script or a module as ``__main__`` in this process, and set ``sys.argv`` and ``sys.path[0]`` for it.
 
-    It returns when the script has ended, and leaves by SystemExit where ``python`` would end with another code
-    than 0: an error that the script does not catch goes to ``sys.excepthook``, with the traceback from its own
-    first line on.
+    Returns when the script has ended. An error that the script does not catch goes to ``sys.excepthook``, with a traceback
+    that starts in the script.
 
     Args:
         target: The script's file, or with `module` the module's dotted name.
-        args: Its arguments.
-        module: As ``python -m``.
+        args: The script's arguments.
+        module: Run it as ``python -m`` does.
 
     Raises:
-        SystemExit: The script's own; code 1 after its error, 130 after an interrupt.
+        SystemExit: Where ``python`` would end with an exit code other than 0: the script's own code, 1 after an error, 130
+            after an interrupt.
     """
     sys.argv[:] = [target, *args]
     if not sys.flags.safe_path:
@@ -44,7 +44,7 @@ def run(target: str, args: Sequence[str] = (), *, module: bool = False) -> None:
 
 
 def _run_file(path: str) -> None:
-    """Run a file as ``__main__``, which it stays: threads, exit handlers and pickles of the script may look for it later."""
+    """Run a file as ``__main__``. It stays ``__main__`` afterwards, for the script's threads, exit handlers and pickles."""
     main = types.ModuleType("__main__")
     loader = importlib.machinery.SourceFileLoader("__main__", path)
     main.__dict__.update(__file__=path, __loader__=loader, __cached__=None, __builtins__=builtins)
@@ -55,7 +55,7 @@ def _run_file(path: str) -> None:
 
 
 def _from_script(traceback: types.TracebackType | None) -> types.TracebackType | None:
-    """The traceback without the frames that led to the script."""
+    """The traceback without the frames before the script's own."""
     while traceback is not None and traceback.tb_frame.f_globals.get("__name__") in (__name__, "runpy"):
         traceback = traceback.tb_next
     return traceback

@@ -1,4 +1,4 @@
-"""The models that a benchmark compares: a base, the base with blocks, timm's own twin, others; each also optimised."""
+"""The models that a benchmark compares: a base, the base with blocks, timm's native twin, others; each also optimized."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from torch import nn
 from ..capture.inputs import input_sizes, runs_on
 from ..config import SEConfig
 from ..errors import ConfigError, SEInjectError
+from ..inference.optimize import optimize_for_inference
 from ..rescale.native import to_native
 from ..surgery.pipeline import inject
 from ..surgery.state import block_paths
 from ..timm_names import base_name, skeleton, split_options
+from .outputs import deviation, run
 
 BASE, INJECTED, NATIVE = "base", "injected", "native"
-OPTIMIZED = ", optimised"
-TOLERANCE = 1e-5  # of the largest output, in float32
+OPTIMIZED = ", optimized"
+TOLERANCE = 1e-5  # the largest deviation of an optimized model in float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +30,13 @@ class Variant:
     """One model of a comparison.
 
     Attributes:
-        name: ``base``, ``injected``, ``native``, or as another model was asked for; with `OPTIMISED` behind it.
+        name: ``base``, ``injected``, ``native``, or a further model's name and arguments; an optimized model has
+            `OPTIMIZED` at the end.
         architecture: Its timm name.
-        model: The module; variants share no memory.
-        params, blocks: Parameters, and how many blocks are injected, before it was optimised.
-        deviation: Of an optimised model: the largest difference of an output to the plain model's, over the largest output.
+        model: The module. Variants share no memory.
+        params: Number of parameters, before the model was optimized.
+        blocks: Number of injected blocks, before the model was optimized.
+        deviation: The deviation of an optimized model's outputs from the plain model's; see `outputs.deviation`.
     """
 
     name: str
@@ -43,7 +47,7 @@ class Variant:
     deviation: float | None = None
 
     @property
-    def optimised(self) -> bool:
+    def is_optimized(self) -> bool:
         return self.name.endswith(OPTIMIZED)
 
     @classmethod
@@ -57,51 +61,47 @@ def plain_variants(
 ) -> list[Variant]:  # fmt: skip
     """The base `name`, the base with blocks, its native twin if timm has one, and others, in eval mode on the CPU.
 
-    What starts as a constant (statistics, zeroed layers, layer scales) has values as after training, so that nothing vanishes
-    on the way and no block is an identity. Base, injected and native have the same weights.
+    The models are `as_if_trained`, so that no block is an identity. Base, injected and native have the same weights.
 
     Args:
         name: A timm name.
-        config: The injection's options.
+        config: The options of the injection.
         args: Arguments of `timm.create_model`.
         others: Names and arguments of further models.
-        native: Whether to look for the twin, which takes seconds where there is none.
+        native: Whether to look for the native twin; this takes seconds if there is none.
 
     Raises:
-        ConfigError: timm does not know a name, or an argument.
+        ConfigError: timm does not know a name or an argument.
         NoSitesError: There is nothing to inject.
     """
-    base = lived_in(create(name, args))
-    injected = lived_in(inject(copy.deepcopy(base), config), block_paths)
-    out = [Variant.plain(BASE, name, base), Variant.plain(INJECTED, f"se_inject/{name}", injected)]
+    base = as_if_trained(create(name, args))
+    injected = inject(copy.deepcopy(base), config)
+    as_if_trained(injected, block_paths(injected))
+    variants = [Variant.plain(BASE, name, base), Variant.plain(INJECTED, f"se_inject/{name}", injected)]
     twin = _native(injected) if native else None
     if twin is not None:
-        out.append(Variant.plain(NATIVE, *twin))
-    for other, given in others:
-        label = " ".join([other, *(f"{k}={v}".replace(" ", "") for k, v in given.items())])
-        out.append(Variant.plain(label, other, lived_in(create(other, given))))
-    return out
+        variants.append(Variant.plain(NATIVE, *twin))
+    for other, other_args in others:
+        label = " ".join([other, *(f"{k}={v}".replace(" ", "") for k, v in other_args.items())])
+        variants.append(Variant.plain(label, other, as_if_trained(create(other, other_args))))
+    return variants
 
 
 def create(name: str, args: Mapping[str, Any]) -> nn.Module:
     """A new timm model with random weights, in eval mode.
 
     Raises:
-        ConfigError: timm has no such model, or does not know an argument.
+        ConfigError: timm does not know the name or an argument.
     """
     import timm
 
-    _outline(name, args)  # its messages, and no weights are drawn for a model that cannot be made
+    _skeleton(name, args)  # raises the error before any weights are drawn
     model: nn.Module = timm.create_model(name, **args)
     return model.eval()
 
 
-def _outline(name: str, args: Mapping[str, Any]) -> nn.Module:
-    """The base of a model, without values; `name` may be a twin's, with ``se_`` arguments.
-
-    Raises:
-        ConfigError: timm has no such model, or does not know an argument.
-    """
+def _skeleton(name: str, args: Mapping[str, Any]) -> nn.Module:
+    """`skeleton` for a base or for a twin with ``se_`` arguments: the base in either case."""
     twin = base_name(name) != name
     return skeleton(name, **(split_options(dict(args))[1] if twin else args))
 
@@ -117,15 +117,17 @@ def _native(injected: nn.Module) -> tuple[str, nn.Module] | None:
 
 
 @torch.no_grad()
-def lived_in(model: nn.Module, inside: Any = None) -> nn.Module:
-    """Give statistics, zeroed layers and tiny scales values as training would, in place, and return the model.
+def as_if_trained(model: nn.Module, paths: Iterable[str] | None = None) -> nn.Module:
+    """Give running statistics, zeroed layers and tiny scales nonzero values, in place, and return the model.
+
+    The zeros of a new model hide what its blocks compute, and zeros take another time than other numbers.
 
     Args:
-        model: On the CPU.
-        inside: A function of the model that gives dotted names, below which alone this is done; None is everywhere.
+        model: A model on the CPU.
+        paths: Only the submodules with these dotted names; None is the whole model.
     """
     generator = torch.Generator().manual_seed(0)
-    prefixes = ("",) if inside is None else tuple(f"{path}." for path in inside(model))
+    prefixes = ("",) if paths is None else tuple(f"{path}." for path in paths)
 
     def noise(t: torch.Tensor) -> torch.Tensor:
         return torch.randn(t.shape, generator=generator).to(t.dtype)
@@ -142,66 +144,39 @@ def lived_in(model: nn.Module, inside: Any = None) -> nn.Module:
 
 
 def optimized(variant: Variant, images: torch.Tensor) -> Variant:
-    """An optimised copy of a variant, which is compared with the plain one on `images`, in float32.
+    """An optimized copy of a variant, with its deviation from the plain model on `images`, in float32.
 
-    Where the plain model's own rounding is above `TOLERANCE`, both are compared with it in float64: the copy may be off by
-    twice as much.
+    A deviation above `TOLERANCE` is accepted only where the plain model's own rounding is as large: against the plain
+    model in float64, the copy may deviate by twice as much as the plain model in float32.
 
     Raises:
-        SEInjectError: Their outputs differ by more.
+        SEInjectError: The deviation is larger.
     """
-    from ..inference.optimize import optimize_for_inference
-
     model: nn.Module = optimize_for_inference(variant.model)
-    difference = deviation(variant.model, model, images)
-    if not (difference <= TOLERANCE or _is_rounding(variant.model, model, images)):  # NaN is none, too
+    found = deviation(run(variant.model, images), run(model, images))
+    if not (found <= TOLERANCE or _is_rounding(variant.model, model, images)):  # not `>`: NaN is an error, too
         raise SEInjectError(
-            f"{variant.architecture}, optimised: its outputs differ from the plain model's by {difference:.1e} of the largest, "
-            f"which is above {TOLERANCE:g} and no rounding of its own: nothing was timed; this is a defect of se_inject, or "
-            "outputs that are not finite")
-    return dataclasses.replace(variant, name=variant.name + OPTIMIZED, model=model, deviation=difference)
+            f"{variant.architecture}, optimized: its outputs deviate from the plain model's by {found:.1e} of the largest "
+            f"output, more than {TOLERANCE:g} and more than rounding explains; nothing was timed. This is a defect of "
+            "se_inject, or the outputs are not finite: check them with torch.isfinite")
+    return dataclasses.replace(variant, name=variant.name + OPTIMIZED, model=model, deviation=found)
 
 
 def _is_rounding(plain: nn.Module, other: nn.Module, images: torch.Tensor) -> bool:
-    """Whether a copy is off from the model in float64 by at most twice as much as the model itself."""
-    exact = copy.deepcopy(plain).double()
-    return _off(exact, other, images) <= 2 * _off(exact, plain, images)
-
-
-@torch.inference_mode()
-def _off(exact: nn.Module, other: nn.Module, images: torch.Tensor) -> float:
-    pairs = list(zip(outputs(exact(images.double())), outputs(other(images)), strict=True))
-    return max(float((a - b).abs().max()) for a, b in pairs) / max(float(a.abs().max()) for a, _ in pairs)
-
-
-@torch.inference_mode()
-def deviation(plain: nn.Module, other: nn.Module, images: torch.Tensor) -> float:
-    """The largest difference between two models' outputs, over the largest output of the first."""
-    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
-        pairs = list(zip(outputs(plain(images)), outputs(other(images)), strict=True))
-    largest = max(float(a.abs().max()) for a, _ in pairs)
-    difference = max(float((a - b).abs().max()) for a, b in pairs)
-    return difference / largest if largest else float(difference != 0)
-
-
-def outputs(y: Any) -> list[torch.Tensor]:
-    """The tensors that a model returns."""
-    if isinstance(y, torch.Tensor):
-        return [y]
-    values: Iterable[Any] = y.values() if isinstance(y, dict) else y
-    return [t for v in values if v is not None for t in outputs(v)]
+    exact = run(copy.deepcopy(plain).double(), images.double())
+    return deviation(exact, run(other, images)) <= 2 * deviation(exact, run(plain, images))
 
 
 def image_size(name: str, args: Mapping[str, Any], side: int | None) -> tuple[int, ...]:
-    """The (C, H, W) of the images for a model: its own, or `side` squared.
+    """The (C, H, W) of the images for a model: the model's own, or `side` squared.
 
     Raises:
         ConfigError: timm does not know the name, or the model does not take the size.
     """
-    model = _outline(name, args)
+    model = _skeleton(name, args)
     own = input_sizes(model)[0]
     size = own if side is None else (own[0], side, side)
     if side is not None and not runs_on(model, size):
-        raise ConfigError(f"--size {side}: {name} takes images of {own[1]} x {own[2]} and not of {side} x {side}; write "
+        raise ConfigError(f"--size {side}: {name} takes images of {own[1]} x {own[2]}, not of {side} x {side}: write "
                           f"--model-kwargs img_size={side}, or leave --size out")
     return size

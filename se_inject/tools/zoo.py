@@ -1,4 +1,4 @@
-"""Every model of a library, one row each: what was injected, what was refused, and why."""
+"""Every model of a library, one row each: what was injected, or why it was refused."""
 
 from __future__ import annotations
 
@@ -15,26 +15,33 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..capture import recording
 from ..capture.inputs import smallest_input, without_values
 from ..capture.meta_ops import MetaOps
-from ..capture.recording import run
 from ..capture.snapshot import on_meta
 from ..config import SEConfig
 from ..errors import SEInjectError
 from ..find.plan import Plan
-from ..surgery.pipeline import apply, eject, prepare
+from ..surgery.pipeline import Prepared, apply, eject, prepare
 from ..surgery.refusals import no_sites
 from ..timm_names import PREFIX
+from .outputs import equal, run
 from .zoo_table import Row, counts_text
 
 TORCHVISION = "torchvision/"
 
 
 def names(pattern: str) -> list[str]:
-    """The models whose names match, timm's or, for ``torchvision/...``, torchvision's classifiers."""
-    if pattern.startswith(TORCHVISION):
-        import torchvision
+    """The names that match: of timm's models, or, for ``torchvision/...``, of torchvision's classifiers.
 
+    Raises:
+        SEInjectError: torchvision is not installed.
+    """
+    if pattern.startswith(TORCHVISION):
+        try:
+            import torchvision
+        except ImportError as error:
+            raise SEInjectError(f"{pattern!r} needs the package torchvision: pip install 'se-inject[zoo]'") from error
         found = [TORCHVISION + n for n in torchvision.models.list_models(module=torchvision.models)]
         return fnmatch.filter(found, pattern)
     import timm
@@ -43,7 +50,7 @@ def names(pattern: str) -> list[str]:
 
 
 def family(name: str) -> str:
-    """The module that defines a model."""
+    """The Python module that defines a model."""
     if name.startswith(TORCHVISION):
         import torchvision
 
@@ -60,8 +67,8 @@ def create(name: str) -> nn.Module:
         import torchvision
 
         bare = name.removeprefix(TORCHVISION)
-        weights = {"init_weights": False} if bare in ("googlenet", "inception_v3") else {}  # torchvision warns else
-        model: nn.Module = torchvision.models.get_model(bare, weights=None, **weights)
+        args = {"init_weights": False} if bare in ("googlenet", "inception_v3") else {}  # torchvision warns without it
+        model: nn.Module = torchvision.models.get_model(bare, weights=None, **args)
         return model
     import timm
 
@@ -69,13 +76,13 @@ def create(name: str) -> nn.Module:
 
 
 def answer(name: str, placement: str = "auto", verify: str = "meta") -> Row:
-    """Plan, inject, run and eject one model.
+    """Plan, inject, run and eject one model. An error is a row, too.
 
     Args:
         name: See `names`.
         placement: As in `SEConfig`.
-        verify: ``meta`` computes nothing; ``cpu`` compares the outputs of the model, before and after, on its
-            smallest input.
+        verify: ``meta`` runs the model without computing; ``cpu`` compares its outputs before and after the injection,
+            on its smallest input.
     """
     start = time.perf_counter()
     row = Row(name, family(name), placement, "failed")
@@ -93,7 +100,7 @@ def answer(name: str, placement: str = "auto", verify: str = "meta") -> Row:
             _inject_and_compare(model, prepared, verify)
             row = dataclasses.replace(
                 row, status="injected", added_params=plan.added_params, added_macs=plan.added_macs)
-    except Exception as error:  # one row, not the end
+    except Exception as error:  # the other models still get their rows
         row = dataclasses.replace(row, status="failed", reason=f"{type(error).__name__}: {error}")
     return dataclasses.replace(
         row, reason=" ".join(row.reason.split()), seconds=round(time.perf_counter() - start, 2))
@@ -103,20 +110,21 @@ def _skipped(plan: Plan) -> str:
     return counts_text(Counter(s.reason.partition(" at ")[0] for s in plan.skipped if s.reason is not None))
 
 
-def _inject_and_compare(model: nn.Module, prepared: Any, verify: str) -> None:
-    size = prepared.plan.input_size
+def _inject_and_compare(model: nn.Module, prepared: Prepared, verify: str) -> None:
+    """Inject, run and eject.
+
+    Raises:
+        SEInjectError: An output, the number of parameters, a class or a key is not as expected.
+    """
     classes, keys = [type(m) for m in model.modules()], list(model.state_dict())
-    x = torch.randn(2, *size, device=verify)
-    before = None
-    if verify == "cpu":
-        model.eval()
-        before = _run(model, x)
+    images = torch.randn(2, *prepared.plan.input_size, device=verify)
+    before = run(model.eval(), images) if verify == "cpu" else None
     with MetaOps() if verify == "meta" else contextlib.nullcontext():
         apply(model, prepared)
-    if before is None:
+    if verify == "meta":
         with on_meta(model):
-            run(model, x)
-    elif not _equal(before, _run(model, x)):
+            recording.run(model, images)
+    elif not equal(before, run(model, images)):
         raise SEInjectError("the injected model's outputs differ from the base's")
     if sum(p.numel() for p in model.parameters()) != prepared.plan.params + prepared.plan.added_params:
         raise SEInjectError("the plan's count of new parameters is wrong")
@@ -125,29 +133,13 @@ def _inject_and_compare(model: nn.Module, prepared: Any, verify: str) -> None:
         raise SEInjectError("the ejected model is not the base")
 
 
-@torch.no_grad()
-def _run(model: nn.Module, x: torch.Tensor) -> Any:
-    torch.manual_seed(0)
-    return model(x)
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(_equal, a, b))
-    return bool(a == b)
-
-
 def survey(
     wanted: list[str], done: Iterable[Row] = (), *, placement: str = "auto", verify: str = "meta",
     jobs: int = 2, timeout: float = 300.0,
 ) -> Iterator[Row]:  # fmt: skip
-    """Answer for each of `wanted` that `done` lacks, in worker processes, in the order in which they end.
+    """Answer for each model in `wanted` that `done` lacks, in worker processes. Yields the rows as they are finished.
 
-    A worker that crashes, or takes longer than `timeout` seconds for a model, is one failed row.
+    A worker that crashes, or takes longer than `timeout` seconds for a model, gives one failed row.
     """
     from multiprocessing import get_context
 
@@ -179,7 +171,7 @@ def _start_worker() -> None:
     import gc
     import warnings
 
-    gc.freeze()  # what was imported need not be looked through at each collection,
-    gc.set_threshold(200_000)  # and graphs are many small objects that go all at once
+    gc.freeze()  # imported objects live on: no collection needs to visit them
+    gc.set_threshold(200_000)  # graphs are many small objects that are freed together: collect rarely
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")  # a library's words about its own old names
+    warnings.filterwarnings("ignore")  # a library's deprecation warnings about its own models

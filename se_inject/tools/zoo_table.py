@@ -1,4 +1,4 @@
-"""TODO"""
+"""The zoo's table: one row for each model, in a CSV file that grows while the zoo runs."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import contextlib
 import csv
 import dataclasses
 import os
-from collections import Counter, defaultdict
-from collections.abc import Iterator
 from typing import Any
 
 from ..errors import SEInjectError
-from ..site import KINDS
 from ..weights.writing import write_atomically
 
 _TYPES = {"str": str, "int": int, "float": float}
@@ -22,16 +19,18 @@ class Row:
     """The answer for one model.
 
     Attributes:
-        model: The timm name, or ``torchvision/`` and torchvision's.
-        family: The module that defines it.
-        placement: As asked.
-        status: ``injected``, ``refused`` or ``failed``; the last is a defect.
-        reason: Why it was refused or failed.
-        sites: Injected sites by kind, as in ``residual: 16``.
+        model: The timm name, or ``torchvision/`` and torchvision's name.
+        family: The Python module that defines the model.
+        placement: The placement that was asked for.
+        status: ``injected``, ``refused`` or ``failed``; a failure is a defect of se_inject.
+        reason: Why the model was refused or failed.
+        sites: Injected sites by kind, such as ``residual: 16``.
         skipped: Skipped sites by reason.
-        params, macs: Of the model before: parameters, and multiply-adds for one image.
-        added_params, added_macs: What the blocks add.
-        seconds: Time for all of it, making the model included.
+        params: Parameters of the model before.
+        added_params: Parameters of the blocks.
+        macs: Multiply-adds of the model before, for one image.
+        added_macs: Multiply-adds of the blocks, for one image.
+        seconds: The time for all of it, from the creation of the model on.
     """
 
     model: str
@@ -51,49 +50,48 @@ class Row:
     def fields(cls) -> list[str]:
         return [f.name for f in dataclasses.fields(cls)]
 
-    def answer(self) -> tuple[object, ...]:
-        """What must not change unannounced: everything but the time."""
-        return dataclasses.astuple(dataclasses.replace(self, seconds=0.0))
-
-    def count(self, kind: str) -> int:
-        return dict(_parse_counts(self.sites)).get(kind, 0)
+    def compared(self) -> dict[str, object]:
+        """The fields that two runs have in common: all but the time."""
+        return {name: getattr(self, name) for name in self.fields() if name != "seconds"}
 
 
-def counts_text(counter: dict[str, int]) -> str:
-    return "; ".join(f"{key}: {n}" for key, n in sorted(counter.items()))
+def counts_text(counts: dict[str, int]) -> str:
+    """Counts as one cell of the table; `parse_counts` reads it."""
+    return "; ".join(f"{key}: {n}" for key, n in sorted(counts.items()))
 
 
-def _parse_counts(text: str) -> Iterator[tuple[str, int]]:
-    for item in text.split("; ") if text else ():
-        key, _, n = item.rpartition(": ")
-        yield key, int(n)
+def parse_counts(text: str) -> dict[str, int]:
+    items = (item.rpartition(": ") for item in text.split("; ") if item)
+    return {key: int(n) for key, _, n in items}
 
 
 def read(path: str | os.PathLike[str]) -> list[Row]:
-    """The rows of a table that was written before; none where there is no file.
+    """The rows of a table; none where the file does not exist.
 
     Raises:
-        SEInjectError: The file is no such table.
+        SEInjectError: The file is not a table of the zoo.
     """
     if not os.path.exists(path):
         return []
     with open(path, newline="") as f:
         reader = csv.DictReader(f)
         if reader.fieldnames != Row.fields():
-            raise SEInjectError(f"{str(path)!r} is no table of the zoo: its columns are {reader.fieldnames}; name another file")
+            raise SEInjectError(
+                f"{str(path)!r} is no table of the zoo: expected the columns {Row.fields()}, found {reader.fieldnames}; "
+                "name another file")
         rows = []
         for r in reader:
-            with contextlib.suppress(TypeError, ValueError):  # a line cut off by an interruption
+            with contextlib.suppress(TypeError, ValueError):  # an interrupted run can leave half a line
                 rows.append(Row(**{f.name: _TYPES[str(f.type)](r[f.name]) for f in dataclasses.fields(Row)}))
         return rows
 
 
 class Table:
-    """A table on disk that grows by a line for each row, so that a run can be interrupted and go on."""
+    """A table that is appended to its file row by row, so that an interrupted run can continue."""
 
-    def __init__(self, path: str | os.PathLike[str] | None, keep: list[Row]) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None, rows: list[Row]) -> None:
         self.path = path
-        self.rows = list(keep)
+        self.rows = list(rows)
         self._write()
 
     def add(self, row: Row) -> None:
@@ -103,7 +101,7 @@ class Table:
                 _writer(f).writerow(dataclasses.asdict(row))
 
     def finish(self) -> list[Row]:
-        """Put the rows into the order of their names."""
+        """Sort the rows by name, and return them."""
         self.rows.sort(key=lambda r: (r.model, r.placement))
         self._write()
         return self.rows
@@ -126,68 +124,14 @@ def _writer(f: Any) -> Any:
 
 
 def differences(rows: list[Row], expected: list[Row]) -> list[str]:
-    """Where two tables say different things of a model, in words; times are not compared."""
-    old = {r.model: r for r in expected}
-    new = {r.model: r for r in rows}
-    out = [f"{n}: not in the expected table" for n in new if n not in old]
-    for name in new:
-        if name in old and new[name].answer() != old[name].answer():
-            changed = [
-                f"{f} was {getattr(old[name], f)!r}, is {getattr(new[name], f)!r}" for f in Row.fields()
-                if f != "seconds" and getattr(old[name], f) != getattr(new[name], f)]
-            out.append(f"{name}: {'; '.join(changed)}")
-    return out
-
-
-def page(rows: list[Row], command: str) -> str:
-    """The rows as a Markdown page: by family, what was placed, and why models were refused."""
-    status = Counter(r.status for r in rows)
-    lines = [
-        "# The zoo", "",
-        f"{len(rows):,} models: {status['injected']:,} injected, {status['refused']:,} refused with a reason, "
-        f"{status['failed']:,} failed. Made by", "", "```sh", command, "```", "",
-        "A model is planned, injected, run and ejected, all on the meta device. Each row of the table is one model; "
-        "this page sums them by family. Sites are counts over all models of the family.", "",
-        f"| family | models | injected | refused | {' | '.join(KINDS.values())} | skipped | parameters added |",
-        "|---|" + "---:|" * (len(KINDS) + 5),
-    ]
-    groups: dict[str, list[Row]] = defaultdict(list)
-    for r in rows:
-        groups[r.family].append(r)
-    for name, group in sorted(groups.items()):
-        injected = [r for r in group if r.status == "injected"]
-        shares = sorted(r.added_params / r.params for r in injected)
-        share = f"{shares[0]:+.1%} to {shares[-1]:+.1%}" if shares else ""
-        counts = " | ".join(str(sum(r.count(k) for r in group) or "") for k in KINDS)
-        skipped = sum(n for r in group for _, n in _parse_counts(r.skipped))
-        lines.append(
-            f"| {name} | {len(group)} | {len(injected) or ''} | {len(group) - len(injected) or ''} | {counts} | "
-            f"{skipped or ''} | {share} |")
-    lines += ["", "## Why models were refused", "", "| reason | models | families |", "|---|---:|---|"]
-    reasons: dict[str, list[Row]] = defaultdict(list)
-    for r in rows:
-        if r.status != "injected":
-            reasons[_without_numbers(r.reason)].append(r)
-    for reason, group in sorted(reasons.items(), key=lambda item: -len(item[1])):
-        lines.append(f"| {reason} | {len(group)} | {', '.join(sorted({r.family for r in group}))} |")
-    lines += ["", "## Why sites were skipped", "", "| reason | sites | models | families |", "|---|---:|---:|---|"]
-    sites: dict[str, list[tuple[Row, int]]] = defaultdict(list)
-    for r in rows:
-        for reason, n in _parse_counts(r.skipped):
-            sites[reason].append((r, n))
-    for reason, found in sorted(sites.items(), key=lambda item: -len(item[1])):
-        families = sorted({r.family for r, _ in found})
-        lines.append(f"| {reason} | {sum(n for _, n in found):,} | {len(found)} | {', '.join(families)} |")
-    return "\n".join(lines) + "\n"
-
-
-def write_page(path: str | os.PathLike[str], rows: list[Row], command: str) -> None:
-    def write(temporary: str) -> None:
-        with open(temporary, "w") as f:
-            f.write(page(rows, command))
-
-    write_atomically(path, write)
-
-
-def _without_numbers(reason: str) -> str:
-    return " ".join(w for w in reason.split() if not w.isdigit())
+    """A line for each model whose row differs from the expected one in more than the time, or has none."""
+    expected_rows = {r.model: r.compared() for r in expected}
+    lines = []
+    for row in rows:
+        old = expected_rows.get(row.model)
+        if old is None:
+            lines.append(f"{row.model}: not in the expected table")
+        elif old != row.compared():
+            changed = [f"{f} was {old[f]!r}, is {value!r}" for f, value in row.compared().items() if old[f] != value]
+            lines.append(f"{row.model}: {'; '.join(changed)}")
+    return lines

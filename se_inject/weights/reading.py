@@ -1,4 +1,4 @@
-"""Files of weights: what is in them."""
+"""Read files of weights: their tensors, and what they say of their model."""
 
 from __future__ import annotations
 
@@ -21,8 +21,12 @@ from .writing import INDEX, index_of
 class Checkpoint:
     """Tensors by name, and what the file says of their model.
 
-    `architecture` and `model_args` are None and empty where it says nothing; `recipe` is there for a
-    file of `se_inject.save`.
+    Attributes:
+        tensors: The tensors of the file.
+        architecture: A timm name, which may be that of a twin; None if the file does not say it.
+        model_args: Arguments of `timm.create_model`.
+        recipe: The recipe in a file of `se_inject.save`; None in others.
+        metadata: The strings in the header of a safetensors file.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -35,9 +39,9 @@ class Checkpoint:
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a safetensors file, a PyTorch file, or a folder with timm's ``config.json``.
 
-    Pickles are read with ``weights_only=True``, which runs no code. Of a training checkpoint the EMA
-    weights are taken where there are some; prefixes of DDP and torch.compile are removed. The tensors lie in the file,
-    mapped: what is not asked for, such as an optimizer's state, takes no memory.
+    Pickles are read with ``weights_only=True``, which runs no code. A training checkpoint gives its EMA weights, if it has
+    some. The prefixes of DDP and `torch.compile` are removed. Tensors are mapped from the file: what nobody uses, such as
+    the state of an optimizer, takes no memory.
 
     Raises:
         WeightsError: The file is missing, damaged, or no checkpoint.
@@ -50,8 +54,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if not file.is_file() and index_of(file).is_file():
         return _read_shards(index_of(file))
     if not file.is_file():
-        raise WeightsError(f"there is no file {str(path)!r}: give a .safetensors, a .pth, or a folder with config.json")
-    return _read_safetensors(file) if _is_safetensors(file) else _read_pickle(file)
+        raise WeightsError(
+            f"there is no file {str(path)!r}: give a .safetensors file, a .pth file, or a folder with config.json")
+    return _described(*_tensors_and_metadata(file), file) if _is_safetensors(file) else _read_pickle(file)
 
 
 def _is_safetensors(file: Path) -> bool:
@@ -60,11 +65,12 @@ def _is_safetensors(file: Path) -> bool:
     return file.suffix == ".safetensors" or start[8:9] == b"{"  # an 8-byte length, then JSON
 
 
-def _read_safetensors(file: Path) -> Checkpoint:
-    return _described(*_tensors_and_metadata(file), file)
-
-
 def _tensors_and_metadata(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """What a safetensors file holds.
+
+    Raises:
+        WeightsError: It cannot be read.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -75,15 +81,25 @@ def _tensors_and_metadata(file: Path) -> tuple[dict[str, torch.Tensor], dict[str
 
 
 def _described(tensors: dict[str, torch.Tensor], metadata: dict[str, str], file: Path) -> Checkpoint:
+    """The tensors, with what the header says of their model.
+
+    Raises:
+        WeightsError: The header is not valid.
+    """
     recipe = Recipe.from_json(metadata[KEY], file) if KEY in metadata else None
     if recipe is not None:
-        return Checkpoint(tensors, recipe.architecture, recipe.model_args, recipe, metadata)  # `save` has unwrapped them
+        return Checkpoint(tensors, recipe.architecture, recipe.model_args, recipe, metadata)  # `save` wrote no prefixes
     architecture = metadata.get("architecture")
-    return Checkpoint(_clean(tensors), architecture, described_args(metadata, file) if architecture else {}, metadata=metadata)
+    args = described_args(metadata, file) if architecture else {}
+    return Checkpoint(_clean(tensors), architecture, args, metadata=metadata)
 
 
 def _read_shards(index: Path) -> Checkpoint:
-    """Read the files that a Hugging Face index names, which lie beside it."""
+    """Read the files that a Hugging Face index names. They are in the folder of the index.
+
+    Raises:
+        WeightsError: The index is damaged, or a shard or a tensor is missing.
+    """
     try:
         said = parsed(index.read_text())
         files = {str(key): Path(name) for key, name in said["weight_map"].items()}
@@ -92,7 +108,8 @@ def _read_shards(index: Path) -> Checkpoint:
             raise ValueError("it names a file in another folder")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(
-            f"{index} is no index of shards ({error!r}): expected JSON with 'weight_map', tensors to file names") from error
+            f"{index} is no index of shards ({error!r}): expected JSON in which 'weight_map' gives the file of each tensor"
+        ) from error
     shards: dict[Path, dict[str, torch.Tensor]] = {}
     for name in files.values():
         if not (index.parent / name).is_file():
@@ -102,20 +119,26 @@ def _read_shards(index: Path) -> Checkpoint:
     missing = [key for key, name in files.items() if key not in shards[name]]
     if missing:
         raise WeightsError(f"{index}: {len(missing)} tensors are not in the shards that it names ({', '.join(missing[:3])}): "
-                           "the shards are not those of this index; copy all files of the model")
+                           "the shards belong to another index; copy all files of the model")
     return _described({key: shards[name][key] for key, name in files.items()}, metadata, index)
 
 
 def _read_pickle(file: Path) -> Checkpoint:
+    """Read a PyTorch file: a state dict, or a training checkpoint that holds one.
+
+    Raises:
+        WeightsError: It holds neither, or needs code to be run.
+    """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's train.py keeps its arguments
+        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's train.py saves its arguments
             loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:
         raise WeightsError(
             f"{file} cannot be read as weights ({type(error).__name__}: {str(error).partition(chr(10))[0]}); no pickled code "
-            "is run: write it anew with torch.save(model.state_dict(), path)") from error
+            "is run: write the file again with torch.save(model.state_dict(), path)") from error
     if not isinstance(loaded, Mapping):
-        raise WeightsError(f"{file} holds a {type(loaded).__name__}; expected a state dict or a training checkpoint")
+        raise WeightsError(f"{file} holds a {type(loaded).__name__}, and no weights: write a state dict, as "
+                           "torch.save(model.state_dict(), path) does, or a training checkpoint")
     tensors: Any = loaded
     for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
         if isinstance(loaded.get(key), Mapping):
@@ -124,8 +147,8 @@ def _read_pickle(file: Path) -> Checkpoint:
     other = [k for k, v in tensors.items() if not (isinstance(k, str) and isinstance(v, torch.Tensor))]
     if other or not tensors:
         raise WeightsError(
-            f"{file} holds no state dict ({', '.join(map(repr, other[:3])) or 'it is empty'}); "
-            "expected tensors by name, or a timm training checkpoint")
+            f"{file} holds no state dict ({', '.join(map(repr, other[:3])) or 'it is empty'}): "
+            "write tensors by name, as torch.save(model.state_dict(), path) does, or a timm training checkpoint")
     arch = loaded.get("arch")
     args = getattr(loaded.get("args"), "model_kwargs", None)
     args = checked_args(args, file) if isinstance(args, Mapping) else {}
@@ -133,6 +156,11 @@ def _read_pickle(file: Path) -> Checkpoint:
 
 
 def _read_folder(folder: Path) -> Checkpoint:
+    """Read a folder that timm's `save_for_hf` wrote: architecture and arguments in ``config.json``, and the weights.
+
+    Raises:
+        WeightsError: The config is not valid, or there are no weights.
+    """
     config = folder / "config.json"
     if not config.is_file():
         raise WeightsError(f"{folder} has no config.json: give a folder that timm saved, or a file of weights")
@@ -142,7 +170,7 @@ def _read_folder(folder: Path) -> Checkpoint:
         if not isinstance(architecture, str):
             raise TypeError("architecture is no string")
     except (ValueError, KeyError, TypeError) as error:
-        raise WeightsError(f"{config} is no config of timm's ({error!r}): expected JSON with 'architecture'") from error
+        raise WeightsError(f"{config} is no config of timm's ({error!r}): write JSON with 'architecture'") from error
     model_args = checked_args(model_args, config)
     if isinstance(said.get("num_classes"), int):
         model_args.setdefault("num_classes", said["num_classes"])
@@ -152,10 +180,11 @@ def _read_folder(folder: Path) -> Checkpoint:
             if found.recipe is not None:
                 return found
             return dataclasses.replace(found, architecture=architecture, model_args=model_args)
-    raise WeightsError(f"{folder} has no model.safetensors and no pytorch_model.bin")
+    raise WeightsError(f"{folder} has no model.safetensors and no pytorch_model.bin: add the weights under one of these names")
 
 
 def _clean(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors without the prefixes of DDP and `torch.compile`."""
     from timm.models import clean_state_dict
 
     return dict(clean_state_dict(dict(tensors)))

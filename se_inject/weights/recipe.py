@@ -1,4 +1,4 @@
-"""The recipe in a file's header: what rebuilds an injected model, as one JSON string.
+"""The recipe in the header of a file: what rebuilds an injected model, as one JSON string.
 
 A recipe names options and a timm model. Nothing in it is ever imported or run.
 """
@@ -17,14 +17,17 @@ from ..errors import ConfigError, WeightsError
 from ..surgery.state import Injection
 from ..timm_names import architecture_of, base_name, model_args
 
-KEY = "se_inject"
+KEY = "se_inject"  # of the recipe in the header of a file
 VERSION = 1
-PARTS = ("se", "head")
+PARTS = ("se", "head")  # of a model, which a file may hold alone
 CONTENTS = {"full": "whole model", "se": "blocks", "head": "head", "se+head": "blocks and the head"}
 _FIELDS = {
     "version": int, "architecture": (str, type(None)), "model_args": dict, "configs": list, "input_sizes": list,
     "sites": list, "content": str,
 }  # fmt: skip
+_NOT_OF_A_MODEL = {  # arguments of timm.create_model that name files, or say how to load, place or wrap the model
+    "checkpoint_path", "cache_dir", "device", "dtype", "scriptable", "exportable", "no_jit", "features_only", "feature_cls",
+    "out_indices"}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +38,9 @@ class Recipe:
         architecture: The timm name of the base, or None for a model that is not timm's.
         model_args: The arguments of `timm.create_model` that differ from its defaults.
         configs: The options of the injections, in order.
-        input_sizes: The (C, H, W) that each was asked to run the model on, or None.
+        input_sizes: The `input_size` argument of each injection, (C, H, W) or None.
         sites: Paths of the blocks.
-        content: ``full``, or the parts of the model that are there: ``se``, ``head``, ``se+head``.
+        content: ``full``, or the parts that the file holds: ``se``, ``head``, ``se+head``.
     """
 
     architecture: str | None
@@ -52,15 +55,15 @@ class Recipe:
         """The recipe of an injected model.
 
         Raises:
-            WeightsError: An argument that timm was given is no JSON value.
+            WeightsError: An argument of `timm.create_model` is no JSON value.
         """
-        architecture, args = _made_by(model)
+        architecture, args = _created_by(model)
         return cls(
             architecture, args, tuple(i.written() for i in injections),
             tuple(i.input_size for i in injections), tuple(s.path for i in injections for s in i.sites), content)
 
     def to_json(self) -> str:
-        """The recipe as the string that stands in a file's header."""
+        """The recipe as a string for the header of a file."""
         return json.dumps({
             "version": VERSION, "architecture": self.architecture, "model_args": self.model_args,
             "configs": [c.to_dict() for c in self.configs], "input_sizes": list(self.input_sizes),
@@ -81,7 +84,7 @@ class Recipe:
         version = said.get("version") if isinstance(said, dict) else None
         if version != VERSION:
             raise WeightsError(
-                f"{source}: its recipe is of version {version!r}, and this se_inject reads {VERSION}; "
+                f"{source}: its recipe is of version {version!r}, and this se_inject reads version {VERSION}: "
                 "install the se_inject that wrote the file")
         for key, kind in _FIELDS.items():
             if key not in said or not isinstance(said[key], kind):  # type: ignore[arg-type]
@@ -89,12 +92,13 @@ class Recipe:
         unknown = sorted(said.keys() - _FIELDS.keys())
         if unknown or said["content"] not in CONTENTS:
             raise WeightsError(
-                f"{source}: its recipe says {unknown or said['content']!r}, which this se_inject does not know")
+                f"{source}: its recipe says {unknown or said['content']!r}, which this se_inject does not know: "
+                "install the se_inject that wrote the file")
         try:
             configs = tuple(SEConfig.of(dict(c)) for c in said["configs"])
             sizes = tuple(None if size is None else tuple(map(int, size)) for size in said["input_sizes"])
         except (ConfigError, TypeError, ValueError, OverflowError) as error:
-            raise WeightsError(f"{source}: its recipe is not valid: {error}") from error
+            raise WeightsError(f"{source}: its recipe is not valid ({error}); save the model again") from error
         if not configs or len(configs) != len(sizes):
             raise WeightsError(
                 f"{source}: its recipe has {len(configs)} injections with {len(sizes)} input sizes; save the model again")
@@ -104,19 +108,19 @@ class Recipe:
 
 
 def parsed(text: str) -> Any:
-    """The JSON of `text`.
+    """The value of a JSON text.
 
     Raises:
-        ValueError: It is none, or nested too deep to be read.
+        ValueError: `text` is not JSON, or is nested too deeply.
     """
     try:
         return json.loads(text)
     except RecursionError as error:
-        raise ValueError("it is nested too deep") from error
+        raise ValueError("it is nested too deeply") from error
 
 
-def _made_by(model: nn.Module) -> tuple[str | None, dict[str, Any]]:
-    """The timm name and the arguments that make a model anew; None for a wrapper, which its name does not make.
+def _created_by(model: nn.Module) -> tuple[str | None, dict[str, Any]]:
+    """The timm name and the arguments that create a model; (None, {}) if they do not, as for a feature wrapper.
 
     Raises:
         WeightsError: An argument is no JSON value.
@@ -130,23 +134,23 @@ def _made_by(model: nn.Module) -> tuple[str | None, dict[str, Any]]:
             json.dumps(value)
         except (TypeError, ValueError):
             raise WeightsError(
-                f"the model was created with {key}={value!r}, which cannot be written to a file; "
+                f"the model was created with {key}={value!r}, which cannot be written to a file: "
                 "create it with a plain value, or save the object with torch.save(model, path)") from None
     return base_name(architecture), args
 
 
 def description(model: nn.Module) -> dict[str, str]:
-    """What a file of a plain timm model's weights says of it, as strings for its header.
+    """Name and arguments of a plain timm model, as strings for the header of a file with its weights.
 
     Raises:
-        WeightsError: An argument that timm was given is no JSON value.
+        WeightsError: An argument of `timm.create_model` is no JSON value.
     """
-    architecture, args = _made_by(model)
+    architecture, args = _created_by(model)
     return {"architecture": architecture, "model_args": json.dumps(args, sort_keys=True)} if architecture else {}
 
 
 def described_args(metadata: Mapping[str, str], source: object) -> dict[str, Any]:
-    """The arguments in the header that `description` wrote; none in another's.
+    """The arguments in a header that `description` wrote; none in other headers.
 
     Raises:
         WeightsError: They are not valid.
@@ -156,24 +160,19 @@ def described_args(metadata: Mapping[str, str], source: object) -> dict[str, Any
     except ValueError as error:
         raise WeightsError(f"{source}: its model_args are no JSON ({error}); write the file again") from error
     if not isinstance(args, dict):
-        raise WeightsError(f"{source}: its model_args are {args!r}, and not names with values; write the file again")
+        raise WeightsError(f"{source}: its model_args are {args!r}, which is not a dict; write the file again")
     return checked_args(args, source)
 
 
-_NOT_OF_A_MODEL = {  # arguments of timm.create_model that name files, or say how to load or to place
-    "checkpoint_path", "cache_dir", "device", "dtype", "scriptable", "exportable", "no_jit", "features_only", "feature_cls",
-    "out_indices"}  # fmt: skip
-
-
 def checked_args(args: Mapping[str, Any], source: object) -> dict[str, Any]:
-    """The arguments for `timm.create_model` that the file `source` names.
+    """Check the arguments of `timm.create_model` that the file `source` names, and return them.
 
     Raises:
-        WeightsError: One of them is none of a model's own, such as a path to other weights.
+        WeightsError: One of them does not describe the model, such as a path to other weights.
     """
     wrong = sorted(key for key in map(str, args) if key in _NOT_OF_A_MODEL or key.startswith("pretrained"))
     if wrong:
         raise WeightsError(
-            f"{source}: it asks for {wrong[0]}={args[wrong[0]]!r}, which says how to load a model and not what it is; "
-            "take that out of the file, and give it where you load the model")
+            f"{source}: it asks for {wrong[0]}={args[wrong[0]]!r}, which says how to load a model, not what it is: "
+            "remove it from the file, and give it where you load the model")
     return {str(key): value for key, value in args.items()}

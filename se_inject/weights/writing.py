@@ -18,7 +18,7 @@ INDEX = ".safetensors.index.json"
 
 
 def index_of(file: Path) -> Path:
-    """Where the index of a model in shards is, that was saved as `file`."""
+    """The path of the index of a model in shards that was saved as `file`."""
     return file.with_name(file.name.removesuffix(".safetensors") + INDEX)
 
 
@@ -26,15 +26,15 @@ def write_safetensors(
     path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str],
     max_shard_size: int | str = "5GB",
 ) -> None:  # fmt: skip
-    """Write tensors to `path`; above `max_shard_size` to shards beside it, with Hugging Face's index.
+    """Write tensors to `path`, or, if they are larger than `max_shard_size`, to shards beside it with Hugging Face's index.
 
-    Whenever it is interrupted, what was saved under that name before is whole and is what loads, or the new is.
-    Shards have names of their own, so that an index never finds those of another save; the index is renamed
-    last, and files that it does not name go after that.
+    An interruption at any moment leaves either the old save or the new one, whole. Each save gives its shards new names,
+    so that an index never finds shards of another save. The index is renamed last, and files that it does not name are
+    removed after that.
 
     Raises:
-        WeightsError: The folder does not exist or cannot be written, or a tensor has no values.
-        ConfigError: The shard size is none.
+        WeightsError: The folder does not exist or cannot be written, or an entry is no tensor or has no values.
+        ConfigError: `metadata` or `max_shard_size` has a bad value.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
@@ -42,14 +42,14 @@ def write_safetensors(
     other = [k for k, t in tensors.items() if not isinstance(t, torch.Tensor)]
     if other:
         raise WeightsError(f"{len(other)} entries of the state dict are no tensors ({', '.join(other[:3])}), and a safetensors "
-                           "file takes nothing else: save the object with torch.save(model, path)")
+                           "file takes only tensors: save the object with torch.save(model, path)")
     strange = [k for k, v in metadata.items() if not (isinstance(k, str) and isinstance(v, str))]
     if strange:
         raise ConfigError(
-            f"metadata[{strange[0]!r}] is {metadata[strange[0]]!r}, and a file's header takes strings alone: write str(...)")
-    empty = [k for k, t in tensors.items() if t.is_meta]
-    if empty:
-        raise WeightsError(f"{len(empty)} tensors are on the meta device and have no values ({', '.join(empty[:3])}): "
+            f"metadata[{strange[0]!r}] is {metadata[strange[0]]!r}, and the header takes only strings: write str(...)")
+    on_meta = [k for k, t in tensors.items() if t.is_meta]
+    if on_meta:
+        raise WeightsError(f"{len(on_meta)} tensors are on the meta device and have no values ({', '.join(on_meta[:3])}): "
                            "load weights into the model first")
     header = {**metadata, "format": "pt"}
     target = Path(path)
@@ -60,7 +60,7 @@ def write_safetensors(
     try:
         split = split_torch_state_dict_into_shards(plain, max_shard_size=max_shard_size)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"max_shard_size={max_shard_size!r}: expected bytes, or a size such as '5GB'") from error
+        raise ConfigError(f"max_shard_size={max_shard_size!r}: expected a number of bytes, or a size such as '5GB'") from error
     if not split.is_sharded:
         write_atomically(target, functools.partial(save_file, plain, metadata=header))
         index.unlink(missing_ok=True)
@@ -76,7 +76,7 @@ def write_safetensors(
         "metadata": {**split.metadata, **header},
         "weight_map": {key: names[name] for key, name in split.tensor_to_filename.items()}}, indent=2)
     write_atomically(index, lambda file: Path(file).write_text(text))
-    target.unlink(missing_ok=True)  # the single file of an earlier save would go before the index
+    target.unlink(missing_ok=True)  # the single file of an earlier save, which `load` would prefer to the index
     _remove_shards(target, keep=names.values())
 
 
@@ -85,7 +85,7 @@ def _stem(target: Path) -> str:
 
 
 def _remove_shards(target: Path, keep: Collection[str]) -> None:
-    """Remove the shards of earlier saves under this name, finished or not."""
+    """Remove the shards of earlier saves under this name, also of interrupted ones."""
     ours = re.compile(re.escape(_stem(target)) + r"-[0-9a-f]{16}-\d{5}-of-\d{5}\.safetensors")
     for file in target.parent.iterdir():
         if ours.fullmatch(file.name) and file.name not in keep:
@@ -93,12 +93,12 @@ def _remove_shards(target: Path, keep: Collection[str]) -> None:
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether it is a DTensor; torch.distributed need not be there to ask."""
+    """Whether it is a DTensor. Works in a torch without torch.distributed."""
     return hasattr(tensor, "full_tensor")
 
 
 def gathered(tensors: Mapping[str, torch.Tensor], keep: bool) -> dict[str, torch.Tensor]:
-    """The same tensors whole, on the CPU, one after another; nothing where `keep` is False. All ranks call this."""
+    """Gather sharded tensors to the CPU, one after another; return nothing if `keep` is False. All ranks have to call this."""
     out = {}
     for key, tensor in tensors.items():
         full = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
@@ -108,7 +108,7 @@ def gathered(tensors: Mapping[str, torch.Tensor], keep: bool) -> dict[str, torch
 
 
 def unshared(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same tensors, contiguous and sharing no memory, as safetensors wants them."""
+    """The same tensors, contiguous and without shared memory, as safetensors requires."""
     seen: set[int] = set()
     out = {}
     for key, tensor in tensors.items():
@@ -136,7 +136,7 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[str], object
         write(temporary)
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's are for the owner alone
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp gives rights to the owner alone
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, target)

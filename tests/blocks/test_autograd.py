@@ -1,4 +1,4 @@
-"""The squeeze and the scale in a training step: values and gradients of the plain expressions, with fewer maps kept."""
+"""Squeeze and scale in a training step: values and gradients of the plain expressions, with fewer saved maps."""
 
 import copy
 import weakref
@@ -10,7 +10,7 @@ import torch.utils.checkpoint
 from torch import nn
 
 import se_inject
-from se_inject.blocks import autograd as scale_room
+from se_inject.blocks import autograd
 from se_inject.blocks.squeeze_excite import SqueezeExcite
 
 LAYOUTS = [("NCHW", (2, 8, 6, 5)), ("NHWC", (2, 6, 5, 8)), ("NLC", (2, 30, 8))]
@@ -18,8 +18,8 @@ LAYOUTS = [("NCHW", (2, 8, 6, 5)), ("NHWC", (2, 6, 5, 8)), ("NLC", (2, 30, 8))]
 
 @pytest.fixture
 def small(monkeypatch):
-    """Small maps take the way of large ones."""
-    monkeypatch.setattr(scale_room, "MIN_NUMEL", 0)
+    """Small maps take the branch of large maps."""
+    monkeypatch.setattr(autograd, "MIN_NUMEL", 0)
 
 
 def block(layout, dtype=torch.float32):
@@ -30,7 +30,7 @@ def block(layout, dtype=torch.float32):
 def gradients(module, x, monkeypatch, plain):
     with monkeypatch.context() as patch:
         if plain:
-            patch.setattr(scale_room, "DEVICES", ())
+            patch.setattr(autograd, "DEVICES", ())
         x = x.clone(memory_format=torch.preserve_format).requires_grad_()
         y = module(x)
         module.zero_grad()
@@ -54,7 +54,7 @@ def test_values_are_equal_and_gradients_those_of_the_plain_expression(layout, sh
 
 
 @pytest.mark.parametrize(("layout", "shape"), LAYOUTS)
-def test_gradients_are_right_and_so_are_theirs(layout, shape, small):
+def test_gradients_and_gradients_of_gradients_are_right(layout, shape, small):
     module = block(layout, torch.float64)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(module, (x,))
@@ -66,22 +66,22 @@ def test_gradients_are_right_and_so_are_theirs(layout, shape, small):
 def test_the_squeeze_is_the_mean_to_the_bit(layout, shape, dtype, small):
     dims = block(layout).dims
     x = torch.randn([n * 7 for n in shape]).to(dtype).requires_grad_()
-    y = scale_room.squeeze(x, dims)
+    y = autograd.squeeze(x, dims)
     assert type(y.grad_fn).__name__ == "_SqueezeBackward"
     assert torch.equal(y, x.mean(dims, keepdim=True))
 
 
-def test_the_function_is_what_runs(small):
+def test_the_function_runs_where_gradients_are_needed(small):
     x = torch.randn(2, 8, 6, 5, requires_grad=True)
     assert type(block("NCHW")(x).grad_fn).__name__ == "_ScaleBackward"
     gate = torch.ones(2, 8, 1, 1, requires_grad=True)
-    assert type(scale_room.scale(x.detach(), gate, [2, 3]).grad_fn).__name__ == "MulBackward0"
+    assert type(autograd.scale(x.detach(), gate, [2, 3]).grad_fn).__name__ == "MulBackward0"
     with torch.no_grad():
         assert block("NCHW")(x).grad_fn is None
 
 
 class Normed(nn.Sequential):
-    """A block behind a batch norm, as in a bottleneck."""
+    """A block after a batch norm, as in a bottleneck."""
 
     def __init__(self, dtype=torch.float32):
         torch.manual_seed(1)
@@ -91,7 +91,7 @@ class Normed(nn.Sequential):
 
 
 def freed(model, x):
-    """Whether the block's input is gone while its gradient can still be asked for."""
+    """Whether the input of the block is freed before the backward."""
     seen = []
     model[2].register_forward_pre_hook(lambda _, given: seen.append(weakref.ref(given[0])))
     y = model(x)
@@ -102,13 +102,13 @@ def freed(model, x):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_what_a_norm_made_is_computed_again(layout, dtype, small, monkeypatch):
+def test_the_output_of_a_norm_is_computed_again(layout, dtype, small, monkeypatch):
     model = Normed().to(memory_format=layout)
     x = torch.randn(4, 3, 11, 9).contiguous(memory_format=layout)
     grads = []
     for has_norm in (True, False):
         if not has_norm:
-            monkeypatch.setattr(scale_room, "_norm_of", lambda x: None)
+            monkeypatch.setattr(autograd, "_norm_of", lambda x: None)
         with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
             y = model(x)
         assert type(y.grad_fn).__name__ == ("_ScaleOfNormBackward" if has_norm else "_ScaleBackward")
@@ -123,13 +123,13 @@ def close(mine, theirs, most):
         assert (a - b).norm() <= most * b.norm()
 
 
-def test_what_a_norm_made_is_not_kept(small):
+def test_the_output_of_a_norm_is_not_saved(small):
     x = torch.randn(2, 3, 8, 8)
     assert freed(Normed(), x)
     frozen, still = Normed(), Normed()
     frozen[1].bias.requires_grad_(False)
     still[1].eval()
-    assert not freed(frozen, x) and not freed(still, x)  # which do not say what x is made of
+    assert not freed(frozen, x) and not freed(still, x)  # their nodes do not save what x is computed from
     model = Normed()
     torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False).sum().backward()
     expected = [p.grad.clone() for p in model.parameters()]
@@ -138,7 +138,7 @@ def test_what_a_norm_made_is_not_kept(small):
     close([p.grad for p in model.parameters()], expected, 1e-5)
 
 
-def test_gradients_of_gradients_behind_a_norm(small):
+def test_gradients_of_gradients_after_a_norm(small):
     model = Normed(torch.float64)
     x = torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(model, (x,))
@@ -160,7 +160,7 @@ def test_autocast(small, monkeypatch):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*is deprecated:FutureWarning")  # torch.func's own
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*is deprecated:FutureWarning")  # torch.func raises it
 def test_batches_of_gradients(small):
     module = block("NCHW")
     x = torch.randn(2, 8, 6, 5)
@@ -192,7 +192,7 @@ def test_compilers_and_scripts_get_the_plain_expression(small):
         y.sum().backward()
 
 
-def test_a_step_of_an_injected_model_is_that_of_its_native_twin():
+def test_a_step_of_an_injected_model_equals_a_step_of_its_native_twin():
     torch.manual_seed(0)
     native = timm.create_model("seresnet50", num_classes=3)
     mine = se_inject.inject(timm.create_model("resnet50", num_classes=3), init="timm")
@@ -208,7 +208,7 @@ def test_a_step_of_an_injected_model_is_that_of_its_native_twin():
             m.register_forward_hook(see)
     a, b = mine(x), native(x)
     assert torch.equal(a, b)
-    assert kinds == {"_ScaleOfNormBackward", "MulBackward0"}  # large maps and small ones
+    assert kinds == {"_ScaleOfNormBackward", "MulBackward0"}  # large maps, and small maps
     for y in (a, b):
         nn.functional.cross_entropy(y, torch.tensor([0, 1, 2, 0])).backward()
     for (name, p), q in zip(mine.named_parameters(), native.parameters(), strict=True):

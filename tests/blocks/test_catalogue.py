@@ -1,4 +1,6 @@
-"""Blocks other than SE: at the same sites, an identity at the start, or refused with the reason."""
+"""The rows of the catalogue: each block at the same sites, an identity at the start, or refused with the reason."""
+
+import dataclasses
 
 import pytest
 import timm
@@ -6,9 +8,13 @@ import torch
 from torch import nn
 
 import se_inject
-from se_inject.blocks import catalogue as blocks
-from se_inject.blocks.catalogue import block_names, get_block
-from se_inject.surgery.state import block_paths
+from se_inject import block_paths
+from se_inject.blocks import catalogue
+from se_inject.blocks.build import BlockSpec, make_block
+from se_inject.blocks.catalogue import Block, block_names, get_block
+from se_inject.blocks.identity import Start, is_identity, make_identity
+from se_inject.blocks.squeeze_excite import SqueezeExcite, squeeze_width
+from se_inject.config import SEConfig
 
 from ..support.checks import check_identity
 
@@ -49,6 +55,35 @@ def test_an_option_that_a_block_lacks_is_named():
         se_inject.plan("resnet18", block="eca", bias=False)
 
 
+@pytest.mark.parametrize("block", ["se", "ese", "ge"])
+def test_a_gate_that_cannot_be_one_is_refused_for_every_block(block):
+    with pytest.raises(se_inject.SEInjectError, match=r"Tanh, is 0 with slope 1 at 0.*use gate_layer='sigmoid'"):
+        se_inject.plan("resnet18", block=block, gate_layer="tanh")
+
+
+@pytest.mark.parametrize("option", ["act_layer", "gate_layer"])
+def test_a_name_that_timm_does_not_know(option):
+    with pytest.raises(se_inject.SEInjectError, match=r"names of timm\.layers.create_act"):
+        se_inject.plan("resnet18", **{option: "none_such"})
+    with pytest.raises(se_inject.SEInjectError, match=f"{option}=''"):
+        se_inject.plan("resnet18", **{option: ""})
+
+
+@pytest.mark.parametrize("block", [*GATES, "efficientnet"])
+def test_a_trained_block_goes_back_to_its_start(block):
+    name, style = ("se", block) if block == "efficientnet" else (block, block)
+    config = SEConfig(block=name)
+    module = make_block(BlockSpec(16, 8, "NCHW", style), config, None, 1.0, "cpu", torch.float32)
+    x = torch.randn(2, 16, 8, 8)
+    for _ in range(2):
+        assert is_identity(module) and torch.equal(module(x), x)
+        with torch.no_grad():
+            for p in module.parameters():
+                p.normal_()
+        assert not is_identity(module) and not torch.equal(module(x), x)
+        make_identity(get_block(name).styled(style).start, module)
+
+
 def test_a_map_of_tokens_has_no_rows_and_columns():
     plan = se_inject.plan("test_vit", block="cbam")
     assert not plan.sites
@@ -81,7 +116,7 @@ class Mine(nn.Module):
 def registered():
     se_inject.register_block("mine", Mine, zero=("fc",), gates=("gate",))
     yield
-    del blocks._blocks["mine"]
+    del catalogue._rows["mine"]
 
 
 def test_a_block_of_ones_own(registered):
@@ -94,6 +129,21 @@ def test_a_block_of_ones_own(registered):
     assert get_block("mine").cls is Mine
 
 
+@pytest.mark.parametrize("row, message", [
+    (Block("wrong_0", Mine, Start(("fd",))), "Mine has no module 'fd'.*fc, gate"),
+    (Block("wrong_1", Mine, Start(("fc",), ("fc.weight",))), "Mine has no module 'fc.weight'"),
+    (Block("wrong_2", Mine), "does not return its input at the start"),
+    (Block("wrong_3", nn.Conv2d), "cannot be created for 16 channels.*its class has to accept"),
+    (Block("wrong_4", lambda channels: nn.AdaptiveAvgPool2d(1)), "returns .* and a gate keeps the shape"),
+    (Block("wrong_5", lambda channels: nn.Identity()), "none of its parameters would have a gradient")])  # fmt: skip
+def test_a_block_that_does_not_fit_is_refused_with_the_reason(monkeypatch, row, message):
+    monkeypatch.setitem(catalogue._rows, row.name, row)
+    model = timm.create_model("resnet18")
+    with pytest.raises(se_inject.SEInjectError, match=message):
+        se_inject.inject(model, block=row.name)
+    assert not block_paths(model)
+
+
 def test_a_block_of_ones_own_goes_into_a_file(registered, tmp_path):
     model = se_inject.inject(timm.create_model("test_resnet"), block="mine").eval()
     with torch.no_grad():
@@ -103,6 +153,27 @@ def test_a_block_of_ones_own_goes_into_a_file(registered, tmp_path):
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(again(x), model(x))
+
+
+class Film(SqueezeExcite):
+    """A block that takes width, layout and activation of its site, as SE does."""
+
+
+def test_a_block_that_is_fitted_to_its_site_is_one_row(monkeypatch):
+    row = Block("film", Film, Start(("fc2",), ("gate",), "fc1"), layouts=("NCHW", "NLC"), width=squeeze_width, site_act=True)
+    monkeypatch.setitem(catalogue._rows, "film", row)
+    for name, size in (("resnet18", 64), ("tiny_vit_5m_224", 64)):
+        ours, theirs = se_inject.plan(name, block="film"), se_inject.plan(name)
+        assert list(ours.sites) == [dataclasses.replace(s, style="film") for s in theirs.sites]
+        check_identity(timm.create_model(name), (3, size, size), block="film")
+    model = se_inject.inject(timm.create_model("efficientnet_lite0"), block="film", ratio=0.5, act_layer="silu")
+    blocks = [model.get_submodule(path) for path in block_paths(model)]
+    assert all(type(b) is Film and isinstance(b.act, nn.SiLU) for b in blocks)
+    assert all(b.fc1.out_channels == s.rd_channels for b, s in zip(blocks, se_inject.plan(
+        "efficientnet_lite0", block="film", ratio=0.5).sites, strict=True))
+    model = se_inject.inject(timm.create_model("tiny_vit_5m_224"), block="film")
+    kinds = {s.layout: type(model.get_submodule(s.path)).__name__ for s in theirs.sites}
+    assert kinds == {"NCHW": "Film", "NLC": "Film", "NHWC": "ChannelsLast"}
 
 
 def test_gather_excite_is_timms_but_for_the_layer_that_timm_cannot_make():

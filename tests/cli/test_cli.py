@@ -2,8 +2,11 @@
 
 import argparse
 import json
+import pathlib
+import re
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import timm
@@ -29,6 +32,21 @@ def test_help_imports_no_torch():
             "try: main(['inject', '--help'])\nexcept SystemExit: pass\nprint('torch' in sys.modules, 'timm' in sys.modules)")
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.splitlines()[-1] == "False False" and "--ratio" in out
+
+
+def test_only_the_command_imports_click_and_rich():
+    package = pathlib.Path(se_inject.__file__).parent
+    importing = {
+        path.relative_to(package).parts[0] for path in package.rglob("*.py")
+        if re.search(r"^\s*(import|from) (click|rich)\b", path.read_text(), re.MULTILINE)}
+    assert importing == {"cli"}
+
+
+def test_no_help_text_is_cut_at_80_columns():
+    out = CliRunner().invoke(main, ["--help"], terminal_width=80).stdout
+    commands = out.partition("Commands:\n")[2].splitlines()
+    assert [line.split()[0] for line in commands] == sorted(main.commands)
+    assert all(len(line) <= 80 and not line.endswith("...") for line in commands)
 
 
 def test_lite0_file_in_file_out(tmp_path):
@@ -94,6 +112,19 @@ def test_demo(tmp_path):
     assert "16 sites" in err and (tmp_path / "d.safetensors").exists()
 
 
+def test_the_demo_leaves_nothing_in_the_working_folder(tmp_path, monkeypatch):
+    work, temporary = tmp_path / "work", tmp_path / "temporary"
+    work.mkdir()
+    temporary.mkdir()
+    monkeypatch.chdir(work)
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    out, err = call("demo")
+    (file,) = temporary.glob("*/*.safetensors")
+    assert f"saved {file}" in err and not list(work.iterdir())
+    assert out.splitlines()[0].split() == ["photograph", "base", "p", "se_inject/tf_efficientnet_lite0", "p", "logits"]
+    assert out.splitlines()[-1] == "7 photographs: the logits are bit-exact on all photographs"
+
+
 def test_plan_and_list():
     assert call("list", "resnet18*")[0].split() == timm.list_models("se_inject/resnet18*")
     assert json.loads(call("list", "resnet18", "--pretrained", "--json")[0]) == timm.list_pretrained("se_inject/resnet18")
@@ -116,6 +147,7 @@ def test_inject_by_name(tmp_path):
     (["plan", "resnet18", "--placement", "inside"], 2, "inside"),
     (["inject", "resnet18"], 2, "-o"),
     (["info", "none.safetensors"], 1, "no file"),
+    (["inject", "base.safetensors", "-o", "x.safetensors", "--pretrained"], 2, "leave --pretrained out"),
     (["inject", "seresnet18", "-o", "x.safetensors"], 1, "already have channel attention"),
     (["list", "nothing_like_it*"], 1, "no model"),
 ])  # fmt: skip
@@ -140,3 +172,14 @@ def test_arguments_that_timm_does_not_take(tmp_path, argument, message):
     err = call("inject", "test_resnet", "-o", tmp_path / "x", "--model-kwargs", argument, code=2)[1]
     assert message in err.replace("\n", " ")
     assert not list(tmp_path.iterdir())
+
+
+def test_every_command_of_a_file_takes_its_name_and_arguments(tmp_path):
+    """A state dict of plain torch says neither; the options do."""
+    model = randomise(timm.create_model("se_inject/test_resnet", se_init="timm", act_layer="silu", num_classes=3)).eval()
+    torch.save(model.state_dict(), tmp_path / "a.pth")
+    args = [tmp_path / "a.pth", "--model", "se_inject/test_resnet", "--model-kwargs", "act_layer=silu"]
+    call("eject", *args, "-o", tmp_path / "base.safetensors", "--init", "timm")
+    base, x = timm.create_model("test_resnet", act_layer="silu", num_classes=3).eval(), torch.randn(1, 3, 64, 64)
+    base.load_state_dict(load_file(tmp_path / "base.safetensors"))
+    assert torch.equal(base(x), se_inject.eject(model)(x))

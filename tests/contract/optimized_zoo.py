@@ -1,4 +1,4 @@
-"""Optimised copies of the smallest model of each family, with and without blocks: ``python -m tests.contract.optimized_zoo [NAME]...``
+"""Optimized copies of the smallest model of each family: ``python -m tests.contract.optimized_zoo [NAME]...``
 
 Prints a row for each: what was done, and how far the outputs are from the model's, relative to them, in float32 and, of the
 errors in bfloat16, how much of the plain model's. Exits with 1 where the first is above 1e-5 or the second above 1.5.
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import se_inject
-from se_inject.capture.inputs import input_sizes
+from se_inject import input_sizes
 from se_inject.tools import zoo_table
 
 from ..support.checks import randomise, total

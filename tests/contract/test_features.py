@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from se_inject.surgery.state import block_paths
+from se_inject import block_paths
 from se_inject.tools import zoo
 
 from ..support.checks import randomise

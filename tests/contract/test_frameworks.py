@@ -7,7 +7,7 @@ import pathlib
 
 import pytest
 
-from se_inject.surgery.state import injections_of
+from se_inject.surgery.state import edits_of, injections_of
 
 from ..support import compilers, training  # noqa: F401
 from ..support.families import FAMILIES, identity
@@ -29,7 +29,7 @@ def blocks(family) -> str:
     """In which ways the blocks of a model were put in, and in which layouts they work."""
     model = identity(family)
     owners = [m for m in model.modules() if "_se_edits" in m.__dict__]
-    ways = {"several ways" if any(k.startswith("_se_way_") for k in vars(type(m))) else m._se_edits.way for m in owners}
+    ways = {"several branches" if any(k.startswith("_se_branch_") for k in vars(type(m))) else edits_of(m).kind for m in owners}
     layouts = {s.layout for i in injections_of(model) for s in i.sites}
     return f"{', '.join(sorted(ways))}: {', '.join(sorted(layouts))}"
 

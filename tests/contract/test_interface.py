@@ -14,7 +14,7 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from timm.utils import freeze, get_state_dict, unfreeze, unwrap_model
 
 import se_inject
-from se_inject.surgery.state import block_paths
+from se_inject import block_paths
 
 from ..support.checks import randomise
 from .test_identity import smallest_size

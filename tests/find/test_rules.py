@@ -9,9 +9,7 @@ import se_inject
 from se_inject.blocks.squeeze_excite import SqueezeExcite
 from se_inject.timm_names import skeleton
 
-
-def conv(i: int, o: int, k: int = 3, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(i, o, k, stride, k // 2, bias=False), nn.BatchNorm2d(o), nn.ReLU())
+from ..support.toys import Net, conv
 
 
 def needs(name: str) -> None:
@@ -193,15 +191,6 @@ class Gated(Toy):
     def forward(self, x):
         y = self.b(self.a(x))
         return x + y * self.gate(y.mean((2, 3), keepdim=True)).sigmoid()
-
-
-class Net(nn.Module):
-    def __init__(self, unit):
-        super().__init__()
-        self.stem, self.unit = nn.Conv2d(3, 16, 1), unit
-
-    def forward(self, x):
-        return self.unit(self.stem(x)).mean((2, 3))
 
 
 TOYS = [
@@ -479,7 +468,7 @@ def test_a_forward_that_differs_between_modes_is_never_baked():
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 8, 24])
 def test_squeeze_width_is_never_zero(channels):
-    from se_inject.blocks.catalogue import block_spec
+    from se_inject.blocks.build import block_spec
     from se_inject.config import SEConfig
 
     assert block_spec(SEConfig(ratio=0.001, rd_divisor=1), channels, channels, "NCHW", "se").rd_channels == 1

@@ -36,10 +36,10 @@ def constant_gates(model, low=0.4):
     """Give every block a gate of its own for each channel, which is the same for all images."""
     generator = torch.Generator().manual_seed(2)
     for path in block_paths(model):
-        for m in model.get_submodule(path).modules():
-            if hasattr(m, "last_layer"):
-                nn.init.zeros_(m.last_layer().weight)
-                m.last_layer().bias.data.copy_(torch.rand(m.last_layer().bias.shape, generator=generator) * 2 - low)
+        for name, m in model.get_submodule(path).named_children():
+            if name in ("fc2", "conv_expand"):
+                nn.init.zeros_(m.weight)
+                m.bias.data.copy_(torch.rand(m.bias.shape, generator=generator) * 2 - low)
     return model
 
 

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 import se_inject
-from se_inject.capture.inputs import input_sizes
-from se_inject.surgery.state import block_paths
+from se_inject import block_paths, input_sizes
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import warnings
 import torch
 from torch import nn
 
-from se_inject.surgery.state import block_paths
+from se_inject import block_paths
 
 from .families import Family
 from .frameworks import FEW, assert_equal, check, gradients

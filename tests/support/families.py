@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import se_inject
-from se_inject.surgery.state import block_paths
+from se_inject import block_paths
 
 from .checks import randomise
 

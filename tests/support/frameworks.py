@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from se_inject.surgery.state import block_paths
+from se_inject import block_paths
 
 from .families import Family, plain, trained
 

@@ -19,7 +19,7 @@ from timm.layers import DropPath
 from torch import nn
 
 import se_inject
-from se_inject.surgery.state import block_paths
+from se_inject import block_paths
 
 
 def weighed(y: torch.Tensor) -> torch.Tensor:

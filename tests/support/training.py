@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import se_inject
+from se_inject import block_paths
 from se_inject.blocks.squeeze_excite import SqueezeExcite
-from se_inject.surgery.state import block_paths
 
 from .families import Family, identity, plain
 from .frameworks import assert_equal, check, gradients

@@ -10,8 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 import se_inject
 
-from ..find.test_rules import conv
 from ..support.checks import randomise
+from ..support.toys import conv
 
 
 class Block(nn.Module):

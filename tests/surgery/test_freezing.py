@@ -1,4 +1,4 @@
-"""The blocks' parameters, a frozen base, and an optimizer that was there before."""
+"""The parameters of the blocks, a frozen base, and an optimizer that was created before the injection."""
 
 import copy
 import io
@@ -13,8 +13,7 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 import se_inject
-from se_inject.capture.inputs import input_sizes
-from se_inject.surgery.state import block_paths
+from se_inject import block_paths, input_sizes
 
 from ..support.checks import randomise
 
@@ -41,7 +40,7 @@ def step(model, optimizer, x):
 
 
 def split(model, head=()):
-    """Every tensor of the blocks, of the head, and of the rest, also those that no state dict holds."""
+    """All tensors of the blocks, of the head, and of the rest, also the tensors that no state dict holds."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     blocks = {k for k in tensors if k.startswith(tuple(f"{p}." for p in block_paths(model)))}
     heads = {k for k in tensors if k.startswith(tuple(f"{p}." for p in head))} if head else set()
@@ -153,7 +152,7 @@ def test_a_head_by_hand():
     se_inject.inject(model, input_size=(3, 64, 64))
     with pytest.raises(se_inject.SEInjectError, match=r"head=model\.fc"):
         se_inject.freeze_base(model)
-    with pytest.raises(se_inject.SEInjectError, match="no module inside"):
+    with pytest.raises(se_inject.SEInjectError, match="not a module inside"):
         se_inject.freeze_base(model, head=nn.Linear(1, 1))
     assert all(p.requires_grad for p in model.parameters()) and "_se_frozen" not in model.__dict__
     se_inject.freeze_base(model, head=model.fc)
@@ -190,14 +189,14 @@ def test_an_optimizer_that_was_there_before(caplog):
     scheduler.step(2)
     assert len(scheduler.base_values) == groups and optimizer.param_groups[-1]["lr"] < 1e-2
     before = [p.detach().clone() for p in missing]
-    for _ in range(2):  # an identity gate's first layer begins to move when its last has
+    for _ in range(2):  # the first layer of an identity block gets a gradient when the last layer is no longer zero
         step(model, optimizer, torch.randn(2, 3, 64, 64))
     assert all(not torch.equal(a, b) for a, b in zip(before, missing, strict=True))
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda m: se_inject.se_parameters(m), "no injected blocks.*inject"),
-    (lambda m: se_inject.freeze_base(m), "no injected blocks.*inject"),
+    (lambda m: se_inject.se_parameters(m), "no injected blocks; inject"),
+    (lambda m: se_inject.freeze_base(m), "no injected blocks; inject"),
     (lambda m: se_inject.se_parameters("resnet18"), "needs a model"),
     (lambda m: se_inject.freeze_base(None), "needs a model"),
     (lambda m: se_inject.unfreeze_base({}), "needs a model"),

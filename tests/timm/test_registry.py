@@ -1,4 +1,4 @@
-"""timm's door: names, listing, arguments, and what happens to bad ones."""
+"""timm's door: names, listing, arguments, and the errors for bad ones."""
 
 import argparse
 import subprocess
@@ -11,8 +11,8 @@ import torch
 from timm.models import _factory, _registry
 
 import se_inject
+from se_inject import block_paths
 from se_inject.config import SEConfig
-from se_inject.surgery.state import block_paths
 from se_inject.timm_names import ALIAS, PREFIX, split_options
 from se_inject.timm_registry import TwinEntrypoints, register
 
@@ -71,7 +71,7 @@ def test_collisions_raise_and_replace_nothing():
 
 def test_registering_twice_changes_nothing():
     parse, table = _factory.parse_model_name, _registry._model_entrypoints
-    register(timm)
+    register()
     assert _factory.parse_model_name is parse and _registry._model_entrypoints is table
 
 
@@ -163,7 +163,7 @@ def test_every_feature_wrapper(name, options):
 
 
 def test_importing_costs_little():
-    """Imports are counted, not timed: nothing but this package and wrapt comes on top of timm."""
+    """Imports are counted, not timed: only this package and wrapt come on top of timm."""
     out = run("import sys, timm, torch; before = set(sys.modules); import se_inject;"
               "print(*sorted({m.partition('.')[0] for m in set(sys.modules) - before}))")
     assert set(out.split()) <= {"se_inject", "wrapt", "__future__"} | set(sys.stdlib_module_names)

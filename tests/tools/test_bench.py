@@ -1,30 +1,23 @@
-"""What is compared is what it says, ratios are those of the same round, pages are made anew. How long it takes is not asked."""
+"""The variants are as named, and a report has the ratios of its times. No test asks how long anything takes."""
 
 import copy
 import json
 import re
-import shlex
-from pathlib import Path
 
-import click
 import pytest
 import timm
 import torch
-from torch import nn
 
 import se_inject
-from se_inject import cli
+from se_inject.capture.inputs import input_sizes
 from se_inject.config import SEConfig
-from se_inject.surgery import pipeline
 from se_inject.surgery.state import block_paths
-from se_inject.tools import bench, timing
-from se_inject.tools import bench_tables as bench_report
-from se_inject.tools.timing import Job, Spread, interleaved, order, peak_memory, peak_resident, ratios
-from se_inject.tools.variants import deviation, plain_variants
+from se_inject.tools import bench, variants
+from se_inject.tools.outputs import deviation, equal, run
+from se_inject.tools.variants import plain_variants
 
 from ..cli.test_cli import call
 
-PAGE = Path(__file__).parents[2] / "docs" / "cost.md"
 ONCE = ["--rounds", "1", "--threads", "1"]
 
 
@@ -34,91 +27,6 @@ def measured(*args):
 
 def by_name(comparison):
     return {e["name"]: e for e in comparison["entries"]}
-
-
-class Clock:
-    """A clock that only jobs move on; from the fifth call of a job on it takes twice as long."""
-
-    def __init__(self):
-        self.seconds, self.log = 0.0, []
-
-    def __call__(self):
-        return self.seconds
-
-    def job(self, name, seconds):
-        def run(given):
-            self.log.append(name)
-            self.seconds += seconds * (1 if self.log.count(name) <= 4 else 2)
-
-        return Job(run)
-
-
-def test_ratios_come_from_the_same_round():
-    clock = Clock()
-    times = interleaved({"a": clock.job("a", 1.0), "b": clock.job("b", 3.0)}, rounds=6, now=clock)
-    assert "".join(clock.log) == "aabb" + "abba" + "baab" + "abba"
-    assert times == {"a": [1.0, 1.0, 2.0, 2.0, 2.0, 2.0], "b": [3.0, 3.0, 6.0, 6.0, 6.0, 6.0]}
-    assert ratios(times, "b", "a") == Spread(3.0, 3.0, 3.0)
-    assert Spread.of(times["a"]) == Spread(2.0, 1.25, 2.0)
-    assert ratios({"a": [1.0, 2.0, 4.0], "b": [2.0, 2.0, 2.0]}, "b", "a") == Spread(1.0, 0.75, 1.5)
-
-
-def test_short_calls_fill_a_turn():
-    clock = Clock()
-    times = interleaved({"short": clock.job("short", timing.TURN / 2), "long": clock.job("long", 1.0)}, rounds=1, now=clock)
-    assert clock.log.count("short") == 2 + 2
-    assert clock.log.count("long") == 2 + 1
-    assert times == {"short": [pytest.approx(timing.TURN / 2)], "long": [1.0]}
-
-
-@pytest.mark.parametrize("min_time, rounds", [(0.0, timing.FEWEST), (8.0, 8)])
-def test_the_rounds_fill_the_time(min_time, rounds):
-    clock = Clock()
-    times = interleaved({"a": clock.job("a", 0.5), "b": clock.job("b", 1.5)}, min_time=min_time, now=clock)
-    assert len(times["a"]) == len(times["b"]) == rounds
-
-
-def test_what_a_call_is_given_is_not_timed():
-    clock = Clock()
-
-    def setup():
-        clock.seconds += 100
-        return "given"
-
-    def run(given):
-        assert given == "given"
-        clock.seconds += 0.01
-
-    times = interleaved({"a": Job(run, setup)}, rounds=3, now=clock)
-    assert times["a"] == pytest.approx([0.01] * 3)
-    assert clock.seconds == pytest.approx(5 * 100.01)
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 6])
-def test_each_comes_first_as_often_as_any_other(count):
-    names = list("abcdef"[:count])
-    rounds = [order(names, i) for i in range(2 * count)]
-    assert all(sorted(r) == names for r in rounds)
-    assert sorted(r[0] for r in rounds) == sorted(names * 2)
-
-
-def test_peak_memory_counts_what_is_alive_at_once():
-    def run(_):
-        a = torch.zeros(1000)
-        b = torch.zeros(2000)
-        del a
-        c = torch.zeros(4000)
-        return b, c
-
-    assert 4 * 6000 <= peak_memory(Job(run), torch.device("cpu")) < 4 * 7000
-    assert peak_memory(Job(run), torch.device("meta")) is None
-
-
-def test_peak_resident_counts_what_is_written():
-    grown = peak_resident(Job(lambda _: torch.ones(16_000_000).sum()))
-    if grown is None:
-        pytest.skip("the peak of a process is read where Linux says it, in /proc/self")
-    assert grown >= 60_000_000
 
 
 def test_the_variants_are_what_they_say():
@@ -158,10 +66,10 @@ def test_inference():
         assert (comparison["model"], comparison["size"], comparison["rounds"]) == ("resnet18", [3, 32, 32], 2)
         found = by_name(comparison)
         plain = ["base", "injected", "native"]
-        assert list(found) == [f"{name}{how}" for name in plain for how in ("", ", optimised")]
+        assert list(found) == [f"{name}{how}" for name in plain for how in ("", ", optimized")]
         for name, e in found.items():
             is_plain = name in plain
-            assert set(e["ratios"]) == ({"base"} if is_plain else {"base", "base, optimised"})
+            assert set(e["ratios"]) == ({"base"} if is_plain else {"base", "base, optimized"})
             assert (e["deviation"] is None) if is_plain else 0 <= e["deviation"] <= 1e-5
             assert 0 < e["seconds"]["q1"] <= e["seconds"]["median"] <= e["seconds"]["q3"]
             assert e["memory"] > 0
@@ -170,40 +78,48 @@ def test_inference():
 
 
 def test_a_report_has_the_ratios_of_the_times(monkeypatch):
-    seconds = {"base": [2.0, 4.0], "injected": [3.0, 6.0], "base, optimised": [1.0, 2.0], "injected, optimised": [1.25, 2.5]}
+    seconds = {"base": [2.0, 4.0], "injected": [3.0, 6.0], "base, optimized": [1.0, 2.0], "injected, optimized": [1.25, 2.5]}
     monkeypatch.setattr(bench, "interleaved", lambda jobs, **_: {name: seconds[name] for name in jobs})
     (comparison,) = measured("test_vit", "--no-native", *ONCE)["comparisons"]
     medians = {name: {to: r["median"] for to, r in e["ratios"].items()} for name, e in by_name(comparison).items()}
     assert medians == {
-        "base": {"base": 1.0}, "base, optimised": {"base": 0.5, "base, optimised": 1.0},
-        "injected": {"base": 1.5}, "injected, optimised": {"base": 0.625, "base, optimised": 1.25}}
+        "base": {"base": 1.0}, "base, optimized": {"base": 0.5, "base, optimized": 1.0},
+        "injected": {"base": 1.5}, "injected, optimized": {"base": 0.625, "base, optimized": 1.25}}
     shown = call("bench", "test_vit", "--no-native", *ONCE)[0]
-    assert re.search(r"injected, optimised +1,875 +1,562 to 2,188 +-37\.5% .* \+25\.0%", shown)
+    assert re.search(r"injected, optimized +1,875 +1,562 to 2,188 +-37\.5% .* \+25\.0%", shown)
     table = call("bench", "test_vit", "--no-native", *ONCE, "--markdown")[0]
     assert "| test_vit | 1 | injected | 4,500 | 3,750 to 5,250 | +50.0% (+50.0% to +50.0%) |  |" in table
 
 
-def test_an_optimisation_that_computes_something_else_is_an_error(monkeypatch):
+def test_an_optimization_that_computes_something_else_is_an_error(monkeypatch):
     def wrong(model):
         other = copy.deepcopy(model)
         with torch.no_grad():
             other.get_classifier().bias += 0.1
         return other
 
-    monkeypatch.setattr(se_inject, "optimize_for_inference", wrong, raising=False)
+    monkeypatch.setattr(variants, "optimize_for_inference", wrong)
     out, err = call("bench", "test_resnet", "--no-native", *ONCE, code=1)
-    assert "outputs differ from the plain model's" in err
+    assert "outputs deviate from the plain model's" in err
     assert out == ""
 
 
 def test_deviation_is_relative_to_the_largest_output():
-    linear, other = nn.Linear(1, 2, bias=False), nn.Linear(1, 2, bias=False)
-    with torch.no_grad():
-        linear.weight.copy_(torch.tensor([[4.0], [1.0]]))
-        other.weight.copy_(torch.tensor([[4.0], [2.0]]))
-    assert deviation(linear, other, torch.ones(1, 1)) == 0.25
-    other.weight.data.fill_(torch.nan)
-    assert not deviation(linear, other, torch.ones(1, 1)) <= 1e-5
+    expected = {"a": torch.tensor([4.0, -1.0]), "b": None}
+    assert deviation(expected, {"a": torch.tensor([4.0, -2.0]), "b": None}) == 0.25
+    assert deviation(expected, expected) == 0.0
+    for output in ([torch.ones(1), torch.tensor([torch.nan])], [torch.tensor([torch.nan]), torch.ones(1)]):
+        assert not deviation([torch.ones(1), torch.ones(1)], output) <= 1e-5
+
+
+def test_equal_outputs_have_the_same_structure_and_values():
+    x, y = torch.ones(2), torch.zeros(2)
+    assert equal((x, {"a": [y, None, 3]}), (x.clone(), {"a": [y.clone(), None, 3]}))
+    assert not equal([x, y], [x, x])
+    assert not equal([x, y], (x, y))
+    assert not equal([x, 3], [x, 4])
+    assert not equal([x, None], [x, y])
+    assert not equal(x, torch.full((2,), torch.nan))
 
 
 def test_training():
@@ -237,12 +153,18 @@ def test_surgery():
     assert "inject / create_model" in call("bench", "test_vit", "--measure", "surgery", *ONCE)[0]
 
 
-def test_surgery_is_as_it_was_after_it_was_watched():
-    before = pipeline.record_on, pipeline.apply
-    with timing.watched(se_inject.surgery, ["_record", "apply"]) as seconds:
-        se_inject.inject(timm.create_model("test_resnet"))
-        assert {name: len(found) for name, found in seconds.items()} == {"_record": 1, "apply": 1}
-    assert (pipeline.record_on, pipeline.apply) == before
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_the_timed_injection_is_that_of_inject(name):
+    config, seconds = SEConfig(ratio=0.5), {stage: [] for stage in ("record", "sites", "code", "apply")}
+    model = timm.create_model(name).eval()
+    other = se_inject.inject(copy.deepcopy(model), config)
+    bench.inject_in_stages(model, config, seconds)
+    assert all(len(values) == 1 for values in seconds.values())
+    assert block_paths(model) == block_paths(other)
+    assert {k: t.shape for k, t in model.state_dict().items()} == {k: t.shape for k, t in other.state_dict().items()}
+    model.load_state_dict(other.state_dict())
+    images = torch.randn(1, *input_sizes(model)[0])
+    assert equal(run(model, images), run(other, images))
 
 
 def test_loading():
@@ -272,8 +194,7 @@ def test_threads_and_log_are_as_before():
 
 
 @pytest.mark.parametrize("args, code, message", [
-    ([], 2, "one or more NAMEs"),
-    (["test_resnet", "--write", "page.md"], 2, "one or more NAMEs"),
+    ([], 2, "Missing argument 'NAME...'"),
     (["resnet5O"], 2, "did you mean 'resnet50'"),
     (["resnet18", "--vs", "resnet5O"], 2, "did you mean 'resnet50'"),
     (["resnet18", "--vs", ""], 2, "no model ''"),
@@ -284,72 +205,12 @@ def test_threads_and_log_are_as_before():
     (["resnet18", "--batch", "0"], 2, "--batch"),
     (["resnet18", "--ratio", "16"], 2, "write ratio=1/16"),
     (["resnet18", "--device", "nowhere"], 2, "write --device cpu"),
-    (["resnet18", "--device", "meta"], 2, "a device that computes"),
-    (["resnet18", "--device", "meta", "--measure", "loading"], 2, "is done on cpu"),
+    (["resnet18", "--device", "meta"], 2, "needs a device that computes"),
+    (["resnet18", "--device", "meta", "--measure", "loading"], 2, "needs cpu"),
     (["vit_tiny_patch16_224", "--size", "32"], 2, "--model-kwargs img_size=32"),
     (["seresnet18"], 1, "already have channel attention"),
-    (["--write", "none.md"], 1, "cannot read 'none.md'"),
 ])  # fmt: skip
 def test_what_goes_wrong(args, code, message):
     out, err = call("bench", *args, code=code)
     assert message in re.sub(r"\s+", " ", err)
     assert out == ""
-
-
-A_PAGE = """before
-
-<!-- one: begin -->
-
-```sh
-se-inject bench test_resnet --no-native
-```
-
-old
-
-<!-- one: end -->
-between
-<!-- two: begin -->
-
-```sh
-se-inject bench test_vit --vs 'a b=1'
-```
-<!-- two: end -->
-after
-"""
-
-
-def test_a_page_keeps_what_stands_around_its_tables(tmp_path):
-    page = tmp_path / "page.md"
-    page.write_text(A_PAGE)
-    asked = []
-    assert bench_report.rewrite(str(page), lambda words: asked.append(words) or r"| \1 new |", ["two"]) == ["two"]
-    assert asked == [["test_vit", "--vs", "a b=1"]]
-    assert page.read_text() == A_PAGE.replace("```\n<!-- two: end", "```\n\n| \\1 new |\n\n<!-- two: end")
-    assert bench_report.rewrite(str(page), lambda words: "new") == ["one", "two"]
-    assert page.read_text().count("new") == 2
-    assert "old" not in page.read_text()
-    with pytest.raises(se_inject.SEInjectError, match="has no table three, but one, two"):
-        bench_report.rewrite(str(page), lambda words: "new", ["three"])
-
-
-def test_a_command_that_fails_leaves_its_table(tmp_path, capfd):
-    page = tmp_path / "page.md"
-    page.write_text(A_PAGE.replace("test_vit --vs 'a b=1'", "resnet5O"))
-    before = page.read_text()
-    err = call("bench", "--write", page, "--table", "two", "--rounds", 1, code=1)[1]
-    assert "se-inject bench resnet5O failed" in err
-    assert "did you mean 'resnet50'" in capfd.readouterr().err
-    assert page.read_text() == before
-
-
-def test_the_commands_of_the_page_can_be_given():
-    commands = [m["command"] for m in bench_report._COMMAND.finditer(PAGE.read_text())]
-    assert len(commands) == PAGE.read_text().count(": begin -->") >= 7
-    shown = re.findall(r"^se-inject bench .*$", PAGE.read_text(), re.MULTILINE)
-    assert set(commands) <= set(shown)
-    bench_command = cli.main.commands["bench"]
-    for command in shown:
-        context = bench_command.make_context("bench", shlex.split(command)[2:])
-        assert isinstance(context, click.Context)
-        assert all(timm.is_model(name) for name in context.params["names"])
-        assert all(timm.is_model(name) for name, _ in context.params["others"])

@@ -5,16 +5,17 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
-HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+CLONE = str(Path(__file__).parents[2])
 PYTHON = [sys.executable]
 RUN = [sys.executable, "-W", "error", "-m", "se_inject", "run"]
 
 
 def call(*args: object, code: int = 0, cwd: object = None) -> subprocess.CompletedProcess:
-    env = {**os.environ, "PYTHONPATH": HERE, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": CLONE, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([str(a) for a in args], capture_output=True, text=True, env=env, cwd=cwd)
     assert done.returncode == code, done.stderr
     return done
@@ -89,7 +90,7 @@ def test_the_twins_are_there_and_the_script_decides_on_logging(script):
 
 
 def test_workers_that_are_spawned(script):
-    """A child imports the script anew, without the plugin, until it is given a model that needs it."""
+    """A child imports the script again, without the plugin, until it gets a model that needs it."""
     path = script("spawn.py", """
         import multiprocessing
         import timm

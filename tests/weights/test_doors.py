@@ -1,4 +1,4 @@
-"""Every door loads every kind of file; docs/doors.md is the table of what came out."""
+"""Every door loads every kind of file; docs/doors.md has the table of results."""
 
 import pathlib
 import re
@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import clean_state_dict
 
 import se_inject
-from se_inject.surgery.load_hooks import Parts
+from se_inject.surgery.parts import Parts
 
 from ..cli.test_cli import call
 from ..support.checks import randomise
@@ -33,7 +33,7 @@ def out(model):
 
 
 class Kind:
-    """A kind of file: its name in the table, how it is made of a model's tensors, and what it must give."""
+    """A kind of file: its name in the table, how it is written, and the outputs that it must give."""
 
     def __init__(self, content: str, suffix: str, dtype: torch.dtype | None = None, wrap: str = "", sizes: bool = False):
         self.content, self.suffix, self.dtype, self.wrap, self.sizes = content, suffix, dtype, wrap, sizes
@@ -41,7 +41,7 @@ class Kind:
         self.title = ", ".join(filter(None, (f"{content} {suffix}", *notes)))
 
     def write(self, folder, name):
-        """The file, the base's weights, and the outputs of the model that they make."""
+        """Write the file; return its path, the weights of the base, and the outputs of the model."""
         args = {**FAMILIES[name], **(SIZES if self.sizes else {})}
         model = randomise(timm.create_model(f"se_inject/{name}", se_ratio=0.25, **args))
         if self.dtype is not None:
@@ -145,7 +145,7 @@ def command(create, path, kind, folder):
 
 
 class Create:
-    """timm's `create_model` for one family, with blocks or, to see what timm itself does, without."""
+    """timm's `create_model` for one family, with blocks; without them (`twin=False`), to see what timm itself does."""
 
     def __init__(self, name, kind, twin=True):
         self.name, self.twin, self.args = name, twin, {**FAMILIES[name], **(SIZES if kind.sizes else {})}
@@ -170,7 +170,7 @@ DOORS = {
 
 
 def cell(door, kind, name, folder, written):
-    """What a door makes of a kind of file: "yes", or "timm: no" where a plain model with its own weights fails, too."""
+    """The result of a door for a kind of file: "yes", or "timm: no" if a plain model with its own weights fails, too."""
     path, base, expected = written(kind, name)
     try:
         model = DOORS[door](Create(name, kind), path, kind, folder)
@@ -182,14 +182,14 @@ def cell(door, kind, name, folder, written):
         return "timm: no"
     if kind.content.startswith("SE") and DOORS[door] not in (se_load, command):
         head = Parts.of(model).head
-        model.load_state_dict({**base, **(head if "head" in kind.content else {})})  # the blocks keep what they got
+        model.load_state_dict({**base, **(head if "head" in kind.content else {})})  # the blocks keep their weights
     assert torch.equal(out(model), expected), f"{door}: {kind.title} of {name} gives other outputs"
     return "yes"
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """Files, each made once: one process runs all doors."""
+    """Files, each written once: one process runs all doors."""
     made = {}
 
     def write(kind, name):

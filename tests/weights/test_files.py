@@ -1,4 +1,4 @@
-"""Files: base, full and SE-only weights through every door, and files that are no good."""
+"""Files: base, full and SE-only weights through every door, and bad files."""
 
 import json
 import logging
@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import se_inject
+from se_inject import block_paths
 from se_inject.errors import WeightsError
-from se_inject.surgery.state import block_paths
 from se_inject.weights.reading import read_checkpoint
 
 from ..support.checks import randomise
@@ -25,7 +25,7 @@ NAMES = ["resnet18", "tf_efficientnet_lite0", "convnext_atto"]
 
 @pytest.fixture(scope="module", params=NAMES)
 def files(request, tmp_path_factory):
-    """One trained model's weights in every form, with the outputs that they must give."""
+    """The weights of one trained model in every form, with the outputs that they must give."""
     folder, name = tmp_path_factory.mktemp("files"), request.param
     model = randomise(timm.create_model(f"se_inject/{name}")).eval()
     for p in model.parameters():
@@ -91,7 +91,7 @@ def test_load_state_dict_says_what_it_did(files, caplog):
         assert torch.equal(out(model), yb)
         model.load_state_dict(se)
         assert torch.equal(out(model), y)
-        model.load_state_dict(base)  # the blocks keep what they learned
+        model.load_state_dict(base)  # the blocks keep their trained weights
         assert torch.equal(out(model), y)
     assert caplog.messages == [
         f"{len(base)} base tensors loaded, {len(se)} SE tensors at identity",
@@ -117,7 +117,7 @@ def test_a_part_of_a_block_is_an_error(files):
 
 
 def rebuilt():
-    """Models that a file must rebuild, each of something that was not the default."""
+    """Models that a file must rebuild, each with an option that is not the default."""
     vit = timm.create_model("se_inject/vit_tiny_patch16_224", se_rd_channels=5, se_stages=(2, 3), num_classes=7, img_size=32)
     vit.reset_classifier(9)
     vit.set_input_size(img_size=64)
@@ -128,7 +128,7 @@ def rebuilt():
     yield se_inject.inject(se_inject.inject(timm.create_model("resnet18"), stages=1, ratio=0.5), stages=3, block="eca")
     options = {"se_gate_layer": "hard_sigmoid", "se_init": "timm", "se_include": "blocks.2*"}
     yield timm.create_model("se_inject/tf_efficientnet_lite0", **options)
-    yield timm.create_model("se_inject/vit_tiny_patch16_dinov3_qkvb", num_classes=7)  # of which timm's own has no head
+    yield timm.create_model("se_inject/vit_tiny_patch16_dinov3_qkvb", num_classes=7)  # timm's default for it has no head
     headless = timm.create_model("se_inject/mobilenetv2_050", num_classes=10, se_block="ese", se_bias=True)
     headless.reset_classifier(0, "max")
     yield headless
@@ -252,12 +252,12 @@ def test_native_weights_need_the_plain_gate(tmp_path):
     assert torch.equal(out(model), y)
     assert torch.equal(out(se_inject.load(path, "resnet18", init="timm")), y)
     se_inject.save(model, tmp_path / "ours.safetensors")
-    with pytest.raises(WeightsError, match="blocks were made with"):  # twice the gate, by the same tensors
+    with pytest.raises(WeightsError, match="blocks were made with"):  # the same tensors, twice the gate
         se_inject.load(tmp_path / "ours.safetensors", timm.create_model("se_inject/resnet18"))
 
 
 def test_a_killed_save_loses_nothing(tmp_path):
-    """A process that saves two models in turn is killed at any moment; what is there is always one of them."""
+    """A process that saves two models in turn is killed at random moments; the file always holds one of them."""
     code = """
 import os, pathlib, random, signal, sys, time, timm, torch, se_inject
 from se_inject.weights.reading import read_checkpoint
@@ -380,7 +380,7 @@ def test_bad_files_give_one_error_and_change_nothing(tmp_path, kind, message):
         se_inject.load(path, **({"model": "resnet18"} if kind == "pickle" else {}))
     given = timm.create_model("resnet18")
     before = {k: t.clone() for k, t in given.state_dict().items()}
-    if kind not in ("architecture", "argument"):  # of which a given model has no need
+    if kind not in ("architecture", "argument"):  # a given model does not need it
         with pytest.raises(se_inject.SEInjectError, match=message):
             se_inject.load(path, given)
         after = given.state_dict()
@@ -388,7 +388,7 @@ def test_bad_files_give_one_error_and_change_nothing(tmp_path, kind, message):
 
 
 def test_no_text_of_a_recipe_is_run_or_imported(tmp_path):
-    """Every string of a recipe is replaced by one that would show in Python's own record of what it compiles and imports."""
+    """Each string of a recipe is replaced by one that Python's audit hook would report if it were compiled or imported."""
     model = timm.create_model("se_inject/resnet18", se_act_layer="silu", se_include="layer*")
     se_inject.save(model, tmp_path / "good.safetensors")
     code = """
@@ -461,7 +461,7 @@ def test_an_argument_that_would_be_ignored_is_refused(tmp_path):
     full, se, head = (tmp_path / f"a-{part}.safetensors" for part in ("full", "se", "head"))
     with pytest.raises(WeightsError, match="none would be taken from there"):
         se_inject.load(full, base=tmp_path / "b-full.safetensors")
-    with pytest.raises(WeightsError, match="blocks were made with"):  # the blocks are the base's, with another gate
+    with pytest.raises(WeightsError, match="blocks were made with"):  # the blocks come from the base file, with another gate
         se_inject.load(head, base=tmp_path / "b-full.safetensors")
     made = se_inject.load(tmp_path / "b-head.safetensors", base=tmp_path / "b-full.safetensors")
     assert torch.equal(out(made), out(plain))
@@ -486,7 +486,7 @@ def test_half_a_head_is_an_error(tmp_path):
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """A small trained model, its file, and what is in that file."""
+    """A small trained model, the tensors of its file, and the recipe in the file."""
     model = randomise(timm.create_model("se_inject/test_resnet")).eval()
     path = tmp_path_factory.mktemp("written") / "m.safetensors"
     se_inject.save(model, path)
@@ -539,7 +539,7 @@ def test_a_head_alone_goes_over_a_model_with_weights(tmp_path, written):
         before = {k: t.clone() for k, t in given.state_dict().items()}
         after = se_inject.load(tmp_path / "head.safetensors", given).state_dict()
         assert all(torch.equal(after[k], state[k] if k.startswith("fc.") else before[k]) for k in before)
-    with pytest.raises(RuntimeError, match="Missing key"):  # as of any model
+    with pytest.raises(RuntimeError, match="Missing key"):  # as for any model
         given.load_state_dict(load_file(tmp_path / "head.safetensors"))
 
 
@@ -599,7 +599,7 @@ def test_a_state_that_is_no_tensor(tmp_path):
 
 
 def test_a_base_of_another_architecture_is_refused(tmp_path):
-    for name, part in {"efficientnet_lite0": "se", "tf_efficientnet_lite0": None}.items():  # the same shapes, other padding
+    for name, part in {"efficientnet_lite0": "se", "tf_efficientnet_lite0": None}.items():  # equal shapes, other padding
         se_inject.save(timm.create_model(f"se_inject/{name}"), tmp_path / name, only=part)
     files = tmp_path / "efficientnet_lite0", tmp_path / "tf_efficientnet_lite0"
     with pytest.raises(WeightsError, match="is of efficientnet_lite0, and base="):
@@ -620,7 +620,7 @@ def test_options_of_several_injections_belong_to_their_sites(tmp_path):
 
 
 def test_a_base_file_without_base_weights_is_an_error(tmp_path):
-    """Else the base would be the random one that was built for the weights."""
+    """Otherwise the model would keep the random base that was built for the weights."""
     net = se_inject.inject(timm.create_model("resnet18"))
     se_inject.save(net, tmp_path / "se.safetensors", only="se")
     se_inject.save(net, tmp_path / "both.safetensors", only=("se", "head"))
@@ -632,7 +632,7 @@ def test_a_base_file_without_base_weights_is_an_error(tmp_path):
         torch.save(tensors, tmp_path / "plain.pth")
         with pytest.raises(WeightsError, match="no weights of the base"):
             se_inject.load(tmp_path / "plain.pth", "resnet18")
-        into = se_inject.load(tmp_path / "plain.pth", se_inject.inject(timm.create_model("resnet18")))  # it has weights
+        into = se_inject.load(tmp_path / "plain.pth", se_inject.inject(timm.create_model("resnet18")))  # which has weights
         assert all(torch.equal(into.state_dict()[k], t) for k, t in tensors.items())
 
 
