@@ -19,19 +19,16 @@ from ..errors import Refusal
 class Affine:
     """A linear map, with a bias, from one tensor's channels to another's.
 
-    `weight` is (out, in), or (channels,) where each channel has a factor of its own.
+    `weight` is (out, in), or (channels,) for a factor on each channel.
     """
 
     weight: torch.Tensor
     bias: torch.Tensor
 
     def after(self, other: Affine) -> Affine:
-        """The map that does `other` first."""
-        if self.weight.dim() == 1:
-            return Affine((self.weight * other.weight.T).T, self.bias + self.weight * other.bias)
-        if other.weight.dim() == 1:
-            return Affine(self.weight * other.weight, self.bias + self.weight @ other.bias)
-        return Affine(self.weight @ other.weight, self.bias + self.weight @ other.bias)
+        """The map that does `other` first; the weight of `self` is (out, in)."""
+        weight = self.weight * other.weight if other.weight.dim() == 1 else self.weight @ other.weight
+        return Affine(weight, self.bias + self.weight @ other.bias)
 
 
 class Maps:

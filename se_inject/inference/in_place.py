@@ -92,7 +92,7 @@ def _product(memory: Memory, node: fx.Node) -> _Product:
 
 
 def _rewrite_sum(memory: Memory, node: fx.Node) -> bool:
-    """Compute a sum with the scaling of one operand, in the memory of an operand, or both; whether that can be done."""
+    """Compute a sum together with the scaling of an operand, and in the memory of one; whether either can be done."""
     graph, (a, b) = node.graph, node.args
     assert isinstance(a, fx.Node) and isinstance(b, fx.Node)
     # where the author's operator writes into `a`, whoever else has that memory must see it
@@ -143,7 +143,7 @@ def _rewrite_scaling(memory: Memory, node: fx.Node) -> bool:
 
 
 def _times(memory: Memory, at: fx.Node, factors: list[Any]) -> Any:
-    """The product of factors, computed at the insert point, in place of something that `at` reads."""
+    """The product of small factors, at the graph's insert point, which is before `at`."""
     k, *others = factors
     for other in others:
         value = k.meta["val"] * other.meta["val"] if isinstance(other, fx.Node) else k.meta["val"]

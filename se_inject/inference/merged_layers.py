@@ -50,8 +50,7 @@ class MergedGate(nn.Module):
         for layer in layers:
             i = 1 + sum(isinstance(step, str) and step.startswith("weight") for step in self.steps)
             if isinstance(layer, Affine):
-                weight = layer.weight if layer.weight.dim() == 2 else torch.diag(layer.weight)
-                self.register_parameter(f"weight{i}", nn.Parameter(weight.T.to(like).contiguous(), requires_grad=False))
+                self.register_parameter(f"weight{i}", nn.Parameter(layer.weight.T.to(like).contiguous(), requires_grad=False))
                 self.register_parameter(f"bias{i}", nn.Parameter(layer.bias.to(like), requires_grad=False))
                 self.steps.append(f"weight{i}")
             elif isinstance(layer, nn.Module):

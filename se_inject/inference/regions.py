@@ -1,4 +1,4 @@
-"""Which forwards are rewritten together, and how: gates for blocks, sums in place, and a class with the new forward."""
+"""The forwards to rewrite: those with blocks or sums, each with gates for its blocks and sums in place."""
 
 from __future__ import annotations
 
@@ -49,11 +49,12 @@ def find_sums(flow: ValueFlow, blocks: Collection[Call]) -> tuple[list[Region], 
     return regions, kept
 
 
-def _summed(view: ModuleGraph, node: fx.Node) -> tuple[fx.Node, ...]:
-    """The operands of a sum of two activations of its own shape; none for other nodes."""
+def _summed(view: ModuleGraph, node: fx.Node) -> list[fx.Node]:
+    """The operands of a sum of two activations of one shape; none for other nodes."""
     if name_of(node) != "add" or len(node.args) != 2:
-        return ()
-    return node.args if all(is_tensor(a) and view.moves(a) and shape(a) == shape(node) for a in node.args) else ()  # type: ignore
+        return []
+    found = [a for a in node.args if isinstance(a, fx.Node) and is_tensor(a) and view.moves(a) and shape(a) == shape(node)]
+    return found if len(found) == 2 else []
 
 
 def _calls_to_product(flow: ValueFlow, view: ModuleGraph, node: fx.Node, blocks: Collection[Call]) -> list[Call]:
@@ -94,7 +95,7 @@ def merged(regions: Iterable[Region]) -> list[Region]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rewrite:
-    """What is to be done to one module: outside `on_meta`, which would undo it.
+    """What to do to one module. `apply` it outside `on_meta`, which would undo it.
 
     Attributes:
         module: The module.
@@ -122,23 +123,21 @@ class Rewrite:
 
 
 def find_rewrites(flow: ValueFlow, regions: Iterable[Region], blocks: list[Block]) -> list[Rewrite]:
-    """What to do to the root of each region, where anything. `blocks` are in the order of their calls.
+    """What to do to the root of each region; nothing where no sum can be in place and there is no block.
 
     Use it inside `on_meta`; the model is not changed.
+
+    Args:
+        flow: The values of the recorded run.
+        regions: Regions without common calls, which include those of the blocks.
+        blocks: In the order of their calls.
     """
     model = flow.traces.root.module
     weights = {storage(t) for t in (*model.parameters(), *model.buffers())}
     found = []
     for region in regions:
         inlined = inline(flow, region, weights)
-        gates = []
-        for block in blocks:
-            if block.view.call in region.calls:
-                name = "optimized"
-                while hasattr(block.call.module, name):
-                    name += "_"
-                _insert_gate(inlined, block, name)
-                gates.append((block.call.module, name, block.gate))
+        gates = [(b.call.module, _insert_gate(inlined, b), b.gate) for b in blocks if b.view.call in region.calls]
         sums, scalings = write_in_place(inlined.graph)
         if gates or sums or scalings:
             found.append(Rewrite(region.root.module, _code(flow, region.root, inlined.graph), gates, sums))
@@ -146,7 +145,7 @@ def find_rewrites(flow: ValueFlow, regions: Iterable[Region], blocks: list[Block
 
 
 def _code(flow: ValueFlow, call: Call, graph: fx.Graph) -> type[nn.Module] | fx.Graph:
-    """What makes `graph` the forward of the called module."""
+    """The class, or for a GraphModule the graph, that makes `graph` the forward of the called module."""
     if isinstance(call.module, fx.GraphModule):
         return graph
     view = flow.traces.view(call.module)
@@ -155,8 +154,15 @@ def _code(flow: ValueFlow, call: Call, graph: fx.Graph) -> type[nn.Module] | fx.
     return optimized_class(call.module, graph, subgraph(view.forward.graph), constants)
 
 
-def _insert_gate(inlined: InlinedGraph, block: Block, name: str) -> None:
-    """Compute a block's gate from its source, by the block's child `name`, and multiply in place of the call of the block."""
+def _insert_gate(inlined: InlinedGraph, block: Block) -> str:
+    """Replace the call of a block by a product with its gate, computed from the block's source.
+
+    Returns:
+        The name of the child of the block that has the gate's weights: one that is not in use.
+    """
+    name = "optimized"
+    while hasattr(block.call.module, name):
+        name += "_"
     graph = inlined.graph
     node, source = inlined.at(block.view.call, block.node), inlined.at(block.source.view.call, block.source.node)
     x = node.args[0]
@@ -176,6 +182,7 @@ def _insert_gate(inlined: InlinedGraph, block: Block, name: str) -> None:
             product = graph.call_function(torch.mul, (product, number))
             product.meta = {"val": value}
     inlined.replace(node, product)
+    return name
 
 
 def _place_after(node: fx.Node) -> fx.Node:

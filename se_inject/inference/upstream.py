@@ -31,7 +31,7 @@ from .merged_layers import Layer
 class Source:
     """A tensor to squeeze for a block: the value of `node` in the forward `view`, with its channels along `axis`.
 
-    `steps` make the maps from its mean to the mean of the block's input, the last map first; there are none for that input.
+    `steps` make the maps from its mean to the mean of the block's input, the last map first; that input has none.
     """
 
     view: ModuleGraph
@@ -156,8 +156,10 @@ class Upstream:
 
 
 def _constant_operand(view: ModuleGraph, node: fx.Node, axis: int) -> tuple[fx.Node, Any] | None:
-    """The operands of a product or sum of an activation with a number, or with a constant that differs between channels alone:
-    the activation, and the constant."""
+    """The activation and the constant of a product or sum; None for other nodes.
+
+    The constant is a number, or a tensor that differs between channels alone.
+    """
     if of(node).name not in ("mul", "add") or len(node.args) != 2 or node.kwargs or not is_tensor(node):
         return None
     rank = len(shape(node))
@@ -184,8 +186,8 @@ def _axis_before(node: fx.Node, x: fx.Node, axis: int) -> int | None:
 def written_between(flow: ValueFlow, view: ModuleGraph, node: fx.Node, end: Call) -> bool:
     """Whether something writes into the memory of a value after it is computed and before the call `end` is over.
 
-    `node` computes the value in the forward `view`. Where `end` is not inside that forward's call, the forwards around it
-    are looked at too, from the call outward.
+    `node` computes the value in the forward `view`. Where `end` is outside that forward, the search goes on in its caller's,
+    for the memory that the caller gave or gets back, up to the forward that `end` is inside of.
     """
     place, memory = view.index[node], {storage(node.meta["val"])}
     while True:
@@ -195,7 +197,7 @@ def written_between(flow: ValueFlow, view: ModuleGraph, node: fx.Node, end: Call
         if above is None:
             return False
         outer, call = above
-        # each trace has memory of its own, so the value is found in the caller's by what is given and returned
+        # each trace has memory of its own: arguments and result pair that of this trace with that of the caller's
         given = flow.bound(view.module, call)
         pairs: list[tuple[Any, Any]] = [(view.nodes[-1].args[0], call)]
         pairs += [(n, given.get(str(n.target))) for n in itertools.takewhile(lambda n: n.op == "placeholder", view.nodes)]
