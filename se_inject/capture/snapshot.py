@@ -111,6 +111,18 @@ def restored(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` is in eval mode. Afterwards each module's `training` flag is as before."""
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
+
+
+@contextlib.contextmanager
 def on_meta(model: nn.Module) -> Iterator[None]:
     """Inside, `model` is in eval mode, without hooks, and its tensors are on the meta device.
 

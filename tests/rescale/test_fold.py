@@ -12,11 +12,9 @@ from timm.layers import SEModule
 from torch import nn
 
 import se_inject
-from se_inject.capture.inputs import record_model
-from se_inject.capture.snapshot import on_meta as abstract
-from se_inject.dataflow.module_graph import TracedModel as Traces
 from se_inject.rescale.absorb import Absorber
-from se_inject.rescale.gates import absorb_gate, around
+from se_inject.rescale.gates import absorb_gate, only_call
+from se_inject.surgery.session import traced
 from se_inject.surgery.state import block_paths, injections_of
 from se_inject.tools import zoo
 
@@ -221,7 +219,7 @@ def test_an_error_late_undoes_everything(monkeypatch):
     state = {k: t.clone() for k, t in model.state_dict().items()}
     with torch.no_grad():
         y = model(images())
-    monkeypatch.setattr("se_inject.rescale.fold._compare", lambda *a: 1 / 0)
+    monkeypatch.setattr("se_inject.rescale.fold.compare", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         se_inject.fold(model, [images()])
     with torch.no_grad():
@@ -233,7 +231,7 @@ def test_an_error_late_undoes_everything(monkeypatch):
 def test_a_fold_that_does_something_else_is_refused(monkeypatch):
     model = lived_in(se_inject.inject(randomise(timm.create_model("resnet18")))).eval()
     state = {k: t.clone() for k, t in model.state_dict().items()}
-    monkeypatch.setattr("se_inject.rescale.operator_rules.Scaling.scale", lambda self, values, factors: values * 1.5)
+    monkeypatch.setattr("se_inject.rescale.absorb.Scaling.scale", lambda self, values, factors: values * 1.5)
     with pytest.raises(se_inject.SEInjectError, match="do not do what the mean gates do"):
         se_inject.fold(model, [images()])
     assert list(model.state_dict()) == list(state)
@@ -249,10 +247,10 @@ def test_what_cannot_be_asked():
 
 def into(module, size=(8, 16, 16), path="se"):
     """The parameters that take in the factor of the SE module at `path`, by name and power, or the reason why none do."""
-    with abstract(module):
-        absorber = Absorber(module, Traces(record_model(module, size)))
+    with traced(module, size) as t:
+        absorber = Absorber(module, t)
         try:
-            return {s.key for s in absorb_gate(absorber, around(absorber, module.get_submodule(path), "NCHW"))}
+            return {s.key for s in absorb_gate(absorber, *only_call(absorber, module.get_submodule(path)), 1)}
         except Exception as error:
             return str(error)
 
@@ -349,9 +347,9 @@ def test_shared_weights_are_refused():
 def test_the_scaled_weights_do_what_the_factor_does(forward):
     toy = Toy(forward, grouped=nn.Conv2d(8, 8, 3, groups=4, padding=1), fc=nn.Linear(8 * 16 * 16, 2)).double().eval()
     x, factors = images(size=(8, 16, 16)).double(), torch.rand(8, dtype=torch.float64) + 0.1
-    with abstract(toy):
-        absorber = Absorber(toy, Traces(record_model(toy, (8, 16, 16))))
-        scalings = absorb_gate(absorber, around(absorber, toy.se, "NCHW"))
+    with traced(toy, (8, 16, 16)) as t:
+        absorber = Absorber(toy, t)
+        scalings = absorb_gate(absorber, *only_call(absorber, toy.se), 1)
     toy.se.forward = lambda x: x * factors.view(-1, 1, 1)
     with torch.no_grad():
         expected = toy(x)
