@@ -1,8 +1,9 @@
-"""The weights that take in a constant factor, exactly, or the reason why there are none.
+"""Where a constant factor goes: the weights that take it in exactly, or the reason why there are none.
 
-A factor on a value goes to what the value is made of, or to what is made of the value, through operators that pass it on,
-until it comes to parameters. Modules on the way are followed by their own traces, torch's layers included. So one rule for
-each operator serves all layers. The factors of a value's elements are labels, see `element_labels`.
+The search goes *before* a value, to what the value is computed from, or *behind* it, to what is computed from the value. It
+passes operators by their rules, see `operator_rules`, until it comes to parameters. It enters each module by the module's own
+trace, torch's layers included, so that one rule for each operator serves all layers. Elements of a value may have different
+factors; `element_labels` says which.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Scaling:
     Attributes:
         key: The parameter's dotted name.
         labels: For each element of the parameter, the number of its factor; below 0 the factor is 1.
-        power: 1, or -1 where the parameter is divided by the factors.
+        power: 1, or -1 to divide by the factors.
     """
 
     key: str
@@ -75,12 +76,17 @@ class Absorber:
             raise Refusal("the model's own input or output would change")
         return above
 
-    # backward, to what a value is made of
+    # the two directions
 
-    def scale_value(
-        self, view: ModuleGraph, node: Any, labels: torch.Tensor, reader: fx.Node, power: int = 1
-    ) -> list[Scaling]:
-        """The scalings that multiply a value, as one reader reads it, by the labelled factors.
+    def before(self, view: ModuleGraph, node: Any, labels: torch.Tensor, reader: fx.Node, power: int = 1) -> list[Scaling]:
+        """The scalings that multiply a value, as one reader reads it.
+
+        Args:
+            view: The forward in which the value is computed.
+            node: The value.
+            labels: Those of the value's elements.
+            reader: The node that reads the scaled value. The other readers must not see a difference.
+            power: 1, or -1 to divide.
 
         Raises:
             Refusal: There are none.
@@ -96,12 +102,46 @@ class Absorber:
         if node.op == "placeholder":
             parent, call = self.caller(view)
             given = self.flow.bound(view.module, call).get(str(node.target))
-            return more + self.scale_value(parent, given, labels, call, power)
+            return more + self.before(parent, given, labels, call, power)
         if node.op == "call_module":
             inside = self.traces.inside(view.call_of(node))
             result = inside.nodes[-1]
-            return more + self.scale_value(inside, result.args[0], labels, result, power)
+            return more + self.before(inside, result.args[0], labels, result, power)
         return more + self._reach_one(view, choices_before(view, node, labels), power)
+
+    def behind(self, view: ModuleGraph, node: fx.Node, labels: Any, power: int = 1) -> list[Scaling]:
+        """The scalings behind a value that have the effect of multiplying the value itself.
+
+        Args:
+            view: The forward in which the value is computed.
+            node: The value.
+            labels: Those of the value's elements; a list if the value is a list, such as the parts of a split.
+            power: 1, or -1 to divide.
+
+        Raises:
+            Refusal: There are none.
+        """
+        return [s for reader in _readers(view, node) for s in self._behind_one(view, reader, node, labels, power)]
+
+    def _behind_one(self, view: ModuleGraph, reader: fx.Node, node: fx.Node, labels: Any, power: int) -> list[Scaling]:
+        """The same for one reader of the value."""
+        if isinstance(labels, torch.Tensor):  # a list has to be taken apart by an operator
+            if bool((compact(labels) < 0).all()):
+                return []
+            self._check_branches(view, node, reader)
+            if reader.op == "output":
+                if reader.args[0] is not node:
+                    raise Refusal("it leaves its module together with others")
+                return self.behind(*self.caller(view), labels, power)
+            if reader.op == "call_module":
+                call = view.call_of(reader)
+                inside = self.traces.inside(call)
+                names = [name for name, value in self.flow.bound(call.module, reader).items() if value is node]
+                inputs = [n for n in inside.nodes if n.op == "placeholder" and n.target in names]
+                if len(names) != 1 or len(inputs) != 1:
+                    raise Refusal(f"{call.path} takes it in among others")
+                return self.behind(inside, inputs[0], labels, power)
+        return self._reach_one(view, choices_behind(view, reader, node, labels, self.compensate), power)
 
     def _spare_other_readers(
         self, view: ModuleGraph, node: fx.Node, labels: torch.Tensor, reader: fx.Node, power: int
@@ -117,47 +157,16 @@ class Absorber:
             if spared is not None:
                 labels = spared
             elif self.compensate:
-                more += self._scale_reader(view, other, node, labels, -power)
+                more += self._behind_one(view, other, node, labels, -power)
             else:
                 raise Refusal(f"its input is also read by {spelled(other, view)}")
         return labels, more
 
-    # forward, to what is made of a value
-
-    def scale_readers(self, view: ModuleGraph, node: fx.Node, labels: Any, power: int = 1) -> list[Scaling]:
-        """The scalings that do to what all readers make of a value what multiplying the value would do.
-
-        Raises:
-            Refusal: There are none.
-        """
-        return [s for reader in _readers(view, node) for s in self._scale_reader(view, reader, node, labels, power)]
-
-    def _scale_reader(self, view: ModuleGraph, reader: fx.Node, node: fx.Node, labels: Any, power: int) -> list[Scaling]:
-        if isinstance(labels, torch.Tensor):  # else they are a list for the parts of a split, which an operator takes out
-            if bool((compact(labels) < 0).all()):
-                return []
-            self._check_branches(view, node, reader)
-            if reader.op == "output":
-                if reader.args[0] is not node:
-                    raise Refusal("it leaves its module together with others")
-                return self.scale_readers(*self.caller(view), labels, power)
-            if reader.op == "call_module":
-                call = view.call_of(reader)
-                inside = self.traces.inside(call)
-                names = [name for name, value in self.flow.bound(call.module, reader).items() if value is node]
-                inputs = [n for n in inside.nodes if n.op == "placeholder" and n.target in names]
-                if len(names) != 1 or len(inputs) != 1:
-                    raise Refusal(f"{call.path} takes it in among others")
-                return self.scale_readers(inside, inputs[0], labels, power)
-        return self._reach_one(view, choices_behind(view, reader, node, labels, self.compensate), power)
-
-    # both
-
     def _reach_one(self, view: ModuleGraph, choices: Iterable[Choice], power: int) -> list[Scaling]:
-        """The scalings of the first choice that has them.
+        """The scalings for the first choice whose goals can all be reached.
 
         Raises:
-            Refusal: None has; the reason is that of the first.
+            Refusal: There is no such choice; the reason is that of the first.
         """
         reason: Refusal | None = None
         for choice in choices:
@@ -169,24 +178,25 @@ class Absorber:
 
     def _reach(self, view: ModuleGraph, goal: Goal, power: int) -> list[Scaling]:
         if goal.reader is None:
-            return self.scale_readers(view, goal.node, goal.labels, power)
-        return self.scale_value(view, goal.node, goal.labels, goal.reader, power)
+            return self.behind(view, goal.node, goal.labels, power)
+        return self.before(view, goal.node, goal.labels, goal.reader, power)
 
     def _check_branches(self, view: ModuleGraph, node: fx.Node, reader: fx.Node) -> None:
-        """A forward that branches on sizes must read a value by the same calls in each branch.
+        """A forward that branches on sizes must do the same with a value in each branch.
 
         Raises:
-            Refusal: It does not, or that is not known.
+            Refusal: It does something else, or that is not known.
         """
-        if not view.forward.decisions:
-            return
-        for pairs in other_ways(view):
-            there = pairs.get(node)
-            ours = {pairs.get(r) for r in _readers(view, node)}
-            if there is None or pairs.get(reader) is None or None in ours or ours != {
-                    u for u in there.users if not of(u).asks} or not (
-                    self._is_single(there) and self._is_single(pairs[reader])):
-                raise Refusal(f"{type(view.module).__name__}.forward branches on sizes, and does something else there")
+        def same(pairs: dict[fx.Node, fx.Node]) -> bool:
+            there, its_reader = pairs.get(node), pairs.get(reader)
+            if there is None or its_reader is None:
+                return False
+            users = {u for u in there.users if not of(u).asks}
+            return users == {pairs.get(r) for r in _readers(view, node)} and (
+                self._is_single(there) and self._is_single(its_reader))
+
+        if not all(map(same, other_ways(view))):
+            raise Refusal(f"{type(view.module).__name__}.forward branches on sizes, and does something else there")
 
     # parameters
 

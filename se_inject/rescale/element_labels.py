@@ -64,14 +64,14 @@ def along(labels: torch.Tensor, axes: Iterable[int]) -> torch.Tensor | None:
     return most if bool(((small == most) | (small == FREE)).all()) else None
 
 
-def merged(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | None:
+def _merged(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | None:
     """The labels that satisfy two readers of one value; None where an element would need two factors."""
     return None if ((a != b) & (a != FREE) & (b != FREE)).any() else torch.maximum(a, b)
 
 
 # through operators that move elements
 
-class MovesOnly(TorchDispatchMode):
+class _MovesOnly(TorchDispatchMode):
     """Inside, an operator that does more than move elements raises `Refusal`. Zeros of a padding get the label `FREE`."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -103,7 +103,7 @@ def moved(node: fx.Node, given: dict[fx.Node, Any]) -> Any:
 
     args, kwargs = fx.map_arg((node.args, node.kwargs), value)
     try:
-        with MovesOnly():
+        with _MovesOnly():
             out = compute(node, args, kwargs)
     except Refusal:
         raise
@@ -121,7 +121,7 @@ def labels_before(node: fx.Node, source: fx.Node, results: Iterable[tuple[fx.Nod
     Args:
         node: The call of the operator.
         source: The operand.
-        results: The labelled values: `node` itself, or for an operator that splits, the parts that are taken from it.
+        results: The values with known labels: `node` itself, or if the operator splits, the parts that are taken from it.
 
     Raises:
         Refusal: The operator does more than move elements, or an element of `source` would need two factors.
@@ -147,7 +147,7 @@ def spare(reader: fx.Node, node: fx.Node, labels: torch.Tensor) -> torch.Tensor 
     except Refusal:
         return None
     own = _collected(shape(node), [(numbers, filled(ONE, numbers.shape))])
-    return None if own is None else merged(labels, own)
+    return None if own is None else _merged(labels, own)
 
 
 def _numbered(node: fx.Node) -> torch.Tensor:

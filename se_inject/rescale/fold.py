@@ -50,9 +50,9 @@ def fold(model: nn.Module, loader: Iterable[Any], *, max_variation: float | None
     Shape:
         Images: (N, C, H, W), floating point; N may differ from batch to batch.
 
-    Source: Cross-layer rescaling is used for quantization by Nagel et al., Data-Free Quantization Through Weight Equalization
-        and Bias Correction, arXiv 1906.04721, section 4.1. That gates of the last stage hardly vary is found by Hu et al.,
-        Squeeze-and-Excitation Networks, arXiv 1709.01507, section 7.2.
+    Source: Hu et al., Squeeze-and-Excitation Networks, arXiv 1709.01507, section 7.2, find gates in the last stage that hardly
+        vary. Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction, arXiv 1906.04721,
+        section 4, rescale layers across activations in the same manner.
 
     Example:
         >>> import se_inject, timm, torch

@@ -32,7 +32,7 @@ class GatedBlock:
         site: Where the block is.
         gate: Its gate; None if the block is not its input times a gate.
         scalings: The parameters that take in the mean gate, times `gain`.
-        gain: A factor that the owner's forward applies only to the block's output.
+        gain: The factor that the owner's forward applies only if the block is there, see `outer_gain`.
         reason: Why the block is kept; None if it is folded.
         statistics: Those of the gate.
     """
@@ -114,11 +114,11 @@ def absorb_gate(absorber: Absorber, view: ModuleGraph, node: fx.Node, axis: int)
     """
     labels = label_channels(shape(node), axis)
     try:
-        return absorber.scale_value(view, node.args[0], labels, node)
+        return absorber.before(view, node.args[0], labels, node)
     except Refusal as refusal:
         before = str(refusal)
     try:
-        return absorber.scale_readers(view, node, labels)
+        return absorber.behind(view, node, labels)
     except Refusal as refusal:
         raise Refusal(f"before it: {before}; behind it: {refusal}") from None
 
@@ -168,4 +168,4 @@ def absorb_gain(absorber: Absorber, module: nn.Module, gain: float) -> list[Scal
     view = absorber.traces.inside(absorber.traces.calls[module][0])
     (product,) = [n for n in view.nodes if name_of(n) == "mul" and any(
         isinstance(a, float) and a == gain for a in n.args)]
-    return absorber.scale_readers(view, product, filled(0, ()).expand(shape(product)))
+    return absorber.behind(view, product, filled(0, ()).expand(shape(product)))

@@ -41,10 +41,10 @@ class NativeWeights(dict[str, torch.Tensor]):
         model_args: The arguments of `timm.create_model` besides the name.
 
     Example:
-        >>> import se_inject, timm, torch
+        >>> import se_inject, timm
         >>> weights = se_inject.to_native(timm.create_model("se_inject/regnetx_002", num_classes=7))
-        >>> weights.architecture, weights.model_args
-        ('regnety_002', {'num_classes': 7})
+        >>> weights.architecture
+        'regnety_002'
         >>> native = timm.create_model(weights.architecture, **weights.model_args)
         >>> native.load_state_dict(weights, strict=True)
         <All keys matched successfully>
@@ -63,10 +63,10 @@ class NativeWeights(dict[str, torch.Tensor]):
 def to_native(model: nn.Module, path: str | os.PathLike[str] | None = None) -> NativeWeights:
     """The weights of `model` for the native timm model that computes the same. The model is not changed.
 
-    Constant factors in the gates (`init="identity"` has 2) go into the weights around them. This is exact for powers of two,
-    as long as nothing overflows or becomes subnormal. Then the native model is looked for among timm's models: it is built,
-    loaded and compared on random images in eval and train mode, so the weights that are returned are proved to give equal
-    outputs.
+    First, constant factors in the gates (`init="identity"` has 2) go into the weights around them, by the same rescaling as in
+    `fold`. Powers of two do not round, unless a value overflows or becomes subnormal. Then timm's models in the same file
+    are tried, and some with similar names. A model with the same tensors is built, loaded and compared on random
+    images in eval and train mode, so the outputs are known to be equal.
 
     Args:
         model: An injected timm model.
@@ -78,10 +78,8 @@ def to_native(model: nn.Module, path: str | os.PathLike[str] | None = None) -> N
     Raises:
         ConfigError: `model` is no model.
         TraceError: The model is wrapped, compiled or scripted.
-        SEInjectError: The model has no blocks or is not timm's, a gate's factor does not go into the weights, or timm has no
-            such model; the message says what was tried and how the nearest model differs.
-
-    Source: The factor is moved by cross-layer rescaling, see `fold`.
+        SEInjectError: The model has no blocks or is not timm's; a factor does not go into the weights; or timm has no such
+            model, and the message says what was tried and how the nearest model differs.
 
     Example:
         >>> import os, se_inject, tempfile, timm
@@ -144,7 +142,7 @@ def _twin(model: nn.Module, recipe: Recipe, base: str, weights: dict[str, torch.
     near, further = _candidates(base)
     args = recipe.model_args
     shared = {k: v for k, v in args.items() if k in _SHARED_ARGS}
-    fitting: list[str] = []
+    fitting: list[str] = []  # models with these tensors, and other outputs
     others: dict[str, Shapes] = {}
     for given in [shared, args] if shared != args else [args]:  # the twin may have the base's other arguments by default
         for name in (*near, *further):
@@ -157,31 +155,46 @@ def _twin(model: nn.Module, recipe: Recipe, base: str, weights: dict[str, torch.
             if _equal(model, _loaded(name, given, weights)):
                 return NativeWeights(weights, name, given)
             fitting.append(name)
-    options = {k: v for c in recipe.configs for k, v in c.to_dict().items() if k not in ("block", "init")}
-    advice = [
+    raise SEInjectError(". ".join((
         f"to_native({base}): timm has no model with these {len(shapes)} tensors and the same outputs",
-        _difference(shapes, list(dict.fromkeys(fitting)), others),
+        *_reasons(recipe, shapes, fitting, others),
         f"Tried were the {len(near)} other models in the same file, and {len(further)} with similar names",
-        "Blocks in other places, or of another width or kind than timm's, have no twin" if not options else
-        f"Here these options are not at their defaults: {', '.join(f'{k}={v!r}' for k, v in options.items())}",
-        "Use save(), fold() or eject()"]
-    raise SEInjectError(". ".join(filter(None, advice)))
+        "Use save(), fold() or eject()")))
 
 
-def _difference(shapes: Shapes, fitting: Sequence[str], others: Mapping[str, Shapes]) -> str:
-    """How the nearest of timm's models differs."""
+def _reasons(recipe: Recipe, shapes: Shapes, fitting: Sequence[str], others: Mapping[str, Shapes]) -> list[str]:
+    """Why there is no twin: how the nearest of timm's models differ, and which options may be the cause.
+
+    Args:
+        recipe: The recipe of the injected model.
+        shapes: The shapes of its tensors.
+        fitting: The timm models with tensors of these shapes.
+        others: The shapes of the other timm models' tensors.
+    """
+    said = []
+    blocks = tuple(f"{site}." for site in recipe.sites)
+    attended = [name for name, theirs in others.items() if any(key.startswith(blocks) for key in theirs)]
     if fitting:
-        names = ", ".join(fitting)
-        return f"{names} {'has' if len(fitting) == 1 else 'have'} these tensors, but other outputs: another activation, say"
-    if not others:
-        return ""
-    name = min(others, key=lambda n: len(shapes.items() ^ others[n].items()))
-    theirs = others[name]
-    found = (
-        ("also has", [k for k in theirs if k not in shapes]), ("has no", [k for k in shapes if k not in theirs]),
-        ("has another shape of", [k for k in shapes if k in theirs and theirs[k] != shapes[k]]))
-    said = [f"{what} {keys[0]}" + (f" and {len(keys) - 1} more" if keys[1:] else "") for what, keys in found if keys]
-    return f"The nearest, {name}, {' and '.join(said)}"
+        names = ", ".join(dict.fromkeys(fitting))
+        said.append(f"These tensors, but other outputs: {names}; perhaps the activation differs")
+    elif attended:
+        name = min(attended, key=lambda n: len(shapes.items() ^ others[n].items()))
+        said.append(f"The nearest with blocks in these places is {name}, which {_difference(others[name], shapes)}")
+    else:
+        said.append("None of those tried has blocks in these places")
+    options = {k: v for config in recipe.configs for k, v in config.to_dict().items() if k not in ("block", "init")}
+    if options:
+        said.append(f"These options are not at their defaults: {', '.join(f'{k}={v!r}' for k, v in options.items())}")
+    return said
+
+
+def _difference(theirs: Shapes, ours: Shapes) -> str:
+    """How the tensors of one model differ from those of another."""
+    kinds = (
+        ("also has", [k for k in theirs if k not in ours]), ("lacks", [k for k in ours if k not in theirs]),
+        ("has another shape of", [k for k in ours if k in theirs and theirs[k] != ours[k]]))
+    return ", and ".join(
+        f"{what} {keys[0]}" + (f" and {len(keys) - 1} more" if keys[1:] else "") for what, keys in kinds if keys)
 
 
 def _shapes_of(name: str, args: dict[str, Any]) -> Shapes | None:

@@ -1,8 +1,8 @@
-"""How a factor passes a single operator: what to scale before the operator, or behind it.
+"""How a factor passes a single operator: what to scale before the operator, or in and behind it.
 
-A rule returns choices, and one of them has to be taken. A convolution, for example, takes in a factor on its result by the rows
-of its weight and its bias, or passes it on to its input if it keeps the channels apart. Each choice is a function, so
-that a choice that is not needed costs nothing; it raises `Refusal` where it does not apply.
+The rules of an operator are choices; one is enough. A factor on the result of a convolution, for example, goes into the rows
+of its weight and its bias, or on to its input, if the convolution keeps the channels apart. A choice is a function: it is
+called when the choice is tried, returns the goals, and raises `Refusal` if the choice does not apply.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from .element_labels import ONE, along, compact, filled, labels_before, moved
 
 
 class Goal(NamedTuple):
-    """A value to scale by labelled factors: `node`, as `reader` reads it.
+    """What has to be scaled next: the value of `node`, as `reader` reads it.
 
-    Without a reader, what all readers make of the value has to be scaled instead. `labels` are then a list for the parts
-    of a split.
+    Without a reader, the value itself stays, and what is computed from it has to be scaled instead. `labels` are those of
+    the value's elements; they may then be a list, for the parts of a split.
     """
 
     node: Any
@@ -32,7 +32,7 @@ class Goal(NamedTuple):
     reader: fx.Node | None = None
 
 
-Choice = Callable[[], Iterable[Goal]]  # all goals have to be reached; raises Refusal
+Choice = Callable[[], Iterable[Goal]]  # all of its goals have to be reached
 
 
 def choices_before(view: ModuleGraph, node: fx.Node, labels: torch.Tensor) -> list[Choice]:
@@ -200,15 +200,21 @@ def _channels(labels: torch.Tensor, node: fx.Node) -> torch.Tensor:
 
 
 def _apart(view: ModuleGraph, node: fx.Node, labels: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
-    """The labels on the other side, of shape `size`, of a layer that keeps the channels apart and adds no bias."""
+    """The labels on the other side, of shape `size`, of a layer without bias that keeps the channels apart.
+
+    A layer that mixes the channels passes one factor for all of them.
+    """
     weight, groups = _weight(view, node), layer_arguments(node)[3]
     if argument(node, "bias") is not None:
         raise Refusal(f"{spelled(node, view)} adds a bias")
     if name_of(node) == "linear":
         return _across(labels, -1, size, node)
-    if shape(weight)[:2] != (groups, 1) and bool((compact(labels) != compact(labels).amax()).any()):
+    if shape(weight)[:2] == (groups, 1):
+        return _across(labels, range(2, len(size)), size, node)
+    most = compact(labels).amax()
+    if bool((compact(labels) != most).any()):
         raise Refusal(f"{spelled(node, view)} mixes the channels")
-    return _across(labels, range(2, len(size)), size, node)
+    return most.expand(size)
 
 
 # operators that combine or move elements
