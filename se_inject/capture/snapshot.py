@@ -96,7 +96,8 @@ def kept_globals(cls: Any) -> Iterator[Callable[[], bool]]:
 
     Inside, the function that it yields tells whether one of them has changed.
     """
-    holders = [namespace[name] for namespace, name in _globals_of(cls) if name in namespace]
+    key: Any = cls
+    holders = [namespace[name] for namespace, name in _globals_of(key) if name in namespace]
     kept = _kept([holder for holder in holders if _kind(type(holder)) not in (None, tuple)])
     try:
         yield lambda: any(_differs(holder, items) for holder, items in kept)
@@ -158,6 +159,18 @@ def _has_changed(module: nn.Module, attributes: dict[str, Any]) -> bool:
     return now.keys() != attributes.keys() or any(
         type(now[key]) is not type(value) or _differs(now[key], value) if type(value) in (dict, list) else now[key] is not value
         for key, value in attributes.items())
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` is in eval mode. Afterwards each module's `training` flag is as before."""
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
 
 
 @contextlib.contextmanager

@@ -228,7 +228,8 @@ class _Patches:
 
 # what is patched for a trace, with the reason for which it ends there; the methods of `nn.Module` go on
 _PATCHED: dict[tuple[Any, str], str] = {
-    (nn.Module, "__getattr__"): "", (nn.Module, "__call__"): "", (nn.Module, "__setattr__"): "", (builtins, "print"): "it prints",
+    (nn.Module, "__getattr__"): "", (nn.Module, "__call__"): "", (nn.Module, "__setattr__"): "",
+    (builtins, "print"): "it prints",
     (logging.Logger, "handle"): "it writes to a log",
     (torch, "is_inference_mode_enabled"): "it asks for the inference mode",
 }
@@ -273,7 +274,8 @@ def _patched() -> Iterator[_Patches]:
         @functools.wraps(original)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             tracer = patches.tracer
-            if tracer is not None and not tracer.reading and threading.get_ident() == thread and not _is_ours(sys._getframe(1)):
+            if tracer is not None and not tracer.reading and threading.get_ident() == thread and (
+                    not _is_ours(sys._getframe(1))):
                 if reason:
                     raise tracer.refusal(reason)
                 tracer.sets_attributes = True

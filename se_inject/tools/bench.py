@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..capture.values import tensors
 from ..config import SEConfig
 from ..errors import ConfigError
 from ..find.plan import Plan
@@ -25,7 +26,6 @@ from ..weights.files import load, save
 from .bench_report import STAGES, Comparison, Entry, Report, Settings
 from .machine import description, device_for, threads
 from .memory import peak_memory, peak_resident
-from .outputs import tensors
 from .timing import Job, Spread, clock, interleaved, ratios
 from .variants import BASE, OPTIMIZED, Variant, create, image_size, optimized, plain_variants
 
