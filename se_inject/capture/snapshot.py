@@ -96,9 +96,7 @@ def kept_globals(cls: Any) -> Iterator[Callable[[], bool]]:
 
     Inside, the function that it yields tells whether one of them has changed.
     """
-    key: Any = cls
-    holders = [namespace[name] for namespace, name in _globals_of(key) if name in namespace]
-    kept = _kept([holder for holder in holders if _kind(type(holder)) not in (None, tuple)])
+    kept = _kept([namespace[name] for namespace, name in _globals_of(cls) if name in namespace])
     try:
         yield lambda: any(_differs(holder, items) for holder, items in kept)
     finally:
@@ -213,15 +211,3 @@ def _on_meta(model: nn.Module) -> Iterator[None]:
                 d[key] = OrderedDict()
             d["training"] = False
         yield
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, `model` is in eval mode; afterwards each of its modules has the mode that it had before."""
-    modes = [(m, m.training) for m in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for m, training in modes:
-            m.training = training
