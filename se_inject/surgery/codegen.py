@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..capture.forward import Unpacked
+from ..capture.forward import is_plain, pinned
 from ..capture.graphs import same_graph, sources_of, subgraph
 from ..capture.snapshot import on_meta, surgery_lock
 from ..capture.tracer import IN_PLACE
@@ -29,35 +29,28 @@ def trace_modes(
     """Trace an owner for rewriting: the branches of its forward, and the arguments that they hold fixed.
 
     An argument stays open where the forward does not branch on it. `known` is the only branch in eval mode with
-    `constants`, where it is at hand. `module` is not changed.
+    `constants`, where it is at hand. Use it inside `on_meta`, which gives the modes back.
 
     Raises:
         Refusal: fx cannot follow the forward, or it differs between train and eval mode.
     """
-    modes = [(m, m.training) for m in module.modules()]
-    unpacked = {k: v for k, v in constants.items() if isinstance(v, Unpacked)}
-    try:
-        for m, _ in modes:
-            m.__dict__["training"] = False
-        paths = trace_branches(module, constants) if known is None else [known]
-        free = None
-        with contextlib.suppress(Refusal):
-            free = paths if constants.keys() == unpacked.keys() else trace_branches(module, unpacked)
-        if free is not None and same_branches(paths, free, constants):
-            paths, fixed = free, {}
-        else:
-            fixed = {k: v for k, v in constants.items() if v is None or isinstance(v, (bool, int, float, str))}
-            if len(fixed) + len(unpacked) < len(constants):
-                raise Refusal(f"{type(module).__name__}.forward depends on an argument that is no plain value")
-        for m, _ in modes:
-            m.__dict__["training"] = True
-        trained = trace_branches(module, {**fixed, **unpacked})
-        if not same_branches(paths, trained, {}):
-            raise Refusal(f"{type(module).__name__}.forward differs between train and eval mode")
-    finally:
-        for m, training in modes:
-            m.__dict__["training"] = training
-    return paths, fixed
+    modules = list(module.modules())
+    held = pinned(type(module), constants)
+    branches = trace_branches(module, constants) if known is None else [known]
+    free = None
+    with contextlib.suppress(Refusal):
+        free = branches if constants.keys() == held.keys() else trace_branches(module, held)
+    if free is not None and same_branches(branches, free, constants):
+        branches, fixed = free, held
+    else:
+        fixed = constants
+    if not all(map(is_plain, fixed.values())):
+        raise Refusal(f"{type(module).__name__}.forward depends on an argument that is no plain value")
+    for m in modules:
+        m.__dict__["training"] = True
+    if not same_branches(branches, trace_branches(module, fixed), {}):
+        raise Refusal(f"{type(module).__name__}.forward differs between train and eval mode")
+    return branches, fixed
 
 
 def generate(
@@ -200,7 +193,12 @@ def _head(graph: fx.Graph) -> tuple[str, str]:
     """The first line of a graph's code, and the arguments to call it with."""
     src = graph.python_code("self").src
     head = next(line for line in src.splitlines() if line.startswith("def forward("))
-    names = [str(n.target) if str(n.target).startswith("*") else n.name for n in graph.nodes if n.op == "placeholder"]
+    names: list[str] = []
+    for n in graph.nodes:
+        if n.op == "placeholder":
+            target = str(n.target)
+            keyword_only = any(name.startswith("*") for name in names)
+            names.append(target if target.startswith("*") else f"{target}={target}" if keyword_only else n.name)
     return head, ", ".join(names)
 
 

@@ -1,4 +1,4 @@
-"""Two processes of torch.distributed, on the CPU, that are given models and hand back what these do."""
+"""Other processes: new ones that run code, and two of torch.distributed that get models and hand back what these do."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ import copy
 import datetime
 import functools
 import os
+import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.context import BaseContext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +26,31 @@ import se_inject
 from se_inject import block_paths
 
 
+def forkserver() -> BaseContext:
+    """New processes are forked from a server that has imported torch, timm and se_inject, once for all of them."""
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["timm", "se_inject.surgery.pipeline", "se_inject.weights.files"])
+    return context
+
+
+def fresh(code: str, *args: object) -> subprocess.CompletedProcess[str]:
+    """Run code as `python -c` would, in a new process, where nothing of the tests but this file is imported."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, name) for name in ("stdout", "stderr")]
+        process = forkserver().Process(target=_execute, args=(code, [str(a) for a in args], *map(str, files)))  # type: ignore[attr-defined]
+        process.start()
+        process.join()
+        return subprocess.CompletedProcess(code, process.exitcode, *(f.read_text() for f in files))
+
+
+def _execute(code: str, args: list[str], *files: str) -> None:
+    for number, path in enumerate(files, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    sys.argv = ["-c", *args]
+    torch.set_num_threads(1)
+    exec(compile(code, "<fresh>", "exec"), {"__name__": "__main__"})
+
+
 def weighed(y: torch.Tensor) -> torch.Tensor:
     """A loss that tells outputs apart."""
     return (y * torch.linspace(-1, 1, y[0].numel(), dtype=y.dtype).view_as(y[0])).mean()
@@ -31,7 +60,7 @@ class Pair:
     """Two processes, one rank each."""
 
     def __init__(self) -> None:
-        context = torch.multiprocessing.get_context("spawn")
+        context = forkserver()
         store = os.path.join(tempfile.mkdtemp(), "store")
         self.pools = [ProcessPoolExecutor(1, context, _join, (rank, store)) for rank in range(2)]
 

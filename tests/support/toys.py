@@ -1,5 +1,9 @@
 """Small modules that several tests put together."""
 
+from __future__ import annotations
+
+import pytest
+import timm
 from torch import nn
 
 
@@ -14,3 +18,8 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.unit(self.stem(x)).mean((2, 3))
+
+
+def needs(name: str) -> None:
+    if not timm.is_model(name):
+        pytest.skip(f"this timm has no {name}")

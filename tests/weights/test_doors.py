@@ -17,7 +17,10 @@ from ..cli.test_cli import call
 from ..support.checks import randomise
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "doors.md"
-FAMILIES = {"convnext_atto": {}, "vit_tiny_patch16_224": {"img_size": 64}}  # each with a filter of checkpoints of its own
+# each with a filter of checkpoints of its own
+FAMILIES = {
+    "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (16, 16, 32, 32)},
+    "vit_tiny_patch16_224": {"img_size": 64, "depth": 1, "embed_dim": 48}}
 SIZES = {"num_classes": 3, "in_chans": 1}
 FORMATS = {".safetensors": save_file, ".pth": torch.save}
 

@@ -1,0 +1,41 @@
+"""What `lint-imports` (pyproject.toml) cannot see: a part of torch, and single names."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import se_inject
+
+PACKAGE = Path(se_inject.__file__).parent
+
+
+def imported(path: Path) -> Iterator[tuple[str, str]]:
+    """The module and the name of each import in a file, also in its functions; the name is empty for `import a.b`."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                yield "." * node.level + (node.module or ""), alias.name
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, ""
+
+
+def torch_fx_names(path: Path) -> list[str]:
+    """Where a file imports torch.fx, or reads it from torch."""
+    imports = [f"{module}.{name}" for module, name in imported(path)]
+    reads = [ast.unparse(node) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)]
+    return [n for n in (*imports, *reads) if f"{n}.".startswith("torch.fx.")]
+
+
+def test_blocks_import_no_fx():
+    found = {str(path): torch_fx_names(path) for path in (PACKAGE / "blocks").rglob("*.py")}
+    assert len(found) > 3 and not any(found.values()), found
+
+
+def test_no_private_name_of_another_file_is_imported():
+    private = [
+        f"{path.relative_to(PACKAGE)}: {module} {name}" for path in PACKAGE.rglob("*.py") for module, name in imported(path)
+        if module.startswith((".", "se_inject")) and any(p.startswith("_") for p in (*module.lstrip(".").split("."), name))]
+    assert not private, private
