@@ -76,6 +76,8 @@ def find_blocks(
 
 
 class _Finder:
+    """Decides what becomes of a block, by its call."""
+
     def __init__(self, flow: ValueFlow, values: Mapping[str, torch.Tensor]) -> None:
         self.flow = flow
         self.values = values
@@ -83,7 +85,8 @@ class _Finder:
         self.builder, self.upstream = GateBuilder(flow, maps), Upstream(flow, maps)
 
     def block(self, call: Call) -> tuple[Block, OptimizedBlock]:
-        """
+        """A block to rewrite, and the report on it.
+
         Raises:
             Refusal: The block stays as it is.
         """

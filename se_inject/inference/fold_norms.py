@@ -22,7 +22,7 @@ from .inline import check_plain
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Fold:
+class Fold:
     """One norm to fold.
 
     Attributes:
@@ -54,7 +54,7 @@ class Norms:
     kept: dict[str, str]
 
 
-def find_folds(flow: ValueFlow, others: list[Call]) -> tuple[list[_Fold], Norms]:
+def find_folds(flow: ValueFlow, others: list[Call]) -> tuple[list[Fold], Norms]:
     """The batch norms that can be folded, and a report on all. Use it inside `on_meta`; the model is not changed.
 
     Args:
@@ -82,7 +82,7 @@ def find_folds(flow: ValueFlow, others: list[Call]) -> tuple[list[_Fold], Norms]
     return folds, found
 
 
-def _fold(flow: ValueFlow, norm: nn.Module) -> _Fold:
+def _fold(flow: ValueFlow, norm: nn.Module) -> Fold:
     """
     Raises:
         Refusal: The norm stays as it is.
@@ -109,7 +109,7 @@ def _fold(flow: ValueFlow, norm: nn.Module) -> _Fold:
     name = name_of(value)
     linear, transposed = name == "linear", name in TRANSPOSED_CONVS
     if not linear and not transposed and name not in CONVS:
-        raise Refusal(f"it comes behind {spelled(value, above)}")
+        raise Refusal(f"it comes after {spelled(value, above)}")
     if linear and channel_axis(value.meta["val"]) != len(shape(value)) - 1:
         raise Refusal("the linear layer before it has its channels on another axis")
     _, weight, bias, groups = layer_arguments(value)
@@ -119,7 +119,7 @@ def _fold(flow: ValueFlow, norm: nn.Module) -> _Fold:
         raise Refusal(f"{traces.calls[layer][0].path or 'the layer before it'} computes its weight")
     if not all(_ends_in_layer(layer, g, value) for g in _graphs(above)):
         raise Refusal("the layer before it does more than a convolution")
-    return _Fold(norm, layer, argument(node, "eps", 1e-5), linear, transposed, rest)
+    return Fold(norm, layer, argument(node, "eps", 1e-5), linear, transposed, rest)
 
 
 def _read_from_above(traces: TracedModel) -> Iterator[nn.Module]:
@@ -269,7 +269,7 @@ def _keeps_channels(node: fx.Node, channels: int) -> bool:
 
 
 @torch.no_grad()
-def apply_folds(model: nn.Module, folds: list[_Fold]) -> None:
+def apply_folds(model: nn.Module, folds: list[Fold]) -> None:
     """Fold norms, in place: a layer gets new weights, and the norm's place gets what the norm called after itself."""
     places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():

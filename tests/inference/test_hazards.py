@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import se_inject
+from se_inject.surgery.state import OPTIMIZED
 
 from ..support.checks import randomise, total
 from .test_optimize import deviation
@@ -412,7 +413,7 @@ def test_gradients_and_autocast_take_the_authors_forward(name):
         exact = copy.deepcopy(model).double()(image(2, 160).double())
         with torch.autocast("cpu", torch.bfloat16):
             assert deviation(exact, fast(image(2, 160))) < 2 * deviation(exact, model(image(2, 160)))
-            block = next(m for m in fast.modules() if "_se_code" in type(m).__dict__ and m is not fast)
+            block = next(m for m in fast.modules() if OPTIMIZED in type(m).__dict__ and m is not fast)
             args = []
             block.register_forward_pre_hook(lambda _, given: args.extend(given))
             fast(image(2, 160))
