@@ -7,7 +7,6 @@ back through 1x1 convolutions, norms, linear layers, scales, shifts and changes 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,9 +14,7 @@ from typing import Any
 from torch import fx
 
 from ..capture.channels import batch_is_first, channel_axis
-from ..capture.meta_ops import storage
-from ..capture.recording import Call
-from ..dataflow.aliasing import storages
+from ..dataflow.aliasing import written_between
 from ..dataflow.module_graph import ModuleGraph, spelled
 from ..dataflow.ops import CONVS, argument, is_tensor, of, shape
 from ..dataflow.value_flow import ValueFlow
@@ -181,27 +178,3 @@ def _axis_before(node: fx.Node, x: fx.Node, axis: int) -> int | None:
     stays = at is not None and channel_axis(t) == axis and t.numel() == s.numel() and t.shape[axis] == s.shape[at] and (
         batch_is_first(t) and batch_is_first(s) and t.shape[0] == s.shape[0])
     return at if stays else None
-
-
-def written_between(flow: ValueFlow, view: ModuleGraph, node: fx.Node, end: Call) -> bool:
-    """Whether something writes into the memory of a value after it is computed and before the call `end` is over.
-
-    `node` computes the value in the forward `view`. Where `end` is outside that forward, the search goes on in its caller's,
-    for the memory that the caller gave or gets back, up to the forward that `end` is inside of.
-    """
-    place, memory = view.index[node], {storage(node.meta["val"])}
-    while True:
-        if view.writes_after(place, memory):
-            return True
-        above = None if view.call.begin <= end.begin < view.call.end else flow.caller(view)
-        if above is None:
-            return False
-        outer, call = above
-        # each trace has memory of its own: arguments and result pair that of this trace with that of the caller's
-        given = flow.bound(view.module, call)
-        pairs: list[tuple[Any, Any]] = [(view.nodes[-1].args[0], call)]
-        pairs += [(n, given.get(str(n.target))) for n in itertools.takewhile(lambda n: n.op == "placeholder", view.nodes)]
-        memory = {
-            s for inner, out in pairs if isinstance(inner, fx.Node) and isinstance(out, fx.Node)
-            and memory & storages(inner.meta["val"]) for s in storages(out.meta["val"])}
-        view, place = outer, outer.index[call]

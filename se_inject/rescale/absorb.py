@@ -18,6 +18,7 @@ import torch
 from torch import fx, nn
 
 from ..capture.recording import Call
+from ..dataflow.aliasing import is_written_after
 from ..dataflow.branches import other_branches
 from ..dataflow.module_graph import ModuleGraph, TracedModel, spelled
 from ..dataflow.ops import is_tensor, of
@@ -249,6 +250,6 @@ def _readers(view: ModuleGraph, node: fx.Node) -> list[fx.Node]:
         Refusal: There are several, and its memory is written in place: not all of them read the value itself.
     """
     found = [u for u in node.users if u.op == "output" or view.carries_data(u)]
-    if len(found) > 1 and is_tensor(node) and view.is_written_after(node):
+    if len(found) > 1 and is_tensor(node) and is_written_after(view, node):
         raise Refusal(f"its tensor is changed in place, and read by {spelled(found[-1], view)}")
     return found

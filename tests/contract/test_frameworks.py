@@ -1,13 +1,16 @@
 """Injected models in the frameworks that people use timm's models with: each cell of docs/frameworks.md is a test.
 
-``--overwrite`` writes the page anew, from the cells that were run and the old ones; it needs one process.
+`pytest` runs the quick columns, and of the others some families; `pytest -m contract` the rest. ``--overwrite`` writes the
+page again, from the cells that were run and the old ones; it needs one process.
 """
+
+from __future__ import annotations
 
 import pathlib
 
 import pytest
 
-from se_inject.surgery.state import edits_of, injections_of
+from se_inject.surgery.state import edited_owners, edits_of, injections_of
 
 from ..support import compilers, training  # noqa: F401
 from ..support.families import FAMILIES, identity
@@ -17,6 +20,11 @@ from ..support.processes import part
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "frameworks.md"
 HEAD = ("family", "blocks", *COLUMNS)
 APART = ("worker process", "DDP", "FSDP2")  # these share two processes; the others what a model's export gave
+QUICK = ("autocast", "bfloat16", "channels_last", "EMA", "checkpointing")  # on all families
+# filled slots, an inserted block in a Sequential, and rewritten forwards, some of several branches
+SOME = dict.fromkeys(("compile", "export", "script", "trace", "func"), ("resnet18", "vgg11_bn", "tiny_vit_5m_224"))
+SOME |= dict.fromkeys(APART, ("resnet18", "vit_tiny_patch16_224"))
+SOME |= dict.fromkeys(("compile, train", "export, strict", "ONNX"), ("resnet18",))
 
 
 def cells() -> dict[str, dict[str, str]]:
@@ -26,12 +34,13 @@ def cells() -> dict[str, dict[str, str]]:
 
 
 def blocks(family) -> str:
-    """In which ways the blocks of a model were put in, and in which layouts they work."""
+    """How the blocks of a model were put in, and in which layouts they work."""
     model = identity(family)
-    owners = [m for m in model.modules() if "_se_edits" in m.__dict__]
-    ways = {"several branches" if any(k.startswith("_se_branch_") for k in vars(type(m))) else edits_of(m).kind for m in owners}
+    kinds = {
+        "several branches" if any(k.startswith("_se_branch_") for k in vars(type(m))) else edits_of(m).kind
+        for m in edited_owners(model)}
     layouts = {s.layout for i in injections_of(model) for s in i.sites}
-    return f"{', '.join(sorted(ways))}: {', '.join(sorted(layouts))}"
+    return f"{', '.join(sorted(kinds))}: {', '.join(sorted(layouts))}"
 
 
 def page(table: dict[str, dict[str, str]]) -> str:
@@ -42,7 +51,7 @@ def page(table: dict[str, dict[str, str]]) -> str:
         "Injected models under what people use timm's models with. Each cell is a test, and this page is written by",
         "",
         "```sh",
-        "pytest tests/contract/test_frameworks.py --overwrite",
+        "pytest -m '' tests/contract/test_frameworks.py --overwrite",
         "```",
         "",
         "A cell says `yes`; or `base:` and the error with which the model without blocks fails there, too. An empty one is not",
@@ -75,9 +84,13 @@ def found(request):
             f.name: {**old.get(f.name, {}), "blocks": blocks(f), **new.get(f.name, {})} for f in FAMILIES}))
 
 
+def marks(column, family):
+    group = pytest.mark.xdist_group("processes" if column in APART else family.name)
+    return [group] if column in QUICK or family.name in SOME.get(column, ()) else [group, pytest.mark.contract]
+
+
 @pytest.mark.parametrize("column, family", [
-    pytest.param(c, f, id=f"{c}-{f.name}", marks=pytest.mark.xdist_group("processes" if c in APART else f.name))
-    for f in FAMILIES for c in COLUMNS if COLUMNS[c].asks(f)])
+    pytest.param(c, f, id=f"{c}-{f.name}", marks=marks(c, f)) for f in FAMILIES for c in COLUMNS if COLUMNS[c].asks(f)])
 def test_cell(column, family, found, request):
     cell = COLUMNS[column].outcome(family)
     found.setdefault(family.name, {})[column] = cell
@@ -97,7 +110,7 @@ def test_page(request):
         assert {c for c in COLUMNS if table[f.name][c]} == {c for c in COLUMNS if COLUMNS[c].asks(f)}
 
 
-def test_all_ways_and_layouts_are_there():
+def test_all_kinds_of_rewriting_and_all_layouts_are_there():
     parts = [blocks(f).split(": ") for f in FAMILIES]
-    assert {w for ways, _ in parts for w in ways.split(", ")} == {"fill", "insert", "rewrite", "several ways"}
-    assert {w for _, layouts in parts for w in layouts.split(", ")} == {"NCHW", "NHWC", "NLC"}
+    assert {k for kinds, _ in parts for k in kinds.split(", ")} == {"fill", "insert", "rewrite", "several branches"}
+    assert {k for _, layouts in parts for k in layouts.split(", ")} == {"NCHW", "NHWC", "NLC"}

@@ -1,4 +1,10 @@
-"""Injected models are their bases, bit for bit, until they are trained: every family of timm, all of torchvision."""
+"""Injected models are their bases, bit for bit, until they are trained.
+
+`pytest` runs a small model of each of eighteen families, and `pytest -m contract` every family of timm and all of
+torchvision at full width.
+"""
+
+from __future__ import annotations
 
 import math
 import pathlib
@@ -11,6 +17,9 @@ import se_inject
 from se_inject.tools import zoo, zoo_table
 
 from ..support.checks import check_identity
+from ..support.families import FAMILIES as SMALL
+from ..support.families import plain
+from ..support.tiers import contract
 
 TABLE = zoo_table.read(pathlib.Path(__file__).parents[2] / "docs" / "zoo.csv")
 
@@ -52,6 +61,12 @@ def one_after_another(names):
     return [pytest.param(n, marks=pytest.mark.xdist_group("large")) if PARAMS[n] > 2e8 else n for n in names]
 
 
+@pytest.mark.parametrize("family", SMALL, ids=lambda f: f.name)
+def test_identity_of_small_models(family):
+    check_identity(plain(family), (3, family.side, family.side))
+
+
+@pytest.mark.contract
 @pytest.mark.parametrize("name", one_after_another(FAMILIES + TORCHVISION))
 def test_identity(name):
     model = zoo.create(name)
@@ -64,15 +79,13 @@ def test_every_family_is_there():
     assert set(TORCHVISION) == set(zoo.names("torchvision/*"))
 
 
-# no shortcut to gate
-NO_PLACE = {("vgg11", "identity")}
-
-
 @pytest.mark.parametrize("placement", ["standard", "inner", "pre", "post", "identity"])
-@pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0", "convnext_atto", "vgg11"])
+@pytest.mark.parametrize("name", [
+    "test_resnet", "mobilenetv2_035", "test_convnext", "vgg11",
+    *contract("resnet18", "tf_efficientnet_lite0", "convnext_atto")])
 def test_identity_at_every_placement(name, placement):
-    model = timm.create_model(name)
-    if (name, placement) in NO_PLACE:
+    model = timm.create_model(name, **({"mlp_ratio": 0.02} if name == "vgg11" else {}))
+    if (name, placement) == ("vgg11", "identity"):  # no shortcut to gate
         with pytest.raises(se_inject.NoSitesError, match="placement"):
             se_inject.inject(model, placement=placement)
         return

@@ -1,4 +1,9 @@
-"""timm's interface on injected models: all of it works, and means what it means on the base."""
+"""timm's interface on injected models: all of it works, and means what it means on the base.
+
+`pytest` runs small models of the layouts and kinds of blocks, and `pytest -m contract` more families.
+"""
+
+from __future__ import annotations
 
 import copy
 from collections import Counter
@@ -17,13 +22,17 @@ import se_inject
 from se_inject import block_paths
 
 from ..support.checks import randomise
+from ..support.tiers import contract
 from .test_identity import smallest_size
 
-NAMES = [
-    "test_resnet", "test_efficientnet", "mobilenetv2_035", "test_vit", "swin_tiny_patch4_window7_224", "test_convnext",
-    "nf_resnet26", "regnetx_002", "densenet121", "vit_tiny_patch16_dinov3_qkvb", "gmlp_ti16_224", "mobilevit_xxs",
-    "test_coatnet", "fastvit_t8", "repvit_m1", "mobileone_s0", "xcit_nano_12_p8_224", "levit_128s", "hrnet_w18_small", "vgg11",
-    "edgenext_xx_small", "xception41p", "cs3darknet_focus_s",
+QUICK = [
+    "test_resnet", "test_efficientnet", "mobilenetv2_035", "test_vit", "test_convnext", "regnetx_002", "test_coatnet", "vgg11",
+    "edgenext_xx_small",
+]  # fmt: skip
+MORE = [
+    "swin_tiny_patch4_window7_224", "nf_resnet26", "densenet121", "vit_tiny_patch16_dinov3_qkvb", "gmlp_ti16_224",
+    "mobilevit_xxs", "fastvit_t8", "repvit_m1", "mobileone_s0", "xcit_nano_12_p8_224", "levit_128s", "hrnet_w18_small",
+    "xception41p", "cs3darknet_focus_s",
 ]  # fmt: skip
 
 # without these its head is most of it
@@ -38,7 +47,11 @@ def make(name):
     return base, ours, torch.randn(2, *size, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.xdist_group(f"interface {n}")) for n in NAMES])
+def grouped(name, *marks):
+    return pytest.param(name, marks=[pytest.mark.xdist_group(f"interface {name}"), *marks])
+
+
+@pytest.fixture(scope="module", params=[*map(grouped, QUICK), *(grouped(n, pytest.mark.contract) for n in MORE)])
 def made(request):
     return make(request.param)
 
@@ -270,12 +283,9 @@ def test_other_sizes_at_creation(name, kwargs, sides):
             assert not equal(acting(x), base(x))
 
 
-FUSED = [
-    "mobileone_s0", "repvgg_a0", "fastvit_t8", "repvit_m1", "repghostnet_050", "levit_128s", "lcnetv2_small", "shvit_s1",
-]
-
-
-@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("name", [
+    "repvgg_a0", "repghostnet_050", "levit_128s", "lcnetv2_small", "shvit_s1",
+    *contract("mobileone_s0", "fastvit_t8", "repvit_m1")])
 def test_reparameterised(name):
     base, ours, x = make(name)
     open_gates(ours)

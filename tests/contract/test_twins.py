@@ -1,4 +1,9 @@
-"""timm's own models with attention are the injected bases: same keys, same weights, same outputs."""
+"""timm's own models with attention are the injected bases: same keys, same weights, same outputs.
+
+`pytest` runs a small one of each block, and `pytest -m contract` all of them.
+"""
+
+from __future__ import annotations
 
 import pytest
 import timm
@@ -58,15 +63,21 @@ TWINS = [
     ("seresnext101_32x8d", "se", "resnext101_32x8d", {}, {}),
     ("seresnext101_64x4d", "se", "resnext101_64x4d", {}, {}),
 ]
+# small ones, of each block and of each module of timm's that has one
+QUICK = {
+    "seresnet18", "ecaresnet26t", "nf_seresnet26", "regnety_002", "efficientnet_b0", "seresnext26ts", "eca_resnext26ts",
+    "gcresnext26ts", "sedarknet21", "ese_vovnet39b"}
 
 
+@pytest.mark.contract
 def test_every_twin_is_listed():
     found = census()
     assert {(native, block) for native, (block, _) in found.items()} == {(t[0], t[1]) for t in TWINS}
     assert all(base in found[native][1] for native, _, base, _, _ in TWINS)
 
 
-@pytest.mark.parametrize("native, block, base, args, options", TWINS, ids=[t[0] for t in TWINS])
+@pytest.mark.parametrize("native, block, base, args, options", [
+    pytest.param(*twin, id=twin[0], marks=[] if twin[0] in QUICK else pytest.mark.contract) for twin in TWINS])
 def test_native_weights_load_strictly(native, block, base, args, options):
     theirs = randomise(timm.create_model(native)).eval()
     ours = timm.create_model(f"se_inject/{base}", se_init="timm", se_block=block, **args, **options).eval()

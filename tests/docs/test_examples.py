@@ -1,25 +1,27 @@
 """Every example runs."""
 
-import subprocess
-import sys
+from __future__ import annotations
+
 from pathlib import Path
 
 import pytest
+
+from ..support.processes import fresh, script
 
 ARGS = {
     "finetune.py": [
         "--data", "digits", "--train", "32", "--val", "16", "--test", "16", "--batch-size", "16", "--img-size", "32",
         "--steps", "2",
         "--lrs", "0.001", "0.01", "--seeds", "1", "2", "--methods", "head", "se"],
-    "profile_cost.py": ["test_resnet", "--rows", "3"],
+    "profile_cost.py": ["test_resnet", "--rows", "3", "--threads", "1"],
 }  # fmt: skip
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 
 
+@pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.name)
 def test_example(path, tmp_path):
-    command = [sys.executable, "-W", "error", str(path), *ARGS.get(path.name, [])]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = fresh(script(path, tmp_path), *ARGS.get(path.name, []))
     assert done.returncode == 0, done.stderr
     assert done.stdout
 

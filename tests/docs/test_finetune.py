@@ -1,5 +1,7 @@
 """The example that trains: it survives a kill, and what it stores is enough to rebuild the network."""
 
+from __future__ import annotations
+
 import importlib.util
 import json
 import os
@@ -15,6 +17,9 @@ from safetensors.torch import load_file
 
 import se_inject
 
+from ..support.processes import script, started
+
+pytestmark = pytest.mark.xdist_group("processes")  # they share two runs
 EXAMPLE = Path(__file__).parents[2] / "examples" / "finetune.py"
 SMALL = [
     "--data", "digits", "--img-size", "32", "--train", "64", "--val", "32", "--test", "64", "--batch-size", "16",
@@ -44,13 +49,12 @@ def folder(work, method):
 
 def test_a_killed_run_ends_with_the_same_weights(finetune, whole, tmp_path):
     command = [*SMALL, "--methods", "full-se", "--work", str(tmp_path)]
-    process = subprocess.Popen(
-        [sys.executable, "-W", "error", str(EXAMPLE), *command], env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL)  # fmt: skip
-    while process.poll() is None and not list(tmp_path.glob("*/*/checkpoint.pt")):
+    process = started(script(EXAMPLE, tmp_path), *command)
+    while process.is_alive() and not list(tmp_path.glob("*/*/checkpoint.pt")):
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     (checkpoint,) = tmp_path.glob("*/*/checkpoint.pt")
     assert 0 < torch.load(checkpoint, weights_only=True)["step"] < 8
     finetune.main(command)
@@ -116,6 +120,7 @@ def test_the_processes_share_the_batches_of_one(finetune):
     assert drawn(1, start=2) == {step: one[step] for step in range(2, 8)}
 
 
+@pytest.mark.contract
 def test_two_processes_write_what_one_writes(whole, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(EXAMPLE), *SMALL,

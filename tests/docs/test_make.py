@@ -5,8 +5,6 @@ import re
 import runpy
 import shlex
 import shutil
-import subprocess
-import sys
 import types
 
 import click
@@ -16,6 +14,9 @@ import timm
 from se_inject import cli
 from se_inject.tools import zoo_table
 
+from ..support.processes import fresh, script
+
+pytestmark = pytest.mark.xdist_group("processes")
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 make = types.SimpleNamespace(**runpy.run_path(str(DOCS / "make.py")))
 A_PAGE = """before
@@ -42,8 +43,7 @@ after
 
 def call(folder, *args, code=0):
     """Run a copy of the script, which writes the pages of its own folder."""
-    script = shutil.copy(DOCS / "make.py", folder)
-    done = subprocess.run([sys.executable, script, *map(str, args)], capture_output=True, text=True)
+    done = fresh(script(shutil.copy(DOCS / "make.py", folder), folder), *args)
     assert done.returncode == code, done.stderr
     return done
 
@@ -72,11 +72,11 @@ def test_a_table_is_the_output_of_its_command(tmp_path):
 
 def test_a_command_that_fails_leaves_its_table(tmp_path):
     page = tmp_path / "cost.md"
-    page.write_text(A_PAGE.replace("test_vit --vs 'a b=1'", "resnet5O"))
+    page.write_text(A_PAGE.replace("test_vit --vs 'a b=1'", "test_vit --batch none"))
     before = page.read_text()
     err = call(tmp_path, "cost", "two", code=1).stderr
-    assert "se-inject bench resnet5O failed" in err
-    assert "did you mean 'resnet50'" in err
+    assert "se-inject bench test_vit --batch none failed" in err
+    assert "'none' is not a valid integer" in err
     assert page.read_text() == before
 
 

@@ -11,9 +11,10 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,22 @@ def fresh(code: str, *args: object) -> subprocess.CompletedProcess[str]:
     """Run code as `python -c` would, in a new process, where nothing of the tests but this file is imported."""
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, name) for name in ("stdout", "stderr")]
-        process = forkserver().Process(target=_execute, args=(code, [str(a) for a in args], *map(str, files)))  # type: ignore[attr-defined]
-        process.start()
+        process = started(code, *args, files=files)
         process.join()
-        return subprocess.CompletedProcess(code, process.exitcode, *(f.read_text() for f in files))
+        return subprocess.CompletedProcess(code, process.exitcode or 0, *(f.read_text() for f in files))
+
+
+def started(code: str, *args: object, files: Sequence[Path] = ()) -> BaseProcess:
+    """A new process that runs code and writes its output to `files`: those of stdout and stderr."""
+    process = forkserver().Process(target=_execute, args=(code, [*map(str, args)], *map(str, files)))  # type: ignore[attr-defined]
+    process.start()
+    return process
+
+
+def script(path: Path, folder: Path) -> str:
+    """Code that runs a script in a folder, with warnings as errors."""
+    return (f"import os, runpy, sys, warnings\nos.chdir({str(folder)!r})\nwarnings.simplefilter('error')\n"
+            f"sys.argv[0] = {str(path)!r}\nrunpy.run_path(sys.argv[0], run_name='__main__')")
 
 
 def _execute(code: str, args: list[str], *files: str) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 import se_inject
 from se_inject import block_paths
 from se_inject.blocks.squeeze_excite import SqueezeExcite
+from se_inject.surgery.state import edits_of
 
 from .families import Family, identity, plain
 from .frameworks import assert_equal, check, gradients
@@ -157,7 +158,7 @@ def ddp_(model: nn.Module, family: Family) -> None:
 @check("FSDP2")
 def fsdp_(model: nn.Module, family: Family) -> None:
     """The same with `fully_shard` on every owner of a block; `se_inject.save` gathers the weights."""
-    owners = [name for name, m in identity(family).named_modules() if name and "_se_edits" in m.__dict__]
+    owners = [name for name, m in identity(family).named_modules() if name and edits_of(m) is not None]
     (state,) = _compare_ranks(model, family, fsdp, owners)
     torch.testing.assert_close(state, model.state_dict())
 

@@ -3,8 +3,6 @@
 import copy
 import functools
 import io
-import subprocess
-import sys
 
 import pytest
 import timm
@@ -17,6 +15,7 @@ import se_inject
 from se_inject.errors import SEInjectError
 
 from ..support.checks import randomise
+from ..support.processes import fresh
 
 
 @pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "vit_tiny_patch16_224", "densenet121", "nf_resnet26"])
@@ -86,6 +85,7 @@ def test_a_copy_of_a_rewritten_model_is_independent():
     assert torch.equal(model(x), expected)
 
 
+@pytest.mark.xdist_group("processes")
 def test_a_new_process_gives_the_same(tmp_path):
     torch.manual_seed(0)
     model = randomise(timm.create_model("se_inject/mobilenetv2_050", se_ratio=0.5)).eval()
@@ -96,7 +96,6 @@ def test_a_new_process_gives_the_same(tmp_path):
     code = """
 import sys, torch, timm, se_inject
 d = sys.argv[1]
-torch.set_num_threads(1)
 s = torch.load(d + "/sd.pt")
 a = timm.create_model("se_inject/mobilenetv2_050", se_ratio=0.5).eval()
 a.load_state_dict(s["sd"])
@@ -105,8 +104,8 @@ c = se_inject.load(d + "/m.safetensors")
 with torch.no_grad():
     print(*[torch.equal(m(s["x"]), s["y"]) for m in (a, b, c)])
 """
-    out = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert out.stdout.split() == ["True"] * 3
+    done = fresh(code, tmp_path)
+    assert done.stdout.split() == ["True"] * 3, done.stderr
 
 
 def test_a_class_that_was_changed_before_the_next_call_is_said():

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import se_inject
+from se_inject.surgery.state import edited_owners
 
 from ..support.checks import randomise
 from ..support.residual import Network, Unit
@@ -79,9 +80,8 @@ def test_an_attribute_of_every_owner_is_set():
     base = randomise(timm.create_model("tiny_vit_5m_224")).eval()
     model = se_inject.inject(copy.deepcopy(base))
     x = torch.randn(1, 3, 224, 224)
-    for m in model.modules():
-        if "_se_edits" in m.__dict__:
-            m.note = "anything"
+    for owner in edited_owners(model):
+        owner.note = "anything"
     se_inject.plan(model)
     with torch.no_grad():
         assert torch.equal(copy.deepcopy(model)(x), base(x))

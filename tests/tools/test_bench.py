@@ -13,13 +13,18 @@ from se_inject.capture.inputs import input_sizes
 from se_inject.capture.values import equal
 from se_inject.config import SEConfig
 from se_inject.surgery.state import block_paths
-from se_inject.tools import bench, variants
+from se_inject.tools import bench, timing, variants
 from se_inject.tools.outputs import deviation, run
 from se_inject.tools.variants import plain_variants
 
 from ..cli.test_cli import call
 
 ONCE = ["--rounds", "1", "--threads", "1"]
+
+
+@pytest.fixture(autouse=True)
+def _short_turns(monkeypatch):
+    monkeypatch.setattr(timing, "TURN", 0.001)
 
 
 def measured(*args):
@@ -180,7 +185,8 @@ def test_loading():
 
 def test_threads_and_log_are_as_before():
     torch.set_num_threads(1)
-    call("bench", "test_resnet", "--no-native", "--rounds", 1, "--threads", 2)
+    said = measured("test_resnet", "--measure", "surgery", "--device", "meta", "--rounds", 1, "--threads", 2)
+    assert said["machine"]["threads"] == 2
     assert torch.get_num_threads() == 1
 
 

@@ -89,6 +89,22 @@ def test_the_twins_are_there_and_the_script_decides_on_logging(script):
     assert (quiet.stdout, quiet.stderr) == ("", "")
 
 
+def test_workers_find_the_functions_of_the_script(script):
+    path = script("pool.py", """
+        import multiprocessing
+        import sys
+
+        def double(x):
+            return 2 * x, "timm" in sys.modules
+
+        if __name__ == "__main__":
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                print(pool.apply(double, (21,)))
+        """)
+    assert call(*RUN, path).stdout == "(42, False)\n"
+
+
+@pytest.mark.contract
 def test_workers_that_are_spawned(script):
     """A child imports the script again, without the plugin, until it gets a model that needs it."""
     path = script("spawn.py", """
@@ -110,6 +126,7 @@ def test_workers_that_are_spawned(script):
     assert call(*RUN, path).stdout == "[0, 1, 2, 3]\nFalse True\n"
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("launch", [["-m", "se_inject", "run"], ["--no-python", *RUN]], ids=["-m", "--no-python"])
 def test_torchrun(script, launch, tmp_path):
     path = script("train.py", """

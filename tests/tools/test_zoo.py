@@ -1,6 +1,7 @@
 """The zoo: every model has its row, whatever happens to its worker, and an interrupted run continues."""
 
 import dataclasses
+import multiprocessing
 import os
 import pathlib
 import time
@@ -11,6 +12,7 @@ from se_inject.surgery.pipeline import plan
 from se_inject.tools import zoo, zoo_table
 
 from ..cli.test_cli import call
+from ..support.processes import forkserver
 
 TABLE = pathlib.Path(__file__).parents[2] / "docs" / "zoo.csv"
 
@@ -48,6 +50,12 @@ def test_outputs_that_differ_are_a_failure(monkeypatch):
     assert row.status == "failed" and "outputs differ" in row.reason
 
 
+@pytest.fixture
+def quick_workers(monkeypatch):
+    """Workers are forked from a server that imported timm: a new process imports it again, in seconds."""
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: {"spawn": forkserver()}[method])
+
+
 def crash(name, placement, verify):
     if name == "resnet18":
         os._exit(7)
@@ -56,16 +64,18 @@ def crash(name, placement, verify):
     return zoo_table.Row(name, "resnet", placement, "refused", "for the test")
 
 
-def test_a_worker_that_crashes_or_hangs_is_one_failed_row(monkeypatch):
+@pytest.mark.xdist_group("processes")
+def test_a_worker_that_crashes_or_hangs_is_one_failed_row(monkeypatch, quick_workers):
     monkeypatch.setattr(zoo, "answer", crash)
-    rows = {r.model: r for r in zoo.survey(["resnet18", "resnet34", "resnet50", "resnet26"], jobs=1, timeout=5)}
+    rows = {r.model: r for r in zoo.survey(["resnet18", "resnet34", "resnet50", "resnet26"], jobs=1, timeout=3)}
     assert rows["resnet18"].status == rows["resnet34"].status == "failed"
     assert rows["resnet18"].reason == "its process ended with exit code 7"
-    assert rows["resnet34"].reason == "took longer than 5 s"
+    assert rows["resnet34"].reason == "took longer than 3 s"
     assert rows["resnet50"].reason == rows["resnet26"].reason == "for the test"
 
 
-def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
+@pytest.mark.xdist_group("processes")
+def test_a_run_goes_on_where_it_stopped(tmp_path, quick_workers):
     out = tmp_path / "zoo.csv"
     call("zoo", "test_resnet", "--out", out, "--jobs", 1)
     with open(out, "a") as f:
@@ -79,7 +89,8 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_a_change_is_announced(tmp_path):
+@pytest.mark.xdist_group("processes")
+def test_a_change_is_announced(tmp_path, quick_workers):
     out = tmp_path / "zoo.csv"
     rows = [r for r in zoo_table.read(TABLE) if r.model == "test_resnet"]
     zoo_table.Table(out, rows)
