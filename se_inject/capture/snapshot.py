@@ -121,6 +121,11 @@ def _globals_of(cls: Any) -> list[tuple[dict[str, Any], str]]:
     return list(found.values())
 
 
+def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Give a module another class, past an author's own ``__setattr__``, which may refuse or do something else."""
+    object.__setattr__(module, "__class__", cls)
+
+
 @contextlib.contextmanager
 def restored(modules: Iterable[nn.Module]) -> Iterator[Callable[[], bool]]:
     """Afterwards each module has the class and the attributes, as objects, that it had before.
@@ -145,7 +150,7 @@ def restored(modules: Iterable[nn.Module]) -> Iterator[Callable[[], bool]]:
             _differs(holder, items) for holder, items in kept)
     finally:
         for m, cls, attributes in saved:
-            m.__class__ = cls
+            set_class(m, cls)
             m.__dict__.clear()
             m.__dict__.update(attributes)
         for holder, items in kept:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ..capture.snapshot import set_class
 from ..dataflow.ops import is_tensor
 from ..surgery.generated_class import Source, generated, guards_for, new_of, with_guards
 from ..surgery.sequential import MEMBERS, sequential_class
@@ -68,7 +69,7 @@ def become(module: nn.Module, cls: type[nn.Module]) -> None:
     """
     if not getattr(cls, OPTIMIZED)[1]:  # type: ignore[attr-defined]
         set_edits(module, None)
-    module.__class__ = cls
+    set_class(module, cls)
 
 
 def _getitem(self: nn.Module, idx: Any) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator
 
 from torch import nn
 
+from ..capture.snapshot import set_class
 from ..surgery.codegen import generate
 from ..surgery.edits import apply_edits, undo_edits
 from ..surgery.pipeline import forget_injections
@@ -27,7 +28,7 @@ def undone_on_error(model: nn.Module, blocks: Collection[GatedBlock]) -> Iterato
         for key, tensor in values.items():
             parameters[key].copy_(tensor)
         for m, cls, attributes in owners:
-            m.__class__ = cls
+            set_class(m, cls)
             m.__dict__.clear()
             m.__dict__.update(attributes)
         raise

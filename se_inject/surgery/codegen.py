@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from ..capture.forward import is_plain, pinned
 from ..capture.graphs import same_graph, sources_of, subgraph
-from ..capture.snapshot import on_meta, surgery_lock
+from ..capture.snapshot import on_meta, set_class, surgery_lock
 from ..capture.tracer import IN_PLACE
 from ..dataflow.branches import Branch, known_branch, same_branches, trace_branches
 from ..errors import Refusal, TraceError
@@ -129,7 +129,7 @@ def _regenerate(module: nn.Module) -> None:
     new = dataclasses.replace(edits, edits=moved(edits.edits, old, main.graph, module), decisions=main.outcomes)
     cls = _generate(module, new, subgraph(main.graph), paths, fixed)
     set_edits(module, new)
-    module.__class__ = cls
+    set_class(module, cls)
 
 
 def _trace_without_blocks(
@@ -140,11 +140,11 @@ def _trace_without_blocks(
     try:
         for edit in edits.edits:
             module._modules.pop(edit.slot, None)
-        module.__class__ = base_class(module)
+        set_class(module, base_class(module))
         with on_meta(module):
             return trace_modes(module, dict(edits.constants), None if known is None else known_branch(known))
     finally:
-        module.__class__ = cls
+        set_class(module, cls)
         module._modules.clear()
         module._modules.update(children)
 
@@ -249,7 +249,7 @@ def _set_attribute(self: nn.Module, name: str, value: Any) -> None:
     base_class(self).__setattr__(self, name, value)
     of_module = name in _OF_MODULES or (name.startswith("__") and name.endswith("__"))  # torch.jit.script: __overloads__
     if "_se_graph" in cls.__dict__ and not of_module and not _traces_alike(old, value):
-        self.__class__ = _stale(cls)
+        set_class(self, _stale(cls))
 
 
 _OF_MODULES = {  # what torch sets on modules
@@ -292,4 +292,4 @@ def _set_state(module: nn.Module, state: dict[str, Any]) -> None:
     with told_to_user(module):
         code = generate(module, edits)
     assert isinstance(code, type)
-    module.__class__ = code
+    set_class(module, code)

@@ -18,7 +18,7 @@ from ..errors import Refusal
 from ..find.sites import PlacedSite
 from ..find.slots import takes_activation
 from .codegen import generate
-from .edits import parameters_near
+from .edits import device_near
 from .state import Edit, OwnerEdits
 
 
@@ -87,8 +87,9 @@ def _child_before(s: PlacedSite) -> str:
 
 
 def make_block_for(found: PlacedSite, owner: nn.Module, model: nn.Module, config: SEConfig) -> nn.Module:
+    """The block of a site, on the device of the weights around it and of the dtype of the value that it gates."""
     site = found.site
-    device, dtype = parameters_near(owner, model)
+    device, dtype = device_near(owner, model), found.place.node.meta["val"].dtype
     spec = BlockSpec(site.channels, site.rd_channels, site.layout, site.style)
     slot = found.place.fill
     kind: Any = type(owner)
