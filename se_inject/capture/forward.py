@@ -244,7 +244,7 @@ def trace_forward(
         raise Refusal(f"{name} has a forward of its own instance (as hooks of accelerate set), which is not its class's")
     for attempt in range(ATTEMPTS):
         state = _random_state()
-        with restored([module]) as changed, kept_globals(cls) as globals_changed, _other_modes(), _Draws() as draws:
+        with restored([module]) as changed, kept_globals([cls]) as globals_changed, _other_modes(), _Draws() as draws:
             before = _state(module)
             tracer = _OwnTracer(constants, decide, reading)
             try:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import TraceError
 from .meta_ops import MetaOps, Operation, storage
-from .snapshot import restored, surgery_lock
+from .snapshot import kept_globals, restored, surgery_lock
 
 
 @dataclasses.dataclass(eq=False)
@@ -95,7 +95,8 @@ def run(model: nn.Module, inputs: torch.Tensor, ops: MetaOps | None = None) -> i
     """
     ops = ops or MetaOps(factories=True)
     try:
-        with restored(list(model.modules())), torch.no_grad(), ops:
+        modules = list(model.modules())
+        with restored(modules), kept_globals({type(m) for m in modules}), torch.no_grad(), ops:
             model(inputs)
             return ops.macs
     except Exception as error:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 import operator
 import os
+import random
 import sys
 import threading
 import types
@@ -91,12 +93,13 @@ def _differs(holder: Any, items: Any) -> bool:
 
 
 @contextlib.contextmanager
-def kept_globals(cls: Any) -> Iterator[Callable[[], bool]]:
-    """Afterwards the global containers that `cls`'s forward names have the items that they had before.
+def kept_globals(classes: Iterable[Any]) -> Iterator[Callable[[], bool]]:
+    """Afterwards the global containers that the forwards of these classes name have the items that they had before.
 
     Inside, the function that it yields tells whether one of them has changed.
     """
-    kept = _kept([namespace[name] for namespace, name in _globals_of(cls) if name in namespace])
+    named = [pair for cls in classes if not cls.__module__.startswith("torch.") for pair in _globals_of(cls)]
+    kept = _kept([namespace[name] for namespace, name in named if name in namespace])
     try:
         yield lambda: any(_differs(holder, items) for holder, items in kept)
     finally:
@@ -144,8 +147,8 @@ def restored(modules: Iterable[nn.Module]) -> Iterator[Callable[[], bool]]:
     try:
         for m, _, attributes in saved:
             for key, value in attributes.items():
-                if type(value) in (dict, list):
-                    m.__dict__[key] = value.copy()
+                if type(value) in (dict, list) or _is_consumed(value):
+                    m.__dict__[key] = copy.copy(value)
         yield lambda: any(_has_changed(m, attributes) for m, _, attributes in saved) or any(
             _differs(holder, items) for holder, items in kept)
     finally:
@@ -157,11 +160,24 @@ def restored(modules: Iterable[nn.Module]) -> Iterator[Callable[[], bool]]:
             _put_back(holder, items)
 
 
+def _is_consumed(value: Any) -> bool:
+    """Whether each use of a value changes what the next use gives: an iterator that can be copied, or a random generator."""
+    if type(value) in _PLAIN or not isinstance(value, (Iterator, random.Random)):
+        return False
+    return not isinstance(value, types.GeneratorType)
+
+
 def _has_changed(module: nn.Module, attributes: dict[str, Any]) -> bool:
     now = module.__dict__
-    return now.keys() != attributes.keys() or any(
-        type(now[key]) is not type(value) or _differs(now[key], value) if type(value) in (dict, list) else now[key] is not value
-        for key, value in attributes.items())
+    return now.keys() != attributes.keys() or any(_is_other(now[key], value) for key, value in attributes.items())
+
+
+def _is_other(now: Any, value: Any) -> bool:
+    if type(now) is not type(value):
+        return True
+    if type(value) in (dict, list):
+        return _differs(now, value)
+    return repr(now.__reduce__()) != repr(value.__reduce__()) if _is_consumed(value) else now is not value
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..capture.meta_ops import storage
 from ..capture.recording import Call
+from ..errors import Refusal
 from . import ops
 from .module_graph import ModuleGraph
 from .ops import NEW, VIEW, is_tensor
@@ -115,7 +116,10 @@ def _is_new(flow: ValueFlow, view: ModuleGraph, node: fx.Node) -> bool | None:
         return {NEW: True, VIEW: False}.get(ops.of(node).memory or "")
     call, moved = view.call_of(node), False
     while True:
-        view, node = flow.origin(view, node)
+        try:
+            view, node = flow.origin(view, node)
+        except Refusal:  # fx cannot follow a forward around
+            return None
         if not call.begin <= view.call.begin < call.end:
             return False
         if node.op not in ("call_function", "call_method"):

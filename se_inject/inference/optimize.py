@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 
 import torch
@@ -10,12 +9,12 @@ from torch import fx, nn
 
 from ..capture.inputs import record_model
 from ..capture.recording import Call
-from ..capture.snapshot import HOOKS, restored, surgery_lock
+from ..capture.snapshot import HOOKS, restored
 from ..dataflow.value_flow import ValueFlow
-from ..errors import SEInjectError, TraceError
+from ..errors import TraceError
 from ..surgery.load_hooks import remove_hooks
 from ..surgery.refusals import refuse
-from ..surgery.session import traced
+from ..surgery.session import copied, traced
 from ..surgery.state import REPORT, block_paths, set_injections
 from .find_blocks import find_blocks
 from .fold_norms import apply_folds, find_folds
@@ -69,7 +68,7 @@ def optimize_for_inference(model: nn.Module, *, input_size: tuple[int, ...] | No
     """
     refuse(model, "optimize_for_inference", values=True)
     injected = set(block_paths(model))
-    fast = _copied(model).eval().requires_grad_(False)
+    fast = copied(model, "optimize_for_inference").eval().requires_grad_(False)
     remove_hooks(fast)
     set_injections(fast, ())
     hooked = {m for m in fast.modules() if any(m.__dict__[kind] for kind in HOOKS)}
@@ -94,20 +93,6 @@ def optimize_for_inference(model: nn.Module, *, input_size: tuple[int, ...] | No
         fast.meta.setdefault("_user_preserved_attributes", {})[REPORT] = report
     _logger.info("%s", report.summary())
     return fast
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    """
-    Raises:
-        SEInjectError: Python cannot copy the model.
-    """
-    try:
-        with surgery_lock:  # during another thread's injection the model's tensors may be on the meta device
-            return copy.deepcopy(model)
-    except Exception as error:
-        raise SEInjectError(
-            f"optimize_for_inference: {type(model).__name__} cannot be copied ({type(error).__name__}: {error}): remove what "
-            "it holds besides modules and parameters; torch.nn.utils.prune.remove and remove_weight_norm do so") from error
 
 
 def _run_of(model: nn.Module, method: str, input_size: tuple[int, ...] | None) -> Call | None:

@@ -26,7 +26,7 @@ from .jobs import Job, make_block_for, owner_jobs
 from .layer_decay import attach_matcher, detach_matcher
 from .load_hooks import register_hooks, remove_hooks
 from .refusals import no_sites, refuse, refuse_optimized
-from .session import traced
+from .session import copied, traced
 from .state import (
     BASE,
     Injection,
@@ -37,6 +37,7 @@ from .state import (
     set_injections,
     slots_of,
 )
+from .verify import check_outputs
 
 _logger = logging.getLogger("se_inject")
 
@@ -92,7 +93,7 @@ def plan(
 
 def inject(
     model: nn.Module, config: SEConfig | dict[str, Any] | None = None, *,
-    input_size: tuple[int, ...] | None = None, **options: Any,
+    input_size: tuple[int, ...] | None = None, verify: bool = False, **options: Any,
 ) -> nn.Module:  # fmt: skip
     """Put blocks into `model`, in place, and return it. On any error the model is as it was.
 
@@ -104,6 +105,8 @@ def inject(
         model: A model; changed in place.
         config: An `SEConfig` or a dict of its fields.
         input_size: (C, H, W) to run the model on, without computing; None is the model's own.
+        verify: Whether to run copies of the base and of the injected model on random images, in both modes, and to undo the
+            injection where their outputs are not equal. Use it for models of your own.
         **options: Fields of `SEConfig`, on top of `config`.
 
     Returns:
@@ -113,6 +116,7 @@ def inject(
         NoSitesError: There is no site, or all are skipped; the message gives the reasons.
         ConfigError: An option is wrong.
         TraceError: The model cannot be run on the input size, or is wrapped, compiled or scripted.
+        SEInjectError: With `verify`, outputs differ; the message names the first module whose output does.
 
     Shape: the model takes images (N, C, H, W), and its outputs keep their shapes.
 
@@ -130,18 +134,23 @@ def inject(
         raise ConfigError(
             f"inject({model!r}) needs a model; write timm.create_model('se_inject/{model}') to make one by name")
     config = SEConfig.of(config, **options)
-    return apply(model, prepare(model, config, input_size, _model_name(model)))
+    return apply(model, prepare(model, config, input_size, _model_name(model)), verify=verify)
 
 
-def apply(model: nn.Module, prepared: Prepared) -> nn.Module:
+def apply(model: nn.Module, prepared: Prepared, *, verify: bool = False) -> nn.Module:
     """Put the blocks of `prepare` into `model`, in place, and return it. On any error the model is as it was.
 
     Raises:
         NoSitesError: There is no site, or all are skipped.
+        SEInjectError: With `verify`, outputs differ.
     """
     config = prepared.plan.config
     if not prepared.jobs:
         raise no_sites(prepared.plan)
+    replaced = [key for s in prepared.plan.sites for key in s.replaces]
+    if verify and replaced:
+        raise ConfigError("verify=True with existing='replace': the outputs change with the attention that goes; leave out one")
+    base = copied(model, "inject(verify=True)") if verify else None
     with torch.inference_mode(False):  # whose tensors could not be trained or loaded into
         blocks: list[dict[str, nn.Module]] = [
             {s.site.slot: make_block_for(s, job.module, model, config) for s in job.found} for job in prepared.jobs
@@ -153,6 +162,9 @@ def apply(model: nn.Module, prepared: Prepared) -> nn.Module:
             apply_edits(job.module, job.edits, job.code, named)
         register_hooks(model)
         attach_matcher(model)
+        if base is not None:
+            factors = {s.site.path: s.gain for job in prepared.jobs for s in job.found}
+            check_outputs(base, copied(model, "inject(verify=True)"), factors, prepared.plan.input_size)
     except BaseException:
         remove_hooks(model)
         detach_matcher(model)
@@ -163,7 +175,6 @@ def apply(model: nn.Module, prepared: Prepared) -> nn.Module:
             register_hooks(model)
             attach_matcher(model)
         raise
-    replaced = [key for s in prepared.plan.sites for key in s.replaces]
     if replaced:
         _logger.info("%d base tensors replaced: %s", len(replaced), ", ".join(replaced))
     set_injections(model, (*injections_of(model), Injection(config, prepared.plan.sites, prepared.input_size)))

@@ -234,6 +234,15 @@ def test_a_child_takes_a_list_and_a_tensor(case):
               *case, features=lambda m, x: [m.stem(x), m.other(x), m.point(m.stem(x))]))
 
 
+@cases({
+    "sum": lambda m, x: m.child2(x) + m.point(x.sin()),
+    "block": lambda m, x: m.child2(x) + m.se(m.point(m.stem(x))),
+})
+def test_a_forward_around_that_cannot_be_traced(case):
+    check(net(lambda m, x: m.child(torch.stack(list(x))), net(
+        *case, stem=nn.Conv2d(3, 3, 1), point=nn.Conv2d(3, 3, 1), se=SE(3), child2=lambda m, x: x.view(x.shape))))
+
+
 # (forward, batches)
 @cases({
     "rows": lambda m, x: last(h := m.stem(x), h[:, :, 1:] + h[:, :, :-1]),
