@@ -2,11 +2,14 @@
 
     python docs/make.py cost [TABLE]...    run the commands above the tables of cost.md, or only of those named
     python docs/make.py zoo CSV            write zoo.csv and zoo.md from the table of `se-inject zoo --out CSV`
+    python docs/make.py how-it-works       print the worked example of how-it-works.md again
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import inspect
 import re
 import shlex
 import subprocess
@@ -15,8 +18,16 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import timm
+
+import se_inject
+from se_inject.config import SEConfig
+from se_inject.find.attention import Gates
+from se_inject.find.units import find_units
 from se_inject.site import KINDS
-from se_inject.tables import markdown_table
+from se_inject.surgery import pipeline
+from se_inject.surgery.jobs import owner_jobs
+from se_inject.tables import markdown_table, text_table
 from se_inject.tools.zoo_table import Row, Table, parse_counts, read
 
 DOCS = Path(__file__).parent
@@ -82,6 +93,64 @@ def run_command(words: Sequence[str]) -> str:
     return done.stdout
 
 
+def worked_example() -> dict[str, str]:
+    """What the package knows and makes of the first block of timm's `test_resnet`, step by step, as Markdown."""
+    model, config = timm.create_model("test_resnet").eval(), SEConfig(placement="standard")
+    owner = model.layer1[0]
+    with pipeline.recorded(model, config) as traces:
+        call, graph = traces.calls[owner][0], traces.view(owner)
+        units, _ = find_units(traces, Gates(traces), config)
+        unit = next(u for u in units if u.view.module is owner)
+        found, _ = pipeline.placed_sites(model, traces, config)
+        placed = next(f for f in found if f.view.module is owner)
+        job = next(j for j in owner_jobs(found, traces) if j.module is owner)
+        columns = ("module", "class", "input", "output")
+        calls = [(c.path, type(c.module).__name__, str(tuple(c.args[0].shape)), str(tuple(c.output.shape)))
+                 for c in (call, *call.children)]
+        steps = {
+            "call": text_table(columns, calls, left=columns),
+            "graph": "\n".join(f"{n.name:<10}  {n.op:<13}  {_spelled(n)}".rstrip() for n in graph.nodes),
+            "unit": _fields(kind=unit.kind, fork=unit.fork, branch=", ".join(n.name for n in graph.members(unit.branch)),
+                            output=unit.output, merge=unit.merge, shortcuts=", ".join(map(str, unit.shortcuts))),
+            "place": _fields(owner=placed.view.path, node=placed.place.node, users=placed.place.users),
+            "site": _fields(**{k: v for k, v in dataclasses.asdict(placed.site).items() if k != "drawing"}),
+            "edits": _fields(**{f.name: getattr(job.edits, f.name) for f in dataclasses.fields(job.edits)}),
+        }
+    se_inject.inject(model, config)
+    forward = inspect.getsource(type(model.layer1[0]).forward)
+    fast = se_inject.optimize_for_inference(model)
+    optimized = inspect.getsource(type(fast.layer3[0]).forward)
+    code = {"forward": _without_releases(forward), "optimized": _without_releases(optimized)}
+    return {**{name: f"```\n{text}\n```" for name, text in {**steps, "report": str(fast.se_report)}.items()},
+            **{name: f"```python\n{text}\n```" for name, text in code.items()}}
+
+
+def _spelled(node) -> str:
+    target = node.target if isinstance(node.target, str) else node.target.__name__
+    return f"{target}({', '.join(map(str, node.args))})" if node.args else ""
+
+
+def _fields(**values) -> str:
+    width = max(map(len, values))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in values.items())
+
+
+def _without_releases(code: str) -> str:
+    """A generated forward without the ends of lines in which fx frees values."""
+    return "\n".join(re.sub(r";  (\w+ = )+None$", "", line) for line in code.rstrip().splitlines())
+
+
+def with_steps(page: str, steps: dict[str, str]) -> str:
+    """The page with the text of each step between its two marks, ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->``."""
+    for name, text in steps.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        if begin not in page:
+            sys.exit(f"the page has no mark {begin}")
+        head, _, rest = page.partition(begin)
+        page = f"{head}{begin}\n\n{text}\n\n{end}{rest.partition(end)[2]}"
+    return page
+
+
 def zoo_page(rows: list[Row]) -> str:
     """The zoo's table as a page: sites by family, and the reasons for what was refused and skipped."""
     families: dict[str, list[Row]] = defaultdict(list)
@@ -134,7 +203,12 @@ def main(args: Sequence[str] | None = None) -> None:
     pages = parser.add_subparsers(dest="page", required=True)
     pages.add_parser("cost").add_argument("tables", metavar="TABLE", nargs="*")
     pages.add_parser("zoo").add_argument("csv", metavar="CSV", type=Path)
+    pages.add_parser("how-it-works")
     given = parser.parse_args(args)
+    if given.page == "how-it-works":
+        page = DOCS / "how-it-works.md"
+        page.write_text(with_steps(page.read_text(), worked_example()))
+        return
     if given.page == "cost":
         print(", ".join(remake_tables(DOCS / "cost.md", run_command, given.tables)))
         return

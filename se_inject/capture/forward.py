@@ -11,18 +11,21 @@ import functools
 import inspect
 import operator
 import random
-from collections.abc import Callable, Hashable, Iterator
+import sys
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import Refusal
 from .graphs import compute, evaluate, subgraph
-from .meta_ops import MetaOps, storage
+from .meta_ops import MetaOps, Operation, first_difference, storage
 from .recording import Call, alike
-from .snapshot import restored
+from .snapshot import kept_globals, restored
 from .tracer import IN_PLACE, READ_AGAIN, QuickTracer
 
 
@@ -80,15 +83,27 @@ def _other_modes() -> Iterator[None]:
 
 
 def _state(module: nn.Module) -> tuple[object, ...]:
-    """What a traced forward may not change: attributes, buffers, modes, and Python's and torch's random state."""
-    own = {
-        key: (id(value), tuple(map(id, value.values() if isinstance(value, dict) else value)))
-        if type(value) in (dict, list) else id(value) for key, value in module.__dict__.items()}
+    """What a traced forward may not change, beside attributes: buffers, the modes of modules, and hooks."""
     versions = tuple(
         t._version for d in (module._parameters, module._buffers) for t in d.values()
         if t is not None and not t.is_inference())
-    modes = tuple(m.training for m in module.modules())
-    return own, versions, modes, random.getstate()[1], torch.get_rng_state().numpy().tobytes()
+    return versions, tuple(m.training for m in module.modules()), RemovableHandle.next_id
+
+
+def _random_state() -> tuple[object, ...]:
+    """The state of Python's and numpy's random numbers. Another thread may draw some, too."""
+    numpy = sys.modules.get("numpy")
+    return random.getstate()[1], None if numpy is None else numpy.random.get_state()[1].tobytes()
+
+
+class _Draws(TorchDispatchMode):
+    """Inside, notices whether this thread draws random numbers by torch."""
+
+    drawn = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.drawn = self.drawn or torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
 
 
 class _OwnTracer(QuickTracer):
@@ -99,7 +114,7 @@ class _OwnTracer(QuickTracer):
 
     def __init__(self, constants: dict[str, Any], decide: Callable[[fx.Node], bool] | None, reading: bool) -> None:
         super().__init__()
-        self.proxy_buffer_attributes = reading
+        self.proxy_buffer_attributes = self.reading = reading
         self.constants = constants
         self.decide = decide
         self.decided: dict[Hashable, bool] = {}
@@ -133,17 +148,53 @@ class _OwnTracer(QuickTracer):
         return (*arguments, repr(fx.map_arg((node.args, node.kwargs), lambda n: None)))
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if m is self.root:
+            raise self.refusal("it calls itself")
         return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)  # every child is a leaf
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
-        fn, args = super().create_args_for_root(root_fn, is_module, concrete_args)
-        names = iter(signature_of(root_fn).parameters)
-        next(names)  # self
-        for i, name in enumerate(names, start=1):
-            if name in self.constants and i < len(args):
-                value = self.constants[name]
-                args[i] = value.of(args[i]) if isinstance(value, Unpacked) else value
-        return fn, args
+        """A placeholder for each parameter, in the order of the signature, and the arguments to call the forward with.
+
+        fx patches the code of a function with variadic or keyword-only parameters, which breaks decorated ones.
+        """
+        signature, written = signature_of(root_fn), inspect.unwrap(root_fn)
+        args: list[Any] = [self.root]
+        named: dict[str, Any] = {}
+        for name, parameter in list(signature.parameters.items())[1:]:
+            star = _STARS.get(parameter.kind, "")
+            value: Any = self._proxy_placeholder(star + name, None, signature, written)
+            if name in self.constants:
+                constant = self.constants[name]
+                value = constant.of(value) if isinstance(constant, Unpacked) else constant
+            elif star:
+                raise Refusal(f"it is called with tensors among {star}{name}")
+            if star == "*":
+                args += value
+            elif star == "**":
+                named |= value
+            elif parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+                named[name] = value
+            else:
+                args.append(value)
+        return functools.partial(root_fn, **named) if named else root_fn, args
+
+
+_STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+
+
+def pinned(module_class: Any, constants: dict[str, Any]) -> dict[str, Any]:
+    """The constants that a trace cannot leave open: lists of tensors, whose length it holds, and variadic arguments."""
+    parameters = signature_of(module_class.forward).parameters
+    return {k: v for k, v in constants.items() if isinstance(v, Unpacked) or parameters[k].kind in _STARS}
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a call can compare an argument with its value in the trace."""
+    if isinstance(value, (tuple, list)):
+        return all(map(is_plain, value))
+    if isinstance(value, dict):
+        return all(map(is_plain, value.values()))
+    return value is None or isinstance(value, (bool, int, float, str, Unpacked))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -165,6 +216,9 @@ def _chain(module: nn.Module) -> fx.Graph:
     return graph
 
 
+ATTEMPTS = 4  # traces of a forward while another thread draws random numbers
+
+
 def trace_forward(
     module: nn.Module, constants: dict[str, Any], decide: Callable[[fx.Node], bool] | None = None, reading: bool = False
 ) -> fx.Graph:
@@ -184,19 +238,30 @@ def trace_forward(
         return subgraph(module.graph)
     if is_plain_sequential(module):
         return _chain(module)
-    kinds = [p.kind for p in signature_of(type(module).forward).parameters.values()]
-    if inspect.Parameter.VAR_POSITIONAL in kinds and inspect.Parameter.KEYWORD_ONLY in kinds:
-        raise Refusal(f"{type(module).__name__}.forward has keyword arguments behind *args, which fx mixes up")
-    with restored([module]), _other_modes():
-        before = _state(module)
-        try:
-            graph = _OwnTracer(constants, decide, reading).trace(module)
-        except Exception as error:  # fx raises what the traced code raises
-            raise Refusal(f"{type(module).__name__}.forward cannot be traced: {error}") from error
-        if not reading and _state(module) != before:
-            raise Refusal(
-                f"{type(module).__name__}.forward sets attributes or buffers of its module, or draws random numbers, "
-                "which a trace does not hold")
+    cls: Any = type(module)
+    name = cls.__name__
+    if "forward" in module.__dict__:
+        raise Refusal(f"{name} has a forward of its own instance (as hooks of accelerate set), which is not its class's")
+    for attempt in range(ATTEMPTS):
+        state = _random_state()
+        with restored([module]) as changed, kept_globals([cls]) as globals_changed, _other_modes(), _Draws() as draws:
+            before = _state(module)
+            tracer = _OwnTracer(constants, decide, reading)
+            try:
+                graph = tracer.trace(module)
+            except Exception as error:  # fx raises what the traced code raises
+                raise Refusal(f"{name}.forward cannot be traced: {tracer.refused or error}") from error
+            if tracer.refused is not None:  # which the author's code may have caught
+                raise Refusal(f"{name}.forward cannot be traced: {tracer.refused}")
+            if globals_changed():
+                raise Refusal(f"{name}.forward changes a global list or dict, which a trace does not hold")
+            drawn = draws.drawn or (attempt == ATTEMPTS - 1 and _random_state() != state)
+            if not reading and (tracer.sets_attributes or changed() or drawn or _state(module) != before):
+                raise Refusal(
+                    f"{name}.forward sets attributes or buffers of its module, or draws random numbers, "
+                    "which a trace does not hold")
+        if _random_state() == state:  # else this forward or another thread has drawn some: trace again
+            break
     for node in graph.nodes:
         if node.op == "get_attr" and node.target.startswith("_tensor_constant"):
             raise Refusal(f"{type(module).__name__}.forward makes a tensor that the trace would freeze")
@@ -212,6 +277,7 @@ class Forward:
         constants: The arguments that are no tensors.
         marker: Name of the empty slot that was filled with a `Marker`.
         decisions: The outcomes of the conditions on sizes, in order.
+        trail: The operators that it runs.
         memo: What is known about the forward, for all modules that share it.
     """
 
@@ -219,6 +285,7 @@ class Forward:
     constants: dict[str, Any]
     marker: str | None = None
     decisions: tuple[bool, ...] = ()
+    trail: tuple[Operation, ...] = ()
     memo: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -264,7 +331,9 @@ def own_forward(call: Call, marker: str | None = None, reading: bool = False) ->
                 value = operator.attrgetter(node.target)(call.module)
             elif node.op == "call_module":
                 child = calls[node] = _child_call(call, node, args, kwargs, children, marker)
+                ran = len(ops.trail)
                 value, writes = _in_memory_of(child, args, kwargs)
+                del ops.trail[ran:]  # of ours, and not of the forward
             elif node.op == "output":
                 value = args[0]
             else:
@@ -277,7 +346,9 @@ def own_forward(call: Call, marker: str | None = None, reading: bool = False) ->
             node.meta["writes"] = writes if node.op == "call_module" else frozenset(s._cdata for s in ops.written[before:])
     _no_more(call, children)
     _check_writes(graph, call)
-    return Forward(graph, constants, marker, tuple(decisions)), calls
+    if marker is None:  # a filled slot may bring a factor
+        _check_operators(call, ops.trail)
+    return Forward(graph, constants, marker, tuple(decisions), tuple(ops.trail)), calls
 
 
 def _in_memory_of(call: Call, args: Any, kwargs: Any) -> tuple[Any, frozenset[int]]:
@@ -299,6 +370,21 @@ def _in_memory_of(call: Call, args: Any, kwargs: Any) -> tuple[Any, frozenset[in
         return new
 
     return tree_map(moved, call.output), frozenset(storage(memory[w]) if w in memory else w for w in call.writes)
+
+
+def _check_operators(call: Call, trail: Sequence[Operation]) -> None:
+    """Check that a trace, evaluated, runs the operators that the module's own forward ran.
+
+    A forward may ask what a trace cannot see: ``isinstance(x, torch.Tensor)``, ``x.dtype is ...``, a table or a flag. The
+    trace then holds another branch or another number.
+
+    Raises:
+        Refusal: It runs others.
+    """
+    found = first_difference(call.own_trail, trail)
+    if found is not None:
+        raise Refusal(
+            f"{type(call.module).__name__}.forward does something else when traced: {found[1]}, and not {found[0]}")
 
 
 def _check_writes(graph: fx.Graph, call: Call) -> None:
@@ -330,6 +416,8 @@ def bind(forward: Forward, call: Call) -> dict[fx.Node, Call]:
             args, kwargs = (fx.map_arg(a, lambda n: n.meta["val"]) for a in (node.args, node.kwargs))
             calls[node] = _child_call(call, node, args, kwargs, children, forward.marker)
     _no_more(call, children)
+    if forward.marker is None:
+        _check_operators(call, forward.trail)
     return calls
 
 
@@ -364,10 +452,9 @@ def _bind(call: Call) -> tuple[dict[str, Any], dict[str, Any]]:
         if i == 0:  # self
             continue
         values[name] = value
-        variadic = signature.parameters[name].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        unpacked = None if variadic else Unpacked.like(value)
+        unpacked = Unpacked.like(value)
         if unpacked is not None:
             constants[name] = unpacked
-        elif not variadic and not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value)):
+        elif not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value)):
             constants[name] = value
     return constants, values

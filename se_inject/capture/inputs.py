@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -32,8 +33,10 @@ def record_model(model: nn.Module, size: tuple[int, ...] | None = None) -> Run:
         TraceError: The model does not take it; without `size`, the error is that of the likeliest.
     """
     first: TraceError | None = None
-    for channels, *sides in input_sizes(model) if size is None else [checked_size(size)]:
-        images = torch.empty(BATCH, channels, *sides, device="meta", dtype=dtype_of(model))
+    sizes = input_sizes(model) if size is None else [checked_size(size)]
+    dtypes = dict.fromkeys([dtype_of(model), *(p.dtype for p in model.parameters() if p.is_floating_point())])
+    for (channels, *sides), dtype in itertools.product(sizes, dtypes):
+        images = torch.empty(BATCH, channels, *sides, device="meta", dtype=dtype)
         mark(images, 0, BATCH_AXIS)
         mark(images, 1, CHANNEL_AXIS)
         try:

@@ -35,6 +35,9 @@ _REDUCTIONS = {_aten.mean.dim: 1, _aten.sum.dim_IntList: 1, _aten.linalg_vector_
 _BROADCAST = {_aten.add, _aten.sub, _aten.mul, _aten.div}
 
 
+Operation = tuple[Any, Sequence[Any], dict[str, Any]]  # an operator, and what it was called with
+
+
 class MetaOps(TorchDispatchMode):
     """Inside, operators on the meta device take fast paths, multiply-adds are counted by torch's formulas, and the axes of
     channels and batch are followed.
@@ -45,8 +48,8 @@ class MetaOps(TorchDispatchMode):
 
     Attributes:
         macs: Multiply-adds so far.
-        operators: Operators so far.
         written: The storages of the tensors that were written into, in order.
+        trail: Each operator with its arguments, in order.
         fast: The switch of the fast paths; tests turn it off to compare.
     """
 
@@ -55,7 +58,7 @@ class MetaOps(TorchDispatchMode):
     def __init__(self, *, factories: bool = False) -> None:
         super().__init__()
         self.macs = 0
-        self.operators = 0
+        self.trail: list[Operation] = []
         self.written: list[torch.UntypedStorage] = []  # held, so that no other gets its address
         self.factories = factories
 
@@ -64,8 +67,8 @@ class MetaOps(TorchDispatchMode):
         return False  # nothing is compiled inside, and the guard against it costs more than most operators here
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.operators += 1
         kwargs = kwargs or {}
+        self.trail.append((func, args, kwargs))
         op = _about(func)
         for i in op.writes:
             if i < len(args) and isinstance(args[i], torch.Tensor):
@@ -240,3 +243,32 @@ def _flops(formula: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) 
     named = {k: a.shape if isinstance(a, torch.Tensor) else a for k, a in kwargs.items()}
     flops = of_shapes(*shapes, **named, out_shape=out.shape)
     return flops
+
+
+def first_difference(a: Sequence[Operation], b: Sequence[Operation]) -> tuple[str, str] | None:
+    """The first operators in which two sequences differ, in words; None where they are the same.
+
+    Operators are the same with equal plain arguments, and tensors of equal shape and dtype.
+    """
+    for x, y in itertools.zip_longest(a, b):
+        if x is None or y is None or x[0] is not y[0] or not (_same(x[1], y[1]) and _same(x[2], y[2])):
+            return _in_words(x), _in_words(y)
+    return None
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.shape == b.shape and a.dtype is b.dtype
+    if isinstance(a, (list, tuple)):
+        return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    return type(a) is type(b) and (a is b or bool(a == b) or (a != a and b != b))
+
+
+def _in_words(operation: Operation | None) -> str:
+    if operation is None:
+        return "nothing"
+    func, args, kwargs = operation
+    plain = [str(tuple(a.shape)) if isinstance(a, torch.Tensor) else repr(a) for a in (*args, *kwargs.values())]
+    return f"{str(func).removeprefix('aten.')}({', '.join(plain)})"

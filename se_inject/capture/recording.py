@@ -18,8 +18,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import TraceError
-from .meta_ops import MetaOps, storage
-from .snapshot import restored, surgery_lock
+from .meta_ops import MetaOps, Operation, storage
+from .snapshot import kept_globals, restored, surgery_lock
 
 
 @dataclasses.dataclass(eq=False)
@@ -33,6 +33,7 @@ class Call:
         begin, end: Moments of the run: `a.begin < b.begin < a.end` says that call `b` is inside call `a`.
         changes_list: Whether it changed a list among its arguments.
         operators: How many operators ran inside.
+        own_trail: The operators that its own forward, and not a child's, ran.
         writes: The storages of its arguments that were written into.
         own_writes: The storages that its own forward, and not a child's, wrote into.
     """
@@ -49,6 +50,7 @@ class Call:
     operators: int = 0
     writes: frozenset[int] = frozenset()
     own_writes: tuple[torch.UntypedStorage, ...] = ()
+    own_trail: tuple[Operation, ...] = ()
     children: list[Call] = dataclasses.field(default_factory=list)
 
     def walk(self) -> Iterator[Call]:
@@ -93,7 +95,8 @@ def run(model: nn.Module, inputs: torch.Tensor, ops: MetaOps | None = None) -> i
     """
     ops = ops or MetaOps(factories=True)
     try:
-        with restored(list(model.modules())), torch.no_grad(), ops:
+        modules = list(model.modules())
+        with restored(modules), kept_globals({type(m) for m in modules}), torch.no_grad(), ops:
             model(inputs)
             return ops.macs
     except Exception as error:
@@ -115,38 +118,41 @@ def record(model: nn.Module, inputs: torch.Tensor) -> tuple[Call, int]:
     count = 0
     ops = MetaOps(factories=True)
     written: list[int] = []
-    own: list[list[torch.UntypedStorage]] = []
-    taken = 0
+    own: list[tuple[list[torch.UntypedStorage], list[Operation]]] = []
+    taken = (0, 0)
 
-    def take_writes() -> None:
+    def take_own() -> None:
+        """Give what ran since the last call to the forward that ran it."""
         nonlocal taken
         if own:
-            own[-1] += ops.written[taken:]
-        taken = len(ops.written)
+            own[-1][0].extend(ops.written[taken[0]:])
+            own[-1][1].extend(ops.trail[taken[1]:])
+        taken = len(ops.written), len(ops.trail)
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal count
         parent = stack[-1] if stack else None
         args, kwargs = _as_given(args, kwargs)
-        call = Call(paths[module], module, args, kwargs, parent, count, operators=-ops.operators)
+        call = Call(paths[module], module, args, kwargs, parent, count, operators=-len(ops.trail))
         count += 1
         (parent.children if parent else root).append(call)
-        take_writes()
+        take_own()
         stack.append(call)
-        own.append([])
+        own.append(([], []))
         written.append(len(ops.written))
 
     def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         nonlocal count
         call = stack.pop()
         call.output, call.end = output, count
-        call.operators += ops.operators
+        call.operators += len(ops.trail)
         since = ops.written[written.pop():]
         if since:
             given = {storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
             call.writes = frozenset(s._cdata for s in since) & given
-        take_writes()
-        call.own_writes = tuple(own.pop())
+        take_own()
+        writes, trail = own.pop()
+        call.own_writes, call.own_trail = tuple(writes), tuple(trail)
         call.changes_list = call.args is not args and not alike((args, kwargs), (call.args, call.kwargs))
         count += 1
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
+import inspect
 import operator
 import os
+import random
 import sys
 import threading
 import types
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -19,8 +22,9 @@ from torch import nn
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 surgery_lock = threading.RLock()  # all threads share `nn.Module`, which is patched, and models, whose tensors are swapped
-if hasattr(os, "register_at_fork"):  # a thread that held it is not there any more
-    os.register_at_fork(after_in_child=surgery_lock._at_fork_reinit)  # type: ignore[attr-defined]
+if hasattr(os, "register_at_fork"):  # a fork waits for an injection in another thread, else the child keeps its patches
+    os.register_at_fork(
+        before=surgery_lock.acquire, after_in_parent=surgery_lock.release, after_in_child=surgery_lock.release)
 _DEPTH = 5  # how far objects inside objects are followed from a module's attributes
 _LARGE = 1000  # a container with more items holds data, and its items are not followed
 _PLAIN = frozenset({type(None), bool, int, float, str})
@@ -66,26 +70,71 @@ def _dict_of(holder: dict[Any, Any]) -> type[dict[Any, Any]]:
 
 
 def _put_back(holder: Any, items: Any) -> None:
-    """Give a container its items back. They are compared by identity, as a proxy that a trace left there has no equality."""
+    """Give a container its items back."""
+    if not _differs(holder, items):
+        return
     if isinstance(holder, dict):
         base = _dict_of(holder)
-        now = dict(base.items(holder))
-        if len(now) != len(items) or not all(map(operator.is_, now, items)) or not all(
-                map(operator.is_, now.values(), items.values())):
-            base.clear(holder)
-            for key, value in items.items():
-                base.__setitem__(holder, key, value)
-    elif holder is not items and (len(holder) != len(items) or not all(map(operator.is_, holder, items))):
+        base.clear(holder)
+        for key, value in items.items():
+            base.__setitem__(holder, key, value)
+    else:
         holder.clear()
         holder.update(items) if isinstance(holder, set) else holder.extend(items)
 
 
+def _differs(holder: Any, items: Any) -> bool:
+    """Whether a container has other items. They are compared by identity, as a proxy that a trace left has no equality."""
+    if isinstance(holder, dict):
+        now = dict(_dict_of(holder).items(holder))
+        return len(now) != len(items) or not all(map(operator.is_, now, items)) or not all(
+            map(operator.is_, now.values(), items.values()))
+    return holder is not items and (len(holder) != len(items) or not all(map(operator.is_, holder, items)))
+
+
 @contextlib.contextmanager
-def restored(modules: Iterable[nn.Module]) -> Iterator[None]:
+def kept_globals(classes: Iterable[Any]) -> Iterator[Callable[[], bool]]:
+    """Afterwards the global containers that the forwards of these classes name have the items that they had before.
+
+    Inside, the function that it yields tells whether one of them has changed.
+    """
+    named = [pair for cls in classes if not cls.__module__.startswith("torch.") for pair in _globals_of(cls)]
+    kept = _kept([namespace[name] for namespace, name in named if name in namespace])
+    try:
+        yield lambda: any(_differs(holder, items) for holder, items in kept)
+    finally:
+        for holder, items in kept:
+            _put_back(holder, items)
+
+
+@functools.lru_cache(maxsize=1024)
+def _globals_of(cls: Any) -> list[tuple[dict[str, Any], str]]:
+    """The names of globals in `cls`'s forward and in the methods that it calls, with their namespaces."""
+    found: dict[tuple[int, str], tuple[dict[str, Any], str]] = {}
+    todo, seen = ["forward"], {"forward"}
+    while todo:
+        function = inspect.unwrap(getattr(cls, todo.pop(), None) or (lambda: None))
+        code = getattr(function, "__code__", None)
+        for name in code.co_names if code is not None else ():
+            if name in function.__globals__:
+                found[id(function.__globals__), name] = function.__globals__, name
+            elif name not in seen and not hasattr(nn.Module, name) and callable(getattr(cls, name, None)):
+                seen.add(name)
+                todo.append(name)
+    return list(found.values())
+
+
+def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Give a module another class, past an author's own ``__setattr__``, which may refuse or do something else."""
+    object.__setattr__(module, "__class__", cls)
+
+
+@contextlib.contextmanager
+def restored(modules: Iterable[nn.Module]) -> Iterator[Callable[[], bool]]:
     """Afterwards each module has the class and the attributes, as objects, that it had before.
 
     Inside, lists and dicts among the attributes are copies, as a forward may keep a cache there. Containers further inside
-    get their items back.
+    get their items back. Inside, the function that it yields tells whether something has changed.
     """
     saved = [(m, m.__class__, dict(m.__dict__)) for m in modules]
     deeper: list[Any] = []
@@ -98,16 +147,49 @@ def restored(modules: Iterable[nn.Module]) -> Iterator[None]:
     try:
         for m, _, attributes in saved:
             for key, value in attributes.items():
-                if type(value) in (dict, list):
-                    m.__dict__[key] = value.copy()
-        yield
+                if type(value) in (dict, list) or _is_consumed(value):
+                    m.__dict__[key] = copy.copy(value)
+        yield lambda: any(_has_changed(m, attributes) for m, _, attributes in saved) or any(
+            _differs(holder, items) for holder, items in kept)
     finally:
         for m, cls, attributes in saved:
-            m.__class__ = cls
+            set_class(m, cls)
             m.__dict__.clear()
             m.__dict__.update(attributes)
         for holder, items in kept:
             _put_back(holder, items)
+
+
+def _is_consumed(value: Any) -> bool:
+    """Whether each use of a value changes what the next use gives: an iterator that can be copied, or a random generator."""
+    if type(value) in _PLAIN or not isinstance(value, (Iterator, random.Random)):
+        return False
+    return not isinstance(value, types.GeneratorType)
+
+
+def _has_changed(module: nn.Module, attributes: dict[str, Any]) -> bool:
+    now = module.__dict__
+    return now.keys() != attributes.keys() or any(_is_other(now[key], value) for key, value in attributes.items())
+
+
+def _is_other(now: Any, value: Any) -> bool:
+    if type(now) is not type(value):
+        return True
+    if type(value) in (dict, list):
+        return _differs(now, value)
+    return repr(now.__reduce__()) != repr(value.__reduce__()) if _is_consumed(value) else now is not value
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` is in eval mode. Afterwards each module's `training` flag is as before."""
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
 
 
 @contextlib.contextmanager
@@ -146,20 +228,7 @@ def _on_meta(model: nn.Module) -> Iterator[None]:
             for key in ("_parameters", "_buffers"):
                 d[key] = {name: meta(t) for name, t in d[key].items()}
             d["_modules"] = dict(d["_modules"])
-            for key in (*HOOKS, *_HOOK_FLAGS):
-                if d[key]:
-                    d[key] = OrderedDict()
+            for key in (*HOOKS, *_HOOK_FLAGS):  # fresh ones, as a forward may register hooks on its first call
+                d[key] = OrderedDict()
             d["training"] = False
         yield
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, `model` is in eval mode; afterwards each of its modules has the mode that it had before."""
-    modes = [(m, m.training) for m in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for m, training in modes:
-            m.training = training

@@ -13,6 +13,7 @@ import contextlib
 import dis
 import functools
 import inspect
+import logging
 import math
 import operator
 import sys
@@ -21,6 +22,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.fx import _symbolic_trace as _fx
 from torch.fx.proxy import Attribute
@@ -45,6 +47,14 @@ class QuickTracer(fx.Tracer):
         from timm.models._features_fx import get_notrace_functions
 
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))
+        self.refused: str | None = None
+        self.reading = False
+        self.sets_attributes = False
+
+    def refusal(self, reason: str) -> TypeError:
+        """The error to raise where a trace would be wrong; `refused` keeps the reason, as traced code may catch the error."""
+        self.refused = self.refused or reason
+        return TypeError(reason)
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         was_tracing = _fx._get_is_fx_tracing()
@@ -59,10 +69,10 @@ class QuickTracer(fx.Tracer):
             if not isinstance(forward, types.FunctionType):
                 raise AssertionError(f"Expected FunctionType, got {type(forward)}")
             namespace = forward.__globals__
+            returns = inspect.get_annotations(inspect.unwrap(forward)).get("return")
             forward, args = self.create_args_for_root(forward, True, concrete_args)
             with patched() as patches, patches.tracing(self):
                 patches.wrap_in(namespace)
-                returns = inspect.get_annotations(inspect.unwrap(forward)).get("return")
                 self.create_node("output", "output", (self.create_arg(forward(*args)),), {}, type_expr=returns)
             _where_read_again(self.graph)
             self.submodule_paths = None
@@ -104,6 +114,11 @@ def _where_read_again(graph: fx.Graph) -> None:
             node.meta[READ_AGAIN] = True
 
 
+def _is_ours(frame: types.FrameType) -> bool:
+    """Whether code of torch or of this package runs, and not the traced code."""
+    return str(frame.f_globals.get("__name__")).startswith(("torch.", "se_inject."))
+
+
 class _Quick:
     """A proxy that looks the unpacking up in an index of its caller's bytecode, and tells ``+=`` from ``+``."""
 
@@ -116,6 +131,19 @@ class _Quick:
 
     def __getattr__(self: Any, k: str) -> Any:
         return _Attribute(self, k)
+
+    def __hash__(self: Any) -> int:
+        if not _is_ours(sys._getframe(1)):
+            raise self.tracer.refusal("it looks a traced value up in a table, or keeps it")
+        return id(self)
+
+    def __int__(self: Any) -> int:
+        raise self.tracer.refusal("it makes a plain number of a traced value")
+
+    __index__ = __int__
+
+    def __float__(self: Any) -> float:
+        raise self.tracer.refusal("it makes a plain number of a traced value")
 
 
 def _in_place(target: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -198,6 +226,13 @@ class _Patches:
         return value if self.tracer is None else self.tracer.getattr(name, value, self._parameters)
 
 
+# what is patched for a trace, with the reason for which it ends there; the methods of `nn.Module` go on
+_PATCHED: dict[tuple[Any, str], str] = {
+    (nn.Module, "__getattr__"): "", (nn.Module, "__call__"): "", (nn.Module, "__setattr__"): "",
+    (builtins, "print"): "it prints",
+    (logging.Logger, "handle"): "it writes to a log",
+    (torch, "is_inference_mode_enabled"): "it asks for the inference mode",
+}
 _open: _Patches | None = None
 
 
@@ -220,7 +255,8 @@ def _patched() -> Iterator[_Patches]:
     global _open
     patches = _Patches()
     module: Any = nn.Module
-    was, thread = (module.__getattr__, module.__call__), threading.get_ident()
+    thread = threading.get_ident()
+    was = [(holder, name, getattr(holder, name)) for holder, name in _PATCHED]
 
     @functools.wraps(_fx._orig_module_getattr)
     def get(self: nn.Module, name: str) -> Any:
@@ -234,10 +270,26 @@ def _patched() -> Iterator[_Patches]:
         patches.wrap_in(getattr(getattr(self, "forward", self), "__globals__", {}))
         return patches.tracer.call_module(self, functools.partial(_fx._orig_module_call, self), args, kwargs)
 
+    def refusing(original: Callable[..., Any], reason: str) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            tracer = patches.tracer
+            if tracer is not None and not tracer.reading and threading.get_ident() == thread and (
+                    not _is_ours(sys._getframe(1))):
+                if reason:
+                    raise tracer.refusal(reason)
+                tracer.sets_attributes = True
+            return original(*args, **kwargs)
+
+        return wrapper
+
     try:
+        for holder, name, original in was:
+            setattr(holder, name, refusing(original, _PATCHED[holder, name]))
         module.__getattr__, module.__call__ = get, call
         _open = patches
         yield patches
     finally:
         _open = None
-        module.__getattr__, module.__call__ = was
+        for holder, name, original in was:
+            setattr(holder, name, original)

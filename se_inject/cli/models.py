@@ -63,8 +63,11 @@ def plan_command(target: Target, diagram: bool, as_json: bool, options: dict[str
 @output_option()
 @click.option("--pretrained", is_flag=True, help="With a NAME, take timm's pretrained weights.")
 @click.option("--only-se", is_flag=True, help="Write only the blocks, to be loaded over any base weights.")
+@click.option("--verify", is_flag=True, help="Run base and result, and write nothing where their outputs differ.")
 @config_options()
-def inject_command(target: Target, output: str, pretrained: bool, only_se: bool, options: dict[str, Any]) -> None:
+def inject_command(
+    target: Target, output: str, pretrained: bool, only_se: bool, verify: bool, options: dict[str, Any],
+) -> None:  # fmt: skip
     """Put blocks into a model, and write it to OUT.
 
     OUT holds the weights and the recipe, and is enough to build the model again.
@@ -83,7 +86,7 @@ def inject_command(target: Target, output: str, pretrained: bool, only_se: bool,
             raise SEInjectError(
                 f"{source!r} already holds an injected model ({len(found.recipe.sites)} blocks): "
                 f"`se-inject eject {source} -o BASE` first")
-        net = load_found(found, source, target.model, model_args=args, **options)
+        net = load_found(found, source, target.model, model_args=args, verify=verify, **options)
     else:
         import timm
 
@@ -94,7 +97,7 @@ def inject_command(target: Target, output: str, pretrained: bool, only_se: bool,
             net = timm.create_model(base_name(source), pretrained=pretrained, **args)
         except Exception as error:
             raise SEInjectError(f"timm could not create {source!r}: {error}") from error
-        inject(net, **options)
+        inject(net, verify=verify, **options)
     save(net, output, only="se" if only_se else None)
     click.echo(output)
 

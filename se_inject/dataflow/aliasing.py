@@ -1,7 +1,9 @@
-"""Who shares memory: which values of an inlined graph, whose memory it is, and when it is read last."""
+"""Who shares memory, when it is written, and when it is read last: in one forward, across forwards, in an inlined graph."""
 
 from __future__ import annotations
 
+import itertools
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,10 +12,72 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from ..capture.meta_ops import storage
+from ..capture.recording import Call
+from ..errors import Refusal
 from . import ops
 from .module_graph import ModuleGraph
-from .ops import NEW, VIEW
+from .ops import NEW, VIEW, is_tensor
 from .value_flow import ValueFlow
+
+
+def is_written_after(view: ModuleGraph, node: fx.Node) -> bool:
+    """Whether something later in the forward writes into the memory of `node`'s value."""
+    return writes_after(view, view.index[node], {storage(node.meta["val"])})
+
+
+def writes_after(view: ModuleGraph, place: int, memory: set[int]) -> bool:
+    """Whether a node after this position writes into one of these storages."""
+    last = _last_writes(view)
+    return any(last.get(s, -1) > place for s in memory)
+
+
+def is_read_elsewhere(view: ModuleGraph, node: fx.Node) -> bool:
+    """Whether the memory of `node`'s value is written and then read where a gate would not reach: through an earlier node, or
+    by the caller that owns the memory."""
+    mine, here = storage(node.meta["val"]), view.index[node]
+    return mine in _last_writes(view) and any(
+        (n.op == "placeholder" and is_written_after(view, node)) or (
+            view.index[n] < here and any(view.index[u] > here for u in n.users))
+        for n in _by_storage(view)[mine])
+
+
+def _last_writes(view: ModuleGraph) -> dict[int, int]:
+    return view.shared("last writes", lambda: {s: i for i, n in enumerate(view.nodes) for s in n.meta.get("writes", ())})
+
+
+def _by_storage(view: ModuleGraph) -> dict[int, list[fx.Node]]:
+    def find() -> dict[int, list[fx.Node]]:
+        found: dict[int, list[fx.Node]] = defaultdict(list)
+        for n in view.nodes:
+            if is_tensor(n):
+                found[storage(n.meta["val"])].append(n)
+        return found
+
+    return view.shared("by storage", find)
+
+
+def written_between(flow: ValueFlow, view: ModuleGraph, node: fx.Node, end: Call) -> bool:
+    """Whether something writes into the memory of a value after it is computed and before the call `end` is over.
+
+    `node` computes the value in the forward `view`. Where `end` is outside that forward, the search goes on in its caller's,
+    for the memory that the caller gave or gets back, up to the forward that `end` is inside of.
+    """
+    place, memory = view.index[node], {storage(node.meta["val"])}
+    while True:
+        if writes_after(view, place, memory):
+            return True
+        above = None if view.call.begin <= end.begin < view.call.end else flow.caller(view)
+        if above is None:
+            return False
+        outer, call = above
+        # each trace has memory of its own: arguments and result pair that of this trace with that of the caller's
+        given = flow.bound(view.module, call)
+        pairs: list[tuple[Any, Any]] = [(view.nodes[-1].args[0], call)]
+        pairs += [(n, given.get(str(n.target))) for n in itertools.takewhile(lambda n: n.op == "placeholder", view.nodes)]
+        memory = {
+            s for inner, out in pairs if isinstance(inner, fx.Node) and isinstance(out, fx.Node)
+            and memory & storages(inner.meta["val"]) for s in storages(out.meta["val"])}
+        view, place = outer, outer.index[call]
 
 
 def describe_memory(
@@ -52,7 +116,10 @@ def _is_new(flow: ValueFlow, view: ModuleGraph, node: fx.Node) -> bool | None:
         return {NEW: True, VIEW: False}.get(ops.of(node).memory or "")
     call, moved = view.call_of(node), False
     while True:
-        view, node = flow.origin(view, node)
+        try:
+            view, node = flow.origin(view, node)
+        except Refusal:  # fx cannot follow a forward around
+            return None
         if not call.begin <= view.call.begin < call.end:
             return False
         if node.op not in ("call_function", "call_method"):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,50 +12,13 @@ from torch import fx, nn
 from ..capture.channels import channel_axis
 from ..capture.fingerprint import Fingerprints, frozen
 from ..capture.forward import Forward, bind, own_forward
-from ..capture.meta_ops import storage
 from ..capture.recording import Call, Run
 from ..errors import Refusal
 from . import ops
+from .layers import is_layer, is_weight, mixes
 from .ops import is_tensor, shape
 
 _T = TypeVar("_T")
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-
-
-@functools.lru_cache(maxsize=4096)
-def is_layer(cls: Any) -> bool:
-    """Whether a class is one of torch's layers or derived from one: it has no owner's forward, whatever its children."""
-    return not issubclass(cls, _CONTAINERS) and any(
-        base is not nn.Module and base.__module__.startswith("torch.nn.") for base in cls.__mro__)
-
-
-def is_weight(tensor: torch.Tensor) -> bool:
-    """Whether a parameter mixes channels or positions; a norm's or a layer scale's does not."""
-    return tensor.numel() > max(tensor.shape, default=1)
-
-
-def mixes(module: nn.Module) -> bool:
-    """Whether a module has weights of its own that mix channels or positions; ECA's convolution has only a few."""
-    if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
-        return True
-    return any(is_weight(p) for p in module._parameters.values() if p is not None)
-
-
-def is_conv(module: nn.Module) -> bool:
-    """Whether `module` is a 2d convolution over space, by itself: kernel larger than one."""
-    kernel = getattr(module, "kernel_size", None)
-    weight = module._parameters.get("weight")
-    return weight is not None and weight.dim() >= 4 and kernel is not None and max(_ints(kernel), default=1) > 1
-
-
-def is_depthwise(module: nn.Module) -> bool:
-    return is_conv(module) and getattr(module, "groups", 1) == getattr(module, "in_channels", 0) > 1
-
-
-def _ints(value: Any) -> tuple[int, ...]:
-    return tuple(value) if isinstance(value, Sequence) else (value,)
-
-
 class TracedModel:
     """The modules of one recorded run, each traced once, when it is first asked for."""
 
@@ -176,34 +137,6 @@ class ModuleGraph:
         if what not in memo:
             memo[what] = find()
         found: _T = memo[what]
-        return found
-
-    def is_written_after(self, node: fx.Node) -> bool:
-        """Whether something later in the forward writes into the memory of `node`'s value."""
-        return self.writes_after(self.index[node], {storage(node.meta["val"])})
-
-    def writes_after(self, place: int, memory: set[int]) -> bool:
-        """Whether a node after this position writes into one of these storages."""
-        last = self.shared("last writes", self._last_writes)
-        return any(last.get(s, -1) > place for s in memory)
-
-    def _last_writes(self) -> dict[int, int]:
-        return {s: i for i, n in enumerate(self.nodes) for s in n.meta.get("writes", ())}
-
-    def is_read_elsewhere(self, node: fx.Node) -> bool:
-        """Whether the memory of `node`'s value is written and then read where a gate would not reach: through an earlier node,
-        or by the caller that owns the memory."""
-        mine, here = storage(node.meta["val"]), self.index[node]
-        return mine in self.shared("last writes", self._last_writes) and any(
-            (n.op == "placeholder" and self.is_written_after(node)) or (
-                self.index[n] < here and any(self.index[u] > here for u in n.users))
-            for n in self.shared("by storage", self._by_storage)[mine])
-
-    def _by_storage(self) -> dict[int, list[fx.Node]]:
-        found: dict[int, list[fx.Node]] = defaultdict(list)
-        for n in self.nodes:
-            if is_tensor(n):
-                found[storage(n.meta["val"])].append(n)
         return found
 
     @property

@@ -22,7 +22,7 @@ from .attention import Gates
 from .diagram import draw
 from .placement import Place, find_place
 from .stages import Stages
-from .units import find_units, find_untraced
+from .units import find_units, find_untraced, map_of
 
 
 @dataclasses.dataclass(eq=False)
@@ -71,8 +71,9 @@ def find_sites(
 
 
 def _unknown(call: Call, why: str, stages: Stages) -> Site:
-    dims = tuple(call.output.shape)
-    dim = channel_axis(call.output)
+    value = map_of(call)
+    assert value is not None
+    dims, dim = tuple(value.shape), channel_axis(value)
     dim = 1 if dim is None and len(dims) == 4 else len(dims) - 1 if dim is None else dim
     size = _positions(dims, dim)
     return Site(

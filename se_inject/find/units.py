@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_leaves
 
 from ..capture.forward import is_plain_sequential
 from ..capture.recording import Call
@@ -52,16 +53,15 @@ def find_units(traces: TracedModel, gates: Gates, config: SEConfig) -> tuple[lis
 
 def _is_in_untraced(call: Call, traces: TracedModel) -> bool:
     """Whether a call is inside a forward, other than the model's, that could not be traced: an unknown unit."""
-    at = call.parent
-    while at is not None and at.parent is not None:
-        if at.module in traces.failures:
-            return True
-        at = at.parent
-    return False
+    return any(c.module in traces.failures for c in _outside(call))
 
 
 def find_untraced(traces: TracedModel, units: list[Candidate]) -> list[tuple[Call, str]]:
-    """The modules on maps whose forward could not be traced, each with the reason, except those around or inside units."""
+    """The modules on maps whose forward could not be traced, each with the reason, except those around or inside units.
+
+    Of modules inside each other the outermost is listed. A module that returns its map among other things is listed only
+    where there is nothing else to say of the model.
+    """
     holders = _Holders(units)
     around: set[int] = set()
     for c in units:
@@ -69,13 +69,29 @@ def find_untraced(traces: TracedModel, units: list[Candidate]) -> list[tuple[Cal
         while at is not None:
             around.add(id(at))
             at = at.parent
-    found = []
-    for module, why in traces.failures.items():
-        call = traces.calls[module][0]
-        is_map = isinstance(call.output, torch.Tensor) and call.output.dim() >= 3
-        if is_map and traces.has_weights(module) and id(call) not in around and not any(True for _ in holders.around(call)):
-            found.append((call, why))
-    return [(call, why) for call, why in found if not _is_in_untraced(call, traces)]
+
+    def listed(tensors_alone: bool) -> dict[Call, str]:
+        found = {traces.calls[module][0]: why for module, why in traces.failures.items() if traces.has_weights(module)}
+        return {
+            call: why for call, why in found.items()
+            if (isinstance(call.output, torch.Tensor) or not tensors_alone) and map_of(call) is not None
+            and id(call) not in around and not any(True for _ in holders.around(call))}
+
+    found = listed(True) or ({} if units else listed(False))
+    return [(call, why) for call, why in found.items() if not any(c in found for c in _outside(call))]
+
+
+def map_of(call: Call) -> torch.Tensor | None:
+    """The first map, or sequence of tokens, in the output of a call."""
+    return next((t for t in tree_leaves(call.output) if isinstance(t, torch.Tensor) and t.dim() >= 3), None)
+
+
+def _outside(call: Call) -> Iterator[Call]:
+    """The calls around a call, the model's own left out."""
+    at = call.parent
+    while at is not None and at.parent is not None:
+        yield at
+        at = at.parent
 
 
 def _rooms(

@@ -1,6 +1,7 @@
-"""A quick copy of a model: `optimize_for_inference`, and programs of it: `export`.
+"""A fast copy of a model: `optimize_for_inference`; and programs of a model: `export`.
 
 In: a model, injected or not. Out: a copy with the same outputs up to rounding, and a report.
-Read `optimize` (the way of one call), `fold_norms`, `gate_layers` (a block as a few matrices), `upstream` (a cheaper tensor to
-squeeze), `merged_layers`, `inline` (several forwards in one graph), `in_place`, `forward_class`; then `report`, `export`.
+Read `optimize` (one call, step by step), `fold_norms`, `find_blocks` (which blocks become gates), `gate_layers` (a gate as a
+few layers on vectors), `upstream` (a cheaper tensor to squeeze), `affine` and `merged_layers` (the weights for both), `regions`
+(which forwards are rewritten), `inline` (several forwards as one graph), `in_place`, `forward_class`; then `report`, `export`.
 """

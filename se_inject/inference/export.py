@@ -1,4 +1,4 @@
-"""Write a model as a program that runs without its Python: by torch.export, or as ONNX."""
+"""Write a model as a program that runs without the model's Python code: with torch.export, or as ONNX."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from ..capture.inputs import input_sizes
+from ..capture.snapshot import evaluating
 from ..errors import ConfigError, SEInjectError
+from ..surgery.refusals import refuse
 from ..weights.writing import write_atomically
 
 FORMATS = (".pt2", ".onnx")
@@ -19,37 +21,50 @@ FORMATS = (".pt2", ".onnx")
 def export(
     model: nn.Module, path: str | os.PathLike[str], *, input_size: tuple[int, ...] | None = None, dynamic_batch: bool = True,
 ) -> None:  # fmt: skip
-    """Write `model` to `path` in eval mode; the file's ending says how. The model is not changed.
+    """Write `model`, in eval mode, to `path`; the ending of `path` is the format. The model is not changed.
 
     Args:
-        model: A model, injected or not, optimised or not.
+        model: A model, injected or not, optimized or not.
         path: ``.pt2`` for `torch.export.load`, ``.onnx`` for an ONNX runtime (extra ``onnx``).
         input_size: (C, H, W) of the images; None is the model's own.
-        dynamic_batch: Whether the program takes any number of images, or one.
+        dynamic_batch: Whether the program takes any number of images; else it takes one.
 
     Raises:
-        ConfigError: The ending is another.
-        SEInjectError: torch cannot export the model, or the file cannot be written; what was at `path` is still there.
+        ConfigError: It is no model, or `path` has another ending.
+        TraceError: The model is wrapped, compiled or scripted; the message gives the call that works.
+        SEInjectError: The model has no values, torch cannot export it, or the file cannot be written. What was at `path` is
+            still there.
+
+    Shape:
+        The program's inputs and outputs are the model's, with images of `input_size` alone.
+
+    Example:
+        >>> import os, tempfile, timm, torch
+        >>> from se_inject.inference.export import export
+        >>> model = timm.create_model("test_resnet").eval()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     export(model, os.path.join(folder, "model.pt2"))
+        ...     program = torch.export.load(os.path.join(folder, "model.pt2")).module()
+        >>> x = torch.rand(3, 3, 160, 160)
+        >>> torch.allclose(program(x), model(x), atol=1e-5)
+        True
     """
     kind = Path(path).suffix
     if kind not in FORMATS:
-        raise ConfigError(f"{str(path)!r} ends in {kind!r}: a program is written to {' or '.join(FORMATS)}")
+        raise ConfigError(f"export: {str(path)!r} ends in {kind!r}: give a path that ends in {' or '.join(FORMATS)}")
+    refuse(model, "export", optimized=True, values=True)
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
-    images = torch.zeros(2 if dynamic_batch else 1, *(input_size or input_sizes(model)[0]), dtype=weight.dtype,
-                         device=weight.device)
+    size = (2 if dynamic_batch else 1, *(input_size or input_sizes(model)[0]))
+    images = torch.zeros(size, dtype=weight.dtype, device=weight.device)
     shapes: Any = ({0: torch.export.Dim("batch")},) if dynamic_batch else None
-    modes = [(m, m.training) for m in model.modules()]
     try:
-        with torch.no_grad():
-            program = torch.export.export(model.eval(), (images,), dynamic_shapes=shapes)
+        with torch.no_grad(), evaluating(model):
+            program = torch.export.export(model, (images,), dynamic_shapes=shapes)
             write_atomically(path, lambda temporary: _write(program, kind, temporary))
     except SEInjectError:
         raise
     except Exception as error:
-        raise SEInjectError(f"torch could not export {type(model).__name__} to {kind}: {error}") from error
-    finally:
-        for m, training in modes:
-            m.training = training
+        raise SEInjectError(f"export: torch could not export {type(model).__name__} to {kind}: {error}") from error
 
 
 def _write(program: torch.export.ExportedProgram, kind: str, path: str) -> None:
@@ -60,7 +75,7 @@ def _write(program: torch.export.ExportedProgram, kind: str, path: str) -> None:
     try:
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise SEInjectError("to write ONNX, install the extra: pip install 'se-inject[onnx]'") from error
+        raise SEInjectError("export: to write ONNX, install the extra: pip install 'se-inject[onnx]'") from error
     written = torch.onnx.export(program, dynamo=True, verbose=False)
     assert written is not None
     written.save(path, external_data=False)

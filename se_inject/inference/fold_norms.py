@@ -1,4 +1,4 @@
-"""Fold the norms of a model in eval mode into the convolutions and linear layers before them."""
+"""Batch norms in eval mode, folded into the convolutions and linear layers before them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,20 @@ from ..dataflow.module_graph import ModuleGraph, TracedModel, spelled
 from ..dataflow.ops import CONVS, TRANSPOSED_CONVS, argument, is_tensor, layer_arguments, name_of, of, shape
 from ..dataflow.value_flow import ValueFlow
 from ..errors import Refusal
+from .inline import check_plain
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Fold:
-    """A norm, the layer that takes it in, and the names of the norm's children that are called behind it."""
+class Fold:
+    """One norm to fold.
+
+    Attributes:
+        norm: The norm.
+        layer: The layer before it.
+        eps: Of the norm.
+        linear, transposed: Whether the layer is linear, or a transposed convolution; else it is a convolution.
+        rest: Names of the norm's children that its forward calls after it, such as an activation.
+    """
 
     norm: nn.Module
     layer: nn.Module
@@ -37,18 +46,20 @@ class Norms:
     """What became of a model's batch norms.
 
     Attributes:
-        folded: Paths of those that were folded, with the path of the layer that took them in.
-        kept: Paths of those that were not, with the reason.
+        folded: Paths of the folded ones, each with the path of the layer that it was folded into.
+        kept: Paths of the others, each with the reason.
     """
 
     folded: dict[str, str]
     kept: dict[str, str]
 
 
-def find_folds(flow: ValueFlow, others: list[Call]) -> tuple[list[_Fold], Norms]:
-    """The batch norms that can be folded, and all of them by path. Use it inside `abstract`; nothing is changed.
+def find_folds(flow: ValueFlow, others: list[Call]) -> tuple[list[Fold], Norms]:
+    """The batch norms that can be folded, and a report on all. Use it inside `on_meta`; the model is not changed.
 
-    `others` are recorded runs of other methods of the model, in which the same norms must come behind the same layers.
+    Args:
+        flow: The values of the recorded run.
+        others: Recorded runs of other methods of the model, in which the same norms must follow the same layers.
     """
     traces, folds, found = flow.traces, [], Norms({}, {})
     read, runs = set(_read_from_above(traces)), [_Run(root) for root in others]
@@ -71,25 +82,34 @@ def find_folds(flow: ValueFlow, others: list[Call]) -> tuple[list[_Fold], Norms]
     return folds, found
 
 
-def _fold(flow: ValueFlow, norm: nn.Module) -> _Fold:
+def _fold(flow: ValueFlow, norm: nn.Module) -> Fold:
+    """
+    Raises:
+        Refusal: The norm stays as it is.
+    """
     traces = flow.traces
-    view = _only_view(flow, norm, "it")
+    if len(traces.calls[norm]) > 1:
+        raise Refusal("it is called more than once")
+    check_plain(flow, norm, "it")
+    view = traces.inside(traces.calls[norm][0])
+    if branches(view):
+        raise Refusal("it branches on sizes")
     nodes = [n for n in view.nodes if name_of(n) == "batch_norm"]
     if len(nodes) != 1:
         raise Refusal(f"{type(norm).__name__}.forward is no batch norm")
     (node,) = nodes
     if argument(node, "training", False) or not all(
             _is_own(norm, argument(node, name), name) for name in ("running_mean", "running_var", "weight", "bias")):
-        raise Refusal("it normalises by other than its own statistics and weights")
-    rest = _chain(flow, view, node)
-    above, value = _from_layer(flow, view, node)
+        raise Refusal("it normalizes by other statistics or weights than its own")
+    rest = _children_after(flow, view, node)
+    above, value = _layer_before(flow, view, node)
     layer = above.module
     if len(traces.calls[layer]) > 1:
         raise Refusal("the layer before it is called more than once")
     name = name_of(value)
     linear, transposed = name == "linear", name in TRANSPOSED_CONVS
     if not linear and not transposed and name not in CONVS:
-        raise Refusal(f"it comes behind {spelled(value, above)}")
+        raise Refusal(f"it comes after {spelled(value, above)}")
     if linear and channel_axis(value.meta["val"]) != len(shape(value)) - 1:
         raise Refusal("the linear layer before it has its channels on another axis")
     _, weight, bias, groups = layer_arguments(value)
@@ -99,11 +119,11 @@ def _fold(flow: ValueFlow, norm: nn.Module) -> _Fold:
         raise Refusal(f"{traces.calls[layer][0].path or 'the layer before it'} computes its weight")
     if not all(_ends_in_layer(layer, g, value) for g in _graphs(above)):
         raise Refusal("the layer before it does more than a convolution")
-    return _Fold(norm, layer, argument(node, "eps", 1e-5), linear, transposed, rest)
+    return Fold(norm, layer, argument(node, "eps", 1e-5), linear, transposed, rest)
 
 
 def _read_from_above(traces: TracedModel) -> Iterator[nn.Module]:
-    """The modules whose tensors are read by the forward of a module around them."""
+    """The modules whose parameters or buffers the forward of a module around them reads."""
     for module in traces.calls:
         view = traces.view(module)
         for node in view.nodes if view is not None else ():
@@ -113,7 +133,13 @@ def _read_from_above(traces: TracedModel) -> Iterator[nn.Module]:
 
 
 class _Run:
-    """Another recorded run of the model: who reads what."""
+    """Another recorded run of the model.
+
+    Attributes:
+        returned: The storages of what it returned.
+        calls: The calls of each module.
+        readers: For each storage, the calls that take it in.
+    """
 
     def __init__(self, root: Call) -> None:
         self.returned = storages(root.output)
@@ -125,7 +151,7 @@ class _Run:
                 self.readers[value].append(call)
 
     def pairs(self, norm: nn.Module, layer: nn.Module) -> bool:
-        """Whether the norm comes behind the layer, and nothing else reads what the layer returns."""
+        """Whether the norm follows the layer, and nothing else reads the layer's output."""
         norms, layers = self.calls[norm], self.calls[layer]
         around: set[Call] = set()
         for call in norms:
@@ -139,14 +165,14 @@ class _Run:
 
 
 def _graphs(view: ModuleGraph) -> list[fx.Graph]:
-    """A forward on all its ways: some pad, or do not, by the size of their input."""
+    """The graphs of all branches of a forward: a convolution may pad its input, or not, by its size."""
     if not view.forward.decisions:
         return [view.forward.graph]
     return [p.graph for p in trace_branches(view.module, view.forward.constants, reading=True) if p.graph is not None]
 
 
 def _ends_in_layer(layer: nn.Module, graph: fx.Graph, like: fx.Node) -> bool:
-    """Whether a forward returns what the same operator with the same weights makes of something."""
+    """Whether a forward returns the result of the operator that `like` calls, with the same weights."""
     (node,) = list(graph.nodes)[-1].args
     if not isinstance(node, fx.Node) or name_of(node) != name_of(like):
         return False
@@ -154,39 +180,25 @@ def _ends_in_layer(layer: nn.Module, graph: fx.Graph, like: fx.Node) -> bool:
     return _is_own(layer, weight, "weight") and _is_own(layer, bias, "bias")
 
 
-def _only_view(flow: ValueFlow, module: nn.Module, what: str) -> ModuleGraph:
-    calls = flow.traces.calls[module]
-    if len(calls) > 1:
-        raise Refusal(f"{what} is called more than once")
-    _check_plain(flow, module, what)
-    view = flow.traces.inside(calls[0])
-    if branches(view):
-        raise Refusal(f"{what} branches on sizes")
-    return view
-
-
-def _check_plain(flow: ValueFlow, module: nn.Module, what: str) -> None:
-    if module in (flow.barriers or ()):
-        raise Refusal(f"{what} has hooks")
-    if "forward" in module.__dict__:
-        raise Refusal(f"{what} has a forward that is not its class's")
-
-
 def _is_own(module: nn.Module, node: object, name: str) -> bool:
-    """Whether an argument is the module's own parameter, or a norm's statistic, of that name; or None, as it is there."""
+    """Whether an argument is the module's own parameter or statistic of that name; or None, where the module has none."""
     own = module._buffers if name.startswith("running_") else module._parameters
     if node is None:
         return own.get(name) is None
     return isinstance(node, fx.Node) and node.op == "get_attr" and node.target == name and own.get(name) is not None
 
 
-def _chain(flow: ValueFlow, view: ModuleGraph, node: fx.Node) -> tuple[str, ...]:
-    """The children that are called behind the norm in its own forward, one on the other; those that pass are left out."""
+def _children_after(flow: ValueFlow, view: ModuleGraph, node: fx.Node) -> tuple[str, ...]:
+    """The chain of children that the norm's forward calls after normalizing, without those that return their input.
+
+    Raises:
+        Refusal: The forward does something else.
+    """
     names: list[str] = []
     while True:
         (user, *more) = node.users
         if more or user.op not in ("call_module", "output") or list(user.all_input_nodes) != [node]:
-            raise Refusal(f"{type(view.module).__name__}.forward does more than to normalise and to call its children")
+            raise Refusal(f"{type(view.module).__name__}.forward does more than normalize and call its children")
         if user.op == "output":
             return tuple(names)
         if not flow.passes(view.call_of(user)):
@@ -194,12 +206,16 @@ def _chain(flow: ValueFlow, view: ModuleGraph, node: fx.Node) -> tuple[str, ...]
         node = user
 
 
-def _from_layer(flow: ValueFlow, view: ModuleGraph, node: fx.Node) -> tuple[ModuleGraph, fx.Node]:
-    """The operator that computes what a norm normalises, where nothing else reads it."""
+def _layer_before(flow: ValueFlow, view: ModuleGraph, node: fx.Node) -> tuple[ModuleGraph, fx.Node]:
+    """The operator that computes a norm's input, and its forward.
+
+    Raises:
+        Refusal: Something else reads that input, or hooks may.
+    """
     x = argument(node, "input")
     channels = shape(x)[1]
     if channel_axis(x.meta["val"]) != 1:
-        raise Refusal("it normalises another axis than the channels")
+        raise Refusal("it normalizes another axis than the channels")
     crossed: list[ModuleGraph] = []
     while True:
         readers = [u for u in x.users if u.op == "output" or (view.carries_data(u) and not _reads_shape(u, x))]
@@ -208,9 +224,9 @@ def _from_layer(flow: ValueFlow, view: ModuleGraph, node: fx.Node) -> tuple[Modu
         if x.op == "placeholder":
             above = flow.caller(view)
             if above is None:
-                raise Refusal("it normalises the model's input")
+                raise Refusal("it normalizes the model's input")
             given = flow.bound(view.module, above[1]).get(str(x.target))
-            _check_plain(flow, view.module, view.path)
+            check_plain(flow, view.module, view.path)
             view = above[0]
             crossed.append(view)
         elif x.op == "call_module":
@@ -218,30 +234,31 @@ def _from_layer(flow: ValueFlow, view: ModuleGraph, node: fx.Node) -> tuple[Modu
             if flow.passes(call):
                 given = x.args[0]
             else:
-                _check_plain(flow, call.module, call.path)
+                check_plain(flow, call.module, call.path)
                 view = flow.traces.inside(call)
                 given = view.nodes[-1].args[0]
                 crossed.append(view)
         elif (of(x).views or of(x).casts) and _keeps_channels(x, channels):
             given = x.args[0]
         else:
-            for other in crossed:  # that of the layer is looked at on all its ways
-                if other is not view and branches(other):
-                    raise Refusal(f"{type(other.module).__name__}.forward branches on sizes")
-                if "forward" in other.module.__dict__:
-                    raise Refusal(f"{type(other.module).__name__} has a forward that is not its class's")
+            for other in crossed:
+                name = type(other.module).__name__
+                if other is not view and branches(other):  # `_fold` looks at all branches of the layer
+                    raise Refusal(f"{name}.forward branches on sizes")
+                check_plain(flow, other.module, name, may_have_hooks=True)
             return view, x
         if not isinstance(given, fx.Node):
-            raise Refusal("what comes before it comes together with others")
+            raise Refusal("what comes before it is one of several outputs")
         x = given
 
 
 def _reads_shape(user: fx.Node, node: fx.Node) -> bool:
+    """Whether an operator takes nothing but the shape of `node`."""
     return user.target in ("reshape_as", "view_as", "expand_as") and user.args[0] is not node
 
 
 def _keeps_channels(node: fx.Node, channels: int) -> bool:
-    """Whether an operator moves elements, and each stays in its channel."""
+    """Whether an operator that moves elements leaves each in its channel."""
     source = node.args[0]
     if not isinstance(source, fx.Node) or not is_tensor(source) or not is_tensor(node):
         return False
@@ -252,8 +269,8 @@ def _keeps_channels(node: fx.Node, channels: int) -> bool:
 
 
 @torch.no_grad()
-def apply_folds(model: nn.Module, folds: list[_Fold]) -> None:
-    """Fold, in place: a layer takes its norm in, and in the norm's place stands what was called behind it."""
+def apply_folds(model: nn.Module, folds: list[Fold]) -> None:
+    """Fold norms, in place: a layer gets new weights, and the norm's place gets what the norm called after itself."""
     places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
         for name, child in parent._modules.items():

@@ -1,4 +1,4 @@
-"""The class of a module whose forward was optimised for inference, and its pickling."""
+"""The class of a module with an optimized forward, and its pickling."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ..capture.snapshot import set_class
 from ..dataflow.ops import is_tensor
 from ..surgery.generated_class import Source, generated, guards_for, new_of, with_guards
 from ..surgery.sequential import MEMBERS, sequential_class
@@ -17,10 +18,15 @@ from ..surgery.state import OPTIMIZED, base_class, edits_of, set_edits
 
 
 def optimized_class(module: nn.Module, graph: fx.Graph, plain: fx.Graph, fixed: dict[str, Any]) -> type[nn.Module]:
-    """A subclass of `module`'s class with `graph` for its forward, for calls with the arguments that are `fixed`.
+    """A subclass of `module`'s class with another forward. `module` is not changed.
 
-    Where `wants_plain` says so, the forward is that of `plain`. Modules of one class and equal code share a class. `module`
-    is not changed.
+    Modules with one class and equal code share the subclass.
+
+    Args:
+        module: The module.
+        graph: The optimized forward.
+        plain: The author's forward, for inputs for which `wants_plain` says so.
+        fixed: The arguments whose values both graphs hold; a call with another value raises.
     """
     graph.lint()
     code, author = graph.python_code("self"), plain.python_code("self")
@@ -38,33 +44,36 @@ def optimized_class(module: nn.Module, graph: fx.Graph, plain: fx.Graph, fixed: 
 
 
 def wants_plain(x: torch.Tensor) -> bool:
-    """Whether a forward takes the author's own code: what it does in place has no gradient, and under autocast operands that
-    share memory may be of different types."""
-    if torch.jit.is_scripting():  # what is behind it is not compiled
+    """Whether a forward runs the author's code: operators in place have no gradient, and under autocast values that share
+    memory may have different dtypes."""
+    if torch.jit.is_scripting():  # TorchScript does not compile the other branch
         return False
     else:
         return not isinstance(x, fx.Proxy) and (
             (x.requires_grad and torch.is_grad_enabled()) or (not x.is_meta and torch.is_autocast_enabled(x.device.type)))
 
 
-def _class_of(base: type[nn.Module], sources: Sequence[Source], counts: bool) -> type[nn.Module]:
-    """`counts` says that the class is a Sequential's with blocks among its children."""
-    members: dict[str, Any] = dict(MEMBERS) if counts else {}
+def _class_of(base: type[nn.Module], sources: Sequence[Source], has_blocks: bool) -> type[nn.Module]:
+    """`has_blocks`: `base` is a Sequential's class, and there are blocks among the children, without positions."""
+    members: dict[str, Any] = dict(MEMBERS) if has_blocks else {}
     if issubclass(base, nn.Sequential):
         members["__getitem__"] = _getitem
-    return generated(base, sources, {**members, "__reduce_ex__": _reduce, OPTIMIZED: (sources, counts)}, ("optimized", counts))
+    members |= {"__reduce_ex__": _reduce, OPTIMIZED: (sources, has_blocks)}
+    return generated(base, sources, members, ("optimized", has_blocks))
 
 
 def become(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Make `module` one of its `optimised_class`, in place. Its edits go; a Sequential's stay, as they say which of its
-    children are blocks."""
+    """Give `module` its `optimized_class`, in place.
+
+    Its edits are dropped, as the new forward holds them; a Sequential keeps its edits, which say which children are blocks.
+    """
     if not getattr(cls, OPTIMIZED)[1]:  # type: ignore[attr-defined]
         set_edits(module, None)
-    module.__class__ = cls
+    set_class(module, cls)
 
 
 def _getitem(self: nn.Module, idx: Any) -> Any:
-    """Of a Sequential: its parts are those that it had before, as the new forward is that of the whole."""
+    """A part of a Sequential has the class that it had before: the optimized forward is that of the whole."""
     cls: Any = type(self)
     base = sequential_class(base_class(self)) if getattr(cls, OPTIMIZED)[1] else base_class(self)
     before: Any = base.__new__(base)
@@ -73,18 +82,18 @@ def _getitem(self: nn.Module, idx: Any) -> Any:
 
 
 def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-    """Pickle by the original class and the code: a class made at run time has no name to import."""
+    """Pickle the base class and the code: a class made at run time has no name to import."""
     cls: Any = type(self)
-    sources, counts = getattr(cls, OPTIMIZED)
+    sources, has_blocks = getattr(cls, OPTIMIZED)
     given = [(text, {k: (v.__name__, None) if isinstance(v, ModuleType) else (None, v) for k, v in names.items()})
              for text, names in sources]
-    return _new, (base_class(self), given, counts), self.__getstate__(), None, None, _set_state
+    return _new, (base_class(self), given, has_blocks), self.__getstate__(), None, None, _set_state
 
 
-def _new(base: type[nn.Module], given: list[tuple[str, dict[str, Any]]], counts: bool) -> nn.Module:
+def _new(base: type[nn.Module], given: list[tuple[str, dict[str, Any]]], has_blocks: bool) -> nn.Module:
     return new_of(_class_of(base, [
         (text, {k: v if module is None else importlib.import_module(module) for k, (module, v) in names.items()})
-        for text, names in given], counts))
+        for text, names in given], has_blocks))
 
 
 def _set_state(module: nn.Module, state: dict[str, Any]) -> None:

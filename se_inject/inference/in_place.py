@@ -1,4 +1,4 @@
-"""Scale and sum in one pass, and in the memory of a value that is not read any more."""
+"""Scale and sum in one pass, and in the memory of a value that nothing reads any more."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..dataflow.ops import is_tensor, name_of, products, shape, writes
 
 @dataclasses.dataclass(eq=False)
 class _Product:
-    """A value as a full tensor times tensors that are broadcast to it, and a number; `nodes` are the products."""
+    """A value as a full tensor times factors that are broadcast to it, times a number; `nodes` compute it, the last first."""
 
     full: fx.Node
     factors: list[fx.Node]
@@ -22,74 +22,65 @@ class _Product:
     nodes: list[fx.Node]
 
 
-def write_in_place(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
-    """Rewrite the sums and scalings of a flat graph, in place.
+def write_in_place(graph: fx.Graph) -> tuple[int, int]:
+    """Rewrite the sums and scalings of an inlined graph, in place.
 
     Returns:
-        For each sum and product that was there, what stands for it now.
+        How many sums, and how many products outside of sums, were rewritten.
     """
     memory = Memory(graph)
-    done: dict[fx.Node, fx.Node] = {}
-    for node in list(graph.nodes):
-        if _is_sum(node):
-            new = _sum(graph, memory, node)
-            if new is not None:
-                done[node] = new
-    for node in list(graph.nodes):
-        if node.users and _split(node) is not None and not any(_split(u) is not None for u in node.users):
-            new = _scaled(graph, memory, node)
-            if new is not None:
-                done[node] = new
-    return done
+    sums = sum(_rewrite_sum(memory, node) for node in list(graph.nodes) if _is_sum(node))
+    scalings = sum(_rewrite_scaling(memory, node) for node in list(graph.nodes) if _is_scaling(node))
+    return sums, scalings
 
 
 def _is_sum(node: fx.Node) -> bool:
     return name_of(node) == "add" and not node.kwargs and len(
-        node.args) == 2 and is_tensor(node) and all(is_tensor(a) and _like(a, node) for a in node.args)
+        node.args) == 2 and is_tensor(node) and all(is_tensor(a) and _is_full(a, node) for a in node.args)
 
 
-def _like(a: Any, node: fx.Node) -> bool:
-    """Whether an operand has the result's shape at any size of image: an axis of one may be one that is broadcast."""
-    x, y = a.meta["val"], node.meta["val"]
-    return bool(x.shape == y.shape and 1 not in y.shape and x.dtype == y.dtype and y.is_floating_point())
+def _is_scaling(node: fx.Node) -> bool:
+    """Whether a node is the last of the products of a value."""
+    return bool(node.users) and _split(node) is not None and all(_split(u) is None for u in node.users)
 
 
-def _writes(node: fx.Node) -> bool:
-    """Whether it is the author's own operator in place, which also has an effect on who else has that memory."""
-    return writes(node)
+def _is_full(x: Any, node: fx.Node) -> bool:
+    """Whether an operand has the result's shape at any size of image: an axis of one position may be broadcast."""
+    t, result = x.meta["val"], node.meta["val"]
+    return bool(t.shape == result.shape and 1 not in result.shape and t.dtype == result.dtype and result.is_floating_point())
 
 
 def _split(node: fx.Node) -> tuple[fx.Node, fx.Node | float] | None:
-    """A product as its full operand and the one that is broadcast over positions, or the number."""
+    """A product as its full operand and its factor: a number, or a tensor that is broadcast over positions."""
     if node.kwargs or not is_tensor(node):
         return None
     for full, k in products(node):
-        if not _like(full, node):
-            continue
-        if isinstance(k, (int, float)):
-            return full, float(k)  # type: ignore[return-value]
-        if is_tensor(k) and k.meta["val"].dtype == node.meta["val"].dtype and _is_small(k, node):  # type: ignore[union-attr]
-            return full, k  # type: ignore[return-value]
+        if _is_full(full, node):
+            if isinstance(k, (int, float)):
+                return full, float(k)
+            if isinstance(k, fx.Node) and is_tensor(k) and _is_small(k, node):
+                return full, k
     return None
 
 
-def _is_small(k: Any, node: fx.Node) -> bool:
-    """Whether a factor has one channel axis, and maybe the batch."""
-    sizes, whole = shape(k), shape(node)
-    sizes = (1,) * (len(whole) - len(sizes)) + sizes
-    return len(whole) > 2 and sum(n > 1 for n in sizes[1:]) <= 1 and k.meta["val"].numel() * 2 <= node.meta["val"].numel()
+def _is_small(k: fx.Node, node: fx.Node) -> bool:
+    """Whether a factor has one value for each channel, or for each image and channel."""
+    t, result = k.meta["val"], node.meta["val"]
+    sizes = (1,) * (result.dim() - t.dim()) + shape(k)
+    return bool(t.dtype == result.dtype and result.dim() > 2 and sum(n > 1 for n in sizes[1:]) <= 1 and (
+        t.numel() * 2 <= result.numel()))
 
 
 def _product(memory: Memory, node: fx.Node) -> _Product:
-    """A value as a product, as far as nothing else reads the parts and nothing changes them in between."""
+    """A value as a product, as long as nothing else reads the operands and nothing changes them in between."""
     found = _Product(node, [], 1.0, [])
     while len(found.full.users) == 1 or not found.nodes:
         parts = _split(found.full)
         if parts is None:
             break
         full, k = parts
-        operands = [full, *([k] if isinstance(k, fx.Node) else [])]
-        if any(memory.is_read_after(n, found.full) for n in operands) or (_writes(found.full) and memory.is_external(full)):
+        operands = [full, k] if isinstance(k, fx.Node) else [full]
+        if any(memory.is_read_after(n, found.full) for n in operands) or (writes(found.full) and memory.is_external(full)):
             break
         found.nodes.append(found.full)
         found.full = full
@@ -100,73 +91,72 @@ def _product(memory: Memory, node: fx.Node) -> _Product:
     return found
 
 
-def _sum(graph: fx.Graph, memory: Memory, node: fx.Node) -> fx.Node | None:
-    a, b = node.args
+def _rewrite_sum(memory: Memory, node: fx.Node) -> bool:
+    """Compute a sum together with the scaling of an operand, and in the memory of one; whether either can be done."""
+    graph, (a, b) = node.graph, node.args
     assert isinstance(a, fx.Node) and isinstance(b, fx.Node)
-    if _writes(node) and not memory.is_free(a, node, (b,)):
-        return None
-    products = [(_product(memory, x), s) for x, s in ((a, b), (b, a)) if x is not s and list(x.users) == [node]]
-    products = sorted((p for p in products if p[0].nodes), key=lambda p: -len(p[0].factors))
-    if products:
-        product, s = products[0]
+    # where the author's operator writes into `a`, whoever else has that memory must see it
+    if writes(node) and not memory.is_free(a, node, (b,)):
+        return False
+    scaled = [(_product(memory, x), s) for x, s in ((a, b), (b, a)) if x is not s and list(x.users) == [node]]
+    scaled = sorted((p for p in scaled if p[0].nodes), key=lambda p: -len(p[0].factors))
+    if scaled:
+        product, s = scaled[0]
         x = product.full
         into = next((t for t in (x, s) if memory.is_free(t, node, (x, s, *product.factors))), None)
         out = {} if into is None else {"out": into}
         with graph.inserting_before(node):
             if product.factors:
-                k = _times(graph, memory, node, product.factors)
+                k = _times(memory, node, product.factors)
                 value = {} if product.number == 1.0 else {"value": product.number}
                 new = graph.call_function(torch.addcmul, (s, x, k), {**value, **out})
             else:
                 new = graph.call_function(torch.add, (s, x), {"alpha": product.number, **out})
-        memory.replace(node, new, into)
-        graph.erase_node(node)
-        for n in product.nodes:
-            if not n.users:
-                graph.erase_node(n)
-        return new
+        _replace(memory, node, new, into, product.nodes)
+        return True
     for t, other in ((a, b), (b, a)):
         if t is not other and memory.is_free(t, node, (other,)):
             with graph.inserting_before(node):
                 new = graph.call_method("add_", (t, other))
-            memory.replace(node, new, t)
-            graph.erase_node(node)
-            return new
-    return None
+            _replace(memory, node, new, t, [])
+            return True
+    return False
 
 
-def _times(graph: fx.Graph, memory: Memory, at: fx.Node, factors: list[fx.Node]) -> fx.Node:
-    """The product of the small factors."""
-    k = factors[0]
-    for other in factors[1:]:
-        value = k.meta["val"] * other.meta["val"]
-        k = graph.call_function(torch.mul, (k, other))
+def _rewrite_scaling(memory: Memory, node: fx.Node) -> bool:
+    """Compute a chain of products as one, in the memory of the full operand where that is free; whether that can be done."""
+    product = _product(memory, node)
+    if not product.nodes:
+        return False
+    graph, x = node.graph, product.full
+    free = memory.is_free(x, node, product.factors)
+    if not free and (len(product.nodes) == 1 or writes(node)):
+        return False
+    factors: list[fx.Node | float] = [*product.factors]
+    if product.number != 1.0 or not factors:
+        factors.append(product.number)
+    with graph.inserting_before(node):
+        k = _times(memory, node, factors)
+        new = graph.call_method("mul_", (x, k)) if free else graph.call_function(torch.mul, (x, k))
+    _replace(memory, node, new, x if free else None, product.nodes[1:])
+    return True
+
+
+def _times(memory: Memory, at: fx.Node, factors: list[Any]) -> Any:
+    """The product of small factors, at the graph's insert point, which is before `at`."""
+    k, *others = factors
+    for other in others:
+        value = k.meta["val"] * other.meta["val"] if isinstance(other, fx.Node) else k.meta["val"]
+        k = at.graph.call_function(torch.mul, (k, other))
         k.meta = {"val": value}
         memory.index[k] = memory.index[at]
         memory.add(k, [])
     return k
 
 
-def _scaled(graph: fx.Graph, memory: Memory, node: fx.Node) -> fx.Node | None:
-    product = _product(memory, node)
-    if not product.nodes:
-        return None
-    x = product.full
-    free = memory.is_free(x, node, product.factors)
-    if not free and (len(product.nodes) == 1 or _writes(node)):
-        return None
-    with graph.inserting_before(node):
-        k: Any = _times(graph, memory, node, product.factors) if product.factors else product.number
-        if product.factors and product.number != 1.0:
-            value = k.meta["val"]
-            k = graph.call_function(torch.mul, (k, product.number))
-            k.meta = {"val": value}
-            memory.index[k] = memory.index[node]
-            memory.add(k, [])
-        new = graph.call_method("mul_", (x, k)) if free else graph.call_function(torch.mul, (x, k))
-    memory.replace(node, new, x if free else None)
-    graph.erase_node(node)
-    for n in product.nodes:
-        if n is not node and not n.users:
-            graph.erase_node(n)
-    return new
+def _replace(memory: Memory, old: fx.Node, new: fx.Node, into: fx.Node | None, parts: list[fx.Node]) -> None:
+    """Let `new`, in the memory of `into` or in its own, stand for `old`; erase `old`, and those of `parts` without readers."""
+    memory.replace(old, new, into)
+    for node in (old, *parts):
+        if not node.users:
+            node.graph.erase_node(node)

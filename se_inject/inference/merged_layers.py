@@ -1,8 +1,7 @@
-"""TODO"""
+"""The module of a gate's merged layers: their weights, and the operators that a forward calls to compute the gate."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import operator
 from typing import Any
@@ -10,13 +9,18 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .affine import Affine
+
+Layer = Affine | nn.Module | str | float  # a map, an activation, a method that works in place, a factor on the result
+
 
 def pool(x: torch.Tensor, dims: list[int]) -> tuple[torch.Tensor, float]:
-    """A tensor and a number, whose product is the mean of `x` over `dims`: the layer behind does the division.
+    """A tensor and a number whose product is the mean of `x` over `dims`: the next layer does the division.
 
-    Not where a sum could overflow, in float16, nor where a program is made, which may serve other sizes.
+    The tensor is the sum, and in three cases the mean: a sum can overflow in float16; under autocast the next layer may be in
+    float16; and a program that is compiled, traced or exported here is for other sizes too.
     """
-    if torch.jit.is_scripting():  # what is behind it is not compiled
+    if torch.jit.is_scripting():  # TorchScript does not compile the other branch
         return x.mean(dims), 1.0
     else:
         if (isinstance(x, fx.Proxy) or torch.compiler.is_compiling() or torch.jit.is_tracing() or x.dtype is torch.float16
@@ -26,16 +30,16 @@ def pool(x: torch.Tensor, dims: list[int]) -> tuple[torch.Tensor, float]:
 
 
 class MergedGate(nn.Module):
-    """The weights of a gate; the forward of the module around computes it, see `put_in`.
+    """The weights of a gate. It has no forward: `insert` puts the operators into the forward of the module around.
 
-    At one image the layers take less time than to call them, so they are calls of functions there. Weights are (in, out),
-    as a product of one row by a matrix is quicker so.
+    With one image, calling a layer as a module takes longer than computing it, so the layers are calls of functions. Weights
+    are (in, out), which is the faster order for the product of one row with a matrix.
 
     Args:
-        dims: The axes of the positions, of which the mean is taken.
+        dims: The axes of the positions, to take the mean over.
         layers: From the mean (N, C_in) to the gate (N, C).
-        shape: The gate's shape without the batch, such as (C, 1, 1); it is broadcast to what it gates.
-        like: A tensor of the device and dtype to have.
+        shape: The gate's shape without the batch, such as (C, 1, 1): it is broadcast to the block's input.
+        like: A tensor with the device and dtype for the weights.
     """
 
     def __init__(self, dims: tuple[int, ...], layers: list[Layer], shape: tuple[int, ...], like: torch.Tensor) -> None:
@@ -46,8 +50,7 @@ class MergedGate(nn.Module):
         for layer in layers:
             i = 1 + sum(isinstance(step, str) and step.startswith("weight") for step in self.steps)
             if isinstance(layer, Affine):
-                weight = layer.weight if layer.weight.dim() == 2 else torch.diag(layer.weight)
-                self.register_parameter(f"weight{i}", nn.Parameter(weight.T.to(like).contiguous(), requires_grad=False))
+                self.register_parameter(f"weight{i}", nn.Parameter(layer.weight.T.to(like).contiguous(), requires_grad=False))
                 self.register_parameter(f"bias{i}", nn.Parameter(layer.bias.to(like), requires_grad=False))
                 self.steps.append(f"weight{i}")
             elif isinstance(layer, nn.Module):
@@ -56,10 +59,10 @@ class MergedGate(nn.Module):
             else:
                 self.steps.append(layer)
 
-    def put_in(self, graph: fx.Graph, path: str, x: fx.Node) -> tuple[fx.Node, float]:
-        """Compute the gate from `x` at the graph's insert point; the gate is to be multiplied by the number.
+    def insert(self, graph: fx.Graph, path: str, x: fx.Node) -> tuple[fx.Node, float]:
+        """Insert the gate of `x` at the graph's insert point. The block's output is its input times the gate times the number.
 
-        `path` is this module's in that graph.
+        `path` is the path of this module from the graph's.
         """
         number = 1.0
         more: dict[str, Any] = {}
@@ -70,7 +73,7 @@ class MergedGate(nn.Module):
             more = {"alpha": alpha}
         elif self.dims:
             s = graph.call_method("mean", (x, self.dims))
-        else:  # no positions
+        else:  # `x` is a vector; the other layers work in place
             s = x if linear else graph.call_method("clone", (x,))
         for step in self.steps:
             if isinstance(step, float):
@@ -87,25 +90,3 @@ class MergedGate(nn.Module):
     def extra_repr(self) -> str:
         weights = ", ".join(f"{name}: {tuple(p.shape)}" for name, p in self._parameters.items() if p is not None)
         return f"dims={self.dims}, shape={self.shape}, {weights}"
-
-
-@dataclasses.dataclass(eq=False)
-class Affine:
-    """The linear map from one tensor's channels to another's, the same at all positions.
-
-    `weight` is (out, in), or (channels) where each channel goes to itself.
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor
-
-    def behind(self, other: Affine) -> Affine:
-        """The map that does `other` first."""
-        if self.weight.dim() == 1:
-            return Affine((self.weight * other.weight.T).T, self.bias + self.weight * other.bias)
-        if other.weight.dim() == 1:
-            return Affine(self.weight * other.weight, self.bias + self.weight @ other.bias)
-        return Affine(self.weight @ other.weight, self.bias + self.weight @ other.bias)
-
-
-Layer = Affine | nn.Module | str | float  # a linear one, a module, a method that works in place, a factor

@@ -1,7 +1,7 @@
-"""Back to plain timm: `fold` and `to_native`. Both are cross-layer rescaling.
+"""Back to plain timm, by cross-layer rescaling: a constant gate is a factor on each channel, and weights take it in.
 
-A gate that is constant is a factor for each channel, and a factor goes into the weights before or behind it.
-In: an injected model (and images). Out: a base model, or weights that a native timm model loads.
-Read `gates` (a block's gate and where it stands), `element_labels` (which factor each element has), `operator_rules`,
-`absorb` (the weights that take a factor in), then `fold`, `native` and `report`.
+In: an injected model, and for `fold` images. Out: a base model, or weights that a native timm model loads.
+Read `fold` first: it finds the blocks (`gates`), measures their gates (`gate_statistics`), replaces them (`replacement`) and
+checks the result (`proof`). Then `absorb`, the search for the weights, which uses `operator_rules` and `element_labels`;
+then `native`, which uses the same search to find timm's own twin. `report` is what `fold` returns.
 """

@@ -1,114 +1,93 @@
-"""Take a constant factor on a tensor into the weights around it, exactly, or say why that cannot be.
+"""Where a constant factor goes: the weights that take it in exactly, or the reason why there are none.
 
-One rule serves all layers: a factor on a value goes to what the value is made of, or to what is made of the value, through
-operators that are homogeneous and keep elements apart, until it comes to parameters. Every module on the way, torch's
-own layers too, is followed by its own trace. The factors of a value's elements are labels, see `labels.py`.
+The search goes *before* a value, to what the value is computed from, or *behind* it, to what is computed from the value. It
+passes operators by their rules, see `operator_rules`, until it comes to parameters. It enters each module by the module's own
+trace, torch's layers included, so that one rule for each operator serves all layers. Elements of a value may have different
+factors; `element_labels` says which.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from ..capture.recording import Call
+from ..dataflow.aliasing import is_written_after
 from ..dataflow.branches import other_branches
 from ..dataflow.module_graph import ModuleGraph, TracedModel, spelled
-from ..dataflow.ops import CONVS, argument, is_tensor, layer_arguments, of, shape
+from ..dataflow.ops import is_tensor, of
 from ..dataflow.value_flow import ValueFlow
 from ..errors import Refusal
-from .element_labels import ONE, compact
-from .operator_rules import Scaling, across, apart, before, beside, moved, operand, readers, times, vector
+from .element_labels import compact, spare
+from .operator_rules import Choice, Goal, choices_before, choices_behind, reads
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scaling:
+    """One parameter, and the factors to multiply it by.
+
+    Attributes:
+        key: The parameter's dotted name.
+        labels: For each element of the parameter, the number of its factor; below 0 the factor is 1.
+        power: 1, or -1 to divide by the factors.
+    """
+
+    key: str
+    labels: torch.Tensor
+    power: int
+
+    def scale(self, values: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+        """The scaled values, as a new tensor of the same dtype."""
+        powers = factors.cpu().double() ** self.power
+        one = torch.ones((), dtype=powers.dtype)
+        by = torch.where(self.labels >= 0, powers[self.labels.clamp(min=0).long()], one)
+        return (values.cpu().double() * by).to(values.device, values.dtype)
 
 
 class Absorber:
-    """Looks for the weights that take in factors of at least 0. Make and use it where the model is `abstract`.
+    """Looks for the weights that take in factors of at least 0. Make and use it inside `traced`.
 
     Args:
-        model: The model that was recorded.
+        model: The model that was traced.
         traces: Its traces.
-        compensate: Whether other readers of a scaled value may take in the inverse factor.
+        compensate: Whether the other readers of a scaled value may take in the inverse factor.
     """
 
     def __init__(self, model: nn.Module, traces: TracedModel, *, compensate: bool = False) -> None:
         self.traces = traces
         self.compensate = compensate
-        self._names = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
         self.flow = ValueFlow(traces)
+        self._names = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
         self._uses: dict[fx.Graph, Counter[tuple[str, str]]] = {}
 
-    # what both directions use
-
-    def view(self, call: Call) -> ModuleGraph:
-        return self.traces.inside(call)
-
     def caller(self, view: ModuleGraph) -> tuple[ModuleGraph, fx.Node]:
-        """The forward that calls `view`'s module, and the node that does."""
+        """The forward that calls `view`'s module, and the node that does.
+
+        Raises:
+            Refusal: It is the model itself.
+        """
         above = self.flow.caller(view)
         if above is None:
             raise Refusal("the model's own input or output would change")
         return above
 
-    def _check_ways(self, view: ModuleGraph, node: fx.Node, user: fx.Node) -> None:
-        """That a value is read by the same on each way through a forward that branches on sizes.
+    # the two directions
 
-        Raises:
-            Refusal: It is not, or that cannot be known.
-        """
-        if not view.forward.decisions:
-            return
-        for pairs in other_branches(view):
-            there = pairs.get(node)
-            ours = {pairs.get(u) for u in readers(view, node)}
-            if there is None or pairs.get(user) is None or None in ours or ours != {
-                    u for u in there.users if not of(u).asks} or not (
-                    self._is_single(there) and self._is_single(pairs[user])):
-                raise Refusal(f"{type(view.module).__name__}.forward branches on sizes, and does something else there")
+    def before(self, view: ModuleGraph, node: Any, labels: torch.Tensor, reader: fx.Node, power: int = 1) -> list[Scaling]:
+        """The scalings that multiply a value, as one reader reads it.
 
-    def _parameter(self, view: ModuleGraph, node: fx.Node, labels: torch.Tensor, power: int) -> list[Scaling]:
-        path, _, name = str(node.target).rpartition(".")
-        module = view.module.get_submodule(path)
-        p = module._parameters.get(name)
-        key = f"{view.path}.{node.target}" if view.path else str(node.target)
-        if p is None:
-            raise Refusal(f"{key} is no parameter")
-        if self._names[id(p)] > 1:
-            raise Refusal(f"{key} is shared with another module")
-        if len(self.traces.calls.get(module, ())) != (0 if path else 1):
-            raise Refusal(f"{key} is used more than once")
-        if not self._is_single(node) or tuple(p.shape) != labels.shape or self._reads(view.call.parent, key):
-            raise Refusal(f"{key} is used more than once")
-        return [Scaling(key, labels, power)]
-
-    def _reads(self, call: Call | None, key: str) -> bool:
-        """Whether a forward around a layer reads the layer's parameter itself."""
-        while call is not None:
-            with contextlib.suppress(Refusal):
-                view = self.view(call)
-                path = f"{view.path}." if view.path else ""
-                if key.startswith(path) and self._used(view.forward.graph)["get_attr", key[len(path):]]:
-                    return True
-            call = call.parent
-        return False
-
-    def _used(self, graph: fx.Graph) -> Counter[tuple[str, str]]:
-        """How often a forward calls each layer, and reads each parameter."""
-        if graph not in self._uses:
-            self._uses[graph] = Counter((n.op, str(n.target)) for n in graph.nodes)
-        return self._uses[graph]
-
-    def _is_single(self, node: fx.Node) -> bool:
-        """Whether a layer is called, or a parameter read, by this node alone."""
-        return node.op not in ("call_module", "get_attr") or self._used(node.graph)[node.op, str(node.target)] == 1
-
-    # towards what a value is made of
-
-    def up(self, view: ModuleGraph, node: Any, labels: torch.Tensor, user: fx.Node, power: int = 1) -> list[Scaling]:
-        """The scalings that multiply the value of `node`, as `user` reads it, by the labelled factors.
+        Args:
+            view: The forward in which the value is computed.
+            node: The value.
+            labels: Those of the value's elements.
+            reader: The node that reads the scaled value. The other readers must not see a difference.
+            power: 1, or -1 to divide.
 
         Raises:
             Refusal: There are none.
@@ -117,245 +96,160 @@ class Absorber:
             raise Refusal("it comes out of its module together with others")
         if bool((compact(labels) < 0).all()):
             return []
-        self._check_ways(view, node, user)
+        self._check_branches(view, node, reader)
         if node.op == "get_attr":
-            return self._parameter(view, node, labels, power)
-        labels, more = self._with_other_readers(view, node, labels, user, power)
+            return [self._parameter(view, node, labels, power)]
+        labels, more = self._spare_other_readers(view, node, labels, reader, power)
         if node.op == "placeholder":
-            parent, at = self.caller(view)
-            arg = self.flow.bound(view.module, at).get(str(node.target))
-            return more + self.up(parent, arg, labels, at, power)
+            parent, call = self.caller(view)
+            given = self.flow.bound(view.module, call).get(str(node.target))
+            return more + self.before(parent, given, labels, call, power)
         if node.op == "call_module":
-            call = view.call_of(node)
-            inside = self.view(call)
-            return more + self.up(inside, inside.nodes[-1].args[0], labels, inside.nodes[-1], power)
-        return more + self._up_through(view, node, labels, power)
+            inside = self.traces.inside(view.call_of(node))
+            result = inside.nodes[-1]
+            return more + self.before(inside, result.args[0], labels, result, power)
+        return more + self._reach_one(view, choices_before(view, node, labels), power)
 
-    def _with_other_readers(
-        self, view: ModuleGraph, node: fx.Node, labels: torch.Tensor, user: fx.Node, power: int
-    ) -> tuple[torch.Tensor, list[Scaling]]:
-        """The labels that serve all readers of a value, and what those take in that shall not see the factor."""
-        more: list[Scaling] = []
-        if list(user.all_input_nodes).count(node) != 1 or times(user, node) != 1:
-            raise Refusal(f"{spelled(user)} reads its input twice")
-        for other in readers(view, node):
-            if other is user:
-                continue
-            both = beside(other, node, labels)
-            if both is not None:
-                labels = both
-            elif self.compensate:
-                more += self.into(view, other, node, labels, -power)
-            else:
-                raise Refusal(f"its input is also read by {spelled(other, view)}")
-        return labels, more
+    def behind(self, view: ModuleGraph, node: fx.Node, labels: Any, power: int = 1) -> list[Scaling]:
+        """The scalings behind a value that have the effect of multiplying the value itself.
 
-    def _up_through(self, view: ModuleGraph, node: fx.Node, labels: torch.Tensor, power: int) -> list[Scaling]:
-        op, first = of(node), argument(node, "input")
-        if op.name in ("add", "addcmul"):
-            return self._up_sum(view, node, labels, power)
-        if op.name == "mul":
-            return self._up_product(view, node, [a for a in node.args[:2] if is_tensor(a)], labels, power)
-        if op.name == "div":
-            if node.kwargs:
-                raise Refusal(f"it does not pass {spelled(node)}")
-            return self.up(view, first, operand(first, labels), node, power)
-        if op.scales:
-            return self.up(view, first, labels, node, power)
-        dims = _mixed_axes(node)
-        if dims is not None:
-            if op.reduces and len(shape(node)) != len(shape(first)):
-                for d in sorted(d % len(shape(first)) for d in ([dims] if isinstance(dims, int) else dims)):
-                    labels = labels.unsqueeze(d)
-            return self.up(view, first, across(labels, dims, shape(first), node), node, power)
-        if op.normalizes:
-            return self._up_norm(view, node, labels, power)
-        if op.name == "linear" or op.name in CONVS:
-            return self._up_conv(view, node, labels, power)
-        return self._up_moved(view, node, labels, power)
-
-    def _up_sum(self, view: ModuleGraph, node: fx.Node, labels: torch.Tensor, power: int) -> list[Scaling]:
-        terms = [argument(node, "input"), argument(node, "other")]
-        out: list[Scaling] = []
-        if of(node).name == "addcmul":
-            terms = [argument(node, "input")]
-            factors = [a for a in node.args[1:3] if is_tensor(a)]
-            out += self._up_product(view, node, factors, labels, power)
-        terms = [t for t in terms if is_tensor(t) or t != 0]  # a sum that begins with 0
-        if node.kwargs or not all(map(is_tensor, terms)):
-            raise Refusal(f"a constant is added at {spelled(node)}")
-        for t in terms:
-            out += self.up(view, t, operand(t, labels), node, power)
-        return out
-
-    def _up_product(
-        self, view: ModuleGraph, node: fx.Node, factors: list[Any], labels: torch.Tensor, power: int
-    ) -> list[Scaling]:
-        """One of the factors takes it all in: a parameter before an activation."""
-        return self._first(*(
-            lambda f=f: self.up(view, f, operand(f, labels), node, power)  # type: ignore[misc]
-            for f in sorted(factors, key=view.moves)))
-
-    @staticmethod
-    def _first(*ways: Callable[[], list[Scaling]]) -> list[Scaling]:
-        """The first way that there is; else the reason of the first."""
-        reason: Refusal | None = None
-        for way in ways:
-            try:
-                return way()
-            except Refusal as error:
-                reason = reason or error
-        raise reason or Refusal("nothing there takes it in")
-
-    def _up_norm(self, view: ModuleGraph, node: fx.Node, labels: torch.Tensor, power: int) -> list[Scaling]:
-        weight, bias = argument(node, "weight"), argument(node, "bias")
-        if weight is None:
-            raise Refusal(f"{spelled(node, view)} has no weight")
-        out: list[Scaling] = []
-        for p in (weight, bias):
-            if p is not None:
-                own = labels if of(node).name in ("layer_norm", "rms_norm") else labels.movedim(1, -1)
-                out += self.up(view, p, operand(p, own), node, power)
-        return out
-
-    def _up_conv(self, view: ModuleGraph, node: fx.Node, labels: torch.Tensor, power: int) -> list[Scaling]:
-        x, weight, bias, _ = layer_arguments(node)
-        if not is_tensor(weight):
-            raise Refusal(f"{spelled(node, view)} has no weight")
-        assert isinstance(weight, fx.Node) and isinstance(x, fx.Node)
-        axis = -1 if of(node).name == "linear" else 1
-
-        def rows() -> list[Scaling]:
-            v = vector(labels, axis, node)
-            own = v.view(-1, *[1] * (len(shape(weight)) - 1)).expand(shape(weight))
-            out = self.up(view, weight, own, node, power)
-            return out if bias is None else out + self.up(view, bias, v, node, power)
-
-        def through() -> list[Scaling]:
-            return self.up(view, x, apart(view, node, labels, shape(x)), node, power)
-
-        return self._first(rows, through)
-
-    def _up_moved(self, view: ModuleGraph, node: fx.Node, labels: torch.Tensor, power: int) -> list[Scaling]:
-        """Through an operator that only moves elements, to all the values that it reads."""
-        out: list[Scaling] = []
-        for source in dict.fromkeys(node.all_input_nodes):
-            value = source.meta["val"]
-            if isinstance(value, torch.Tensor):
-                own = before(node, source, [(node, labels)])
-                out += self.up(view, source, own, node, power)
-            elif view.carries_data(source):  # one of the parts of a split
-                if len(source.all_input_nodes) != 1 or not is_tensor(source.args[0]):
-                    raise Refusal(f"it comes out of {spelled(source, view)} together with others")
-                whole = source.args[0]
-                parts = [(n, labels if n is node else torch.full(shape(n), ONE, dtype=torch.float64))
-                         for n in source.users if is_tensor(n)]
-                if len(parts) != len(source.users):
-                    raise Refusal(f"it comes out of {spelled(source, view)} together with others")
-                out += self.up(view, whole, before(source, whole, parts), source, power)  # type: ignore[arg-type]
-        return out
-
-    # towards what is made of a value
-
-    def down(self, view: ModuleGraph, node: fx.Node, labels: Any, power: int = 1) -> list[Scaling]:
-        """The scalings that do to all readers of `node` what multiplying its value by the labelled factors would do.
+        Args:
+            view: The forward in which the value is computed.
+            node: The value.
+            labels: Those of the value's elements; a list if the value is a list, such as the parts of a split.
+            power: 1, or -1 to divide.
 
         Raises:
             Refusal: There are none.
         """
-        out: list[Scaling] = []
-        for user in readers(view, node):
-            out += self.into(view, user, node, labels, power)
-        return out
+        return [s for reader in _readers(view, node) for s in self._behind_one(view, reader, node, labels, power)]
 
-    def into(self, view: ModuleGraph, user: fx.Node, node: fx.Node, labels: Any, power: int) -> list[Scaling]:
-        """The same for one reader of `node`."""
-        if not isinstance(labels, torch.Tensor):  # the parts of a split
-            return self._down_moved(view, user, node, labels, power)
-        if bool((compact(labels) < 0).all()):
-            return []
-        self._check_ways(view, node, user)
-        if user.op == "output":
-            if user.args[0] is not node:
-                raise Refusal("it leaves its module together with others")
-            parent, at = self.caller(view)
-            return self.down(parent, at, labels, power)
-        if user.op == "call_module":
-            call = view.call_of(user)
-            inside = self.view(call)
-            names = [k for k, v in self.flow.bound(call.module, user).items() if v is node]
-            inputs = [n for n in inside.nodes if n.op == "placeholder" and n.target in names]
-            if len(names) != 1 or len(inputs) != 1:
-                raise Refusal(f"{call.path} takes it in among others")
-            return self.down(inside, inputs[0], labels, power)
-        return self._into_operator(view, user, node, labels, power)
+    def _behind_one(self, view: ModuleGraph, reader: fx.Node, node: fx.Node, labels: Any, power: int) -> list[Scaling]:
+        """The same for one reader of the value."""
+        if isinstance(labels, torch.Tensor):  # a list has to be taken apart by an operator
+            if bool((compact(labels) < 0).all()):
+                return []
+            self._check_branches(view, node, reader)
+            if reader.op == "output":
+                if reader.args[0] is not node:
+                    raise Refusal("it leaves its module together with others")
+                return self.behind(*self.caller(view), labels, power)
+            if reader.op == "call_module":
+                call = view.call_of(reader)
+                inside = self.traces.inside(call)
+                names = [name for name, value in self.flow.bound(call.module, reader).items() if value is node]
+                inputs = [n for n in inside.nodes if n.op == "placeholder" and n.target in names]
+                if len(names) != 1 or len(inputs) != 1:
+                    raise Refusal(f"{call.path} takes it in among others")
+                return self.behind(inside, inputs[0], labels, power)
+        return self._reach_one(view, choices_behind(view, reader, node, labels, self.compensate), power)
 
-    def _into_operator(
-        self, view: ModuleGraph, user: fx.Node, node: fx.Node, labels: torch.Tensor, power: int
-    ) -> list[Scaling]:
-        op = of(user)
-        is_first = argument(user, "input") is node and times(user, node) == 1
-        if op.name == "mul" and times(user, node) == 1:
-            return self._into_product(view, user, node, labels, power)
-        if op.name == "add" and not user.kwargs and 0 in [a for a in user.args if not isinstance(a, fx.Node)]:
-            return self.down(view, user, labels, power)
-        if op.name == "add":
-            raise Refusal(f"it is added to something else at {spelled(user, view)}")
-        if op.name == "div" and is_first and not user.kwargs:
-            return self.down(view, user, labels.expand(shape(user)), power)
-        if op.scales and op.name != "div" and is_first:
-            return self.down(view, user, labels, power)
-        dims = _mixed_axes(user)
-        if dims is not None and is_first:
-            return self.down(view, user, across(labels, dims, shape(user), user), power)
-        if (op.name == "linear" or op.name in CONVS) and is_first:
-            return self._into_conv(view, user, labels, power)
-        return self._down_moved(view, user, node, labels, power)
+    def _spare_other_readers(
+        self, view: ModuleGraph, node: fx.Node, labels: torch.Tensor, reader: fx.Node, power: int
+    ) -> tuple[torch.Tensor, list[Scaling]]:
+        """The labels that satisfy all readers of a value, and scalings that divide what the others make of it."""
+        if reads(reader, node) != 1:
+            raise Refusal(f"{spelled(reader)} reads its input twice")
+        more: list[Scaling] = []
+        for other in _readers(view, node):
+            if other is reader:
+                continue
+            spared = spare(other, node, labels)
+            if spared is not None:
+                labels = spared
+            elif self.compensate:
+                more += self._behind_one(view, other, node, labels, -power)
+            else:
+                raise Refusal(f"its input is also read by {spelled(other, view)}")
+        return labels, more
 
-    def _into_product(
-        self, view: ModuleGraph, user: fx.Node, node: fx.Node, labels: torch.Tensor, power: int
-    ) -> list[Scaling]:
-        """A parameter takes it in (layer scale); else, with compensation, the other factor; else it goes on."""
-        result = labels.expand(shape(user))
-        factors = [a for a in user.args[:2] if isinstance(a, fx.Node) and is_tensor(a) and a is not node]
+    def _reach_one(self, view: ModuleGraph, choices: Iterable[Choice], power: int) -> list[Scaling]:
+        """The scalings for the first choice whose goals can all be reached.
 
-        def other() -> list[Scaling]:
-            (factor,) = factors
-            return self.up(view, factor, operand(factor, result), user, power)
+        Raises:
+            Refusal: There is no such choice; the reason is that of the first.
+        """
+        reason: Refusal | None = None
+        for choice in choices:
+            try:
+                return [s for goal in choice() for s in self._reach(view, goal, power)]
+            except Refusal as error:
+                reason = reason or error
+        raise reason or Refusal("nothing there takes it in")
 
-        if not factors or (view.moves(factors[0]) and not self.compensate):
-            return self.down(view, user, result, power)
-        return self._first(other, lambda: self.down(view, user, result, power))
+    def _reach(self, view: ModuleGraph, goal: Goal, power: int) -> list[Scaling]:
+        if goal.reader is None:
+            return self.behind(view, goal.node, goal.labels, power)
+        return self.before(view, goal.node, goal.labels, goal.reader, power)
 
-    def _into_conv(self, view: ModuleGraph, user: fx.Node, labels: torch.Tensor, power: int) -> list[Scaling]:
-        _, weight, _, groups = layer_arguments(user)
-        if not is_tensor(weight):
-            raise Refusal(f"{spelled(user, view)} has no weight")
-        assert isinstance(weight, fx.Node)
+    def _check_branches(self, view: ModuleGraph, node: fx.Node, reader: fx.Node) -> None:
+        """A forward that branches on sizes must do the same with a value in each branch.
 
-        def columns() -> list[Scaling]:
-            v = vector(labels, -1 if of(user).name == "linear" else 1, user)
-            rows, inputs, *kernel = shape(weight)
-            own = v.view(groups, 1, inputs).expand(groups, rows // groups, inputs).reshape(
-                rows, inputs, *[1] * len(kernel)).expand(shape(weight))
-            return self.up(view, weight, own, user, power)
+        Raises:
+            Refusal: It does something else, or that is not known.
+        """
+        def same(pairs: dict[fx.Node, fx.Node]) -> bool:
+            there, its_reader = pairs.get(node), pairs.get(reader)
+            if there is None or its_reader is None:
+                return False
+            users = {u for u in there.users if not of(u).asks}
+            return users == {pairs.get(r) for r in _readers(view, node)} and (
+                self._is_single(there) and self._is_single(its_reader))
 
-        def through() -> list[Scaling]:
-            return self.down(view, user, apart(view, user, labels, shape(user)), power)
+        if not all(map(same, other_branches(view))):
+            raise Refusal(f"{type(view.module).__name__}.forward branches on sizes, and does something else there")
 
-        return self._first(columns, through)
+    # parameters
 
-    def _down_moved(self, view: ModuleGraph, user: fx.Node, node: fx.Node, labels: Any, power: int) -> list[Scaling]:
-        try:
-            there = moved(user, {node: labels})
-        except Refusal:
-            raise Refusal(f"it does not pass {spelled(user, view)}") from None
-        return self.down(view, user, there, power)
+    def _parameter(self, view: ModuleGraph, node: fx.Node, labels: torch.Tensor, power: int) -> Scaling:
+        """The scaling of a parameter that only this node reads.
+
+        Raises:
+            Refusal: It is no parameter, or something else uses it.
+        """
+        path, _, name = str(node.target).rpartition(".")
+        module = view.module.get_submodule(path)
+        p = module._parameters.get(name)
+        key = f"{view.path}.{node.target}" if view.path else str(node.target)
+        if p is None:
+            raise Refusal(f"{key} is no parameter")
+        if self._names[id(p)] > 1:
+            raise Refusal(f"{key} is shared with another module")
+        calls = len(self.traces.calls.get(module, ()))  # a layer whose parameter its parent reads is not called itself
+        if calls != (0 if path else 1) or not self._is_single(node) or tuple(p.shape) != labels.shape or (
+                self._is_read_above(view.call.parent, key)):
+            raise Refusal(f"{key} is used more than once")
+        return Scaling(key, labels, power)
+
+    def _is_read_above(self, call: Call | None, key: str) -> bool:
+        """Whether a forward around a layer reads the layer's parameter itself."""
+        while call is not None:
+            with contextlib.suppress(Refusal):
+                view = self.traces.inside(call)
+                prefix = f"{view.path}." if view.path else ""
+                if key.startswith(prefix) and self._count(view.forward.graph, "get_attr", key[len(prefix):]):
+                    return True
+            call = call.parent
+        return False
+
+    def _is_single(self, node: fx.Node) -> bool:
+        """Whether no other node calls the same layer, or reads the same parameter."""
+        return node.op not in ("call_module", "get_attr") or self._count(node.graph, node.op, str(node.target)) == 1
+
+    def _count(self, graph: fx.Graph, op: str, target: str) -> int:
+        """How often a forward calls a layer, or reads a parameter."""
+        if graph not in self._uses:
+            self._uses[graph] = Counter((n.op, str(n.target)) for n in graph.nodes)
+        return self._uses[graph][op, target]
 
 
-def _mixed_axes(node: fx.Node) -> Any:
-    """The axes over which an operator combines elements, and apart from which it is homogeneous; None for other operators."""
-    op = of(node)
-    if op.pools:
-        return range(2, len(shape(node)))
-    return argument(node, "dim") if op.reduces else None
+def _readers(view: ModuleGraph, node: fx.Node) -> list[fx.Node]:
+    """The nodes that use the elements of a value, and not merely its size.
+
+    Raises:
+        Refusal: There are several, and its memory is written in place: not all of them read the value itself.
+    """
+    found = [u for u in node.users if u.op == "output" or view.carries_data(u)]
+    if len(found) > 1 and is_tensor(node) and is_written_after(view, node):
+        raise Refusal(f"its tensor is changed in place, and read by {spelled(found[-1], view)}")
+    return found

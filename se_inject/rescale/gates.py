@@ -1,4 +1,7 @@
-"""Which weights take in a block's gate, and what the gate is; used by `fold` and `to_native`."""
+"""The gates of a model's blocks, and the weights that take in what each gate multiplies by.
+
+`fold` looks for the whole gate, which is constant, and `to_native` for the constant factor in it (`init="identity"`).
+"""
 
 from __future__ import annotations
 
@@ -12,59 +15,119 @@ from ..capture.snapshot import restored
 from ..dataflow.module_graph import ModuleGraph
 from ..dataflow.ops import name_of, shape
 from ..errors import Refusal
-from ..surgery.state import edits_of
-from .absorb import Absorber
-from .element_labels import spread
-from .operator_rules import Scaling
+from ..find.attention import Gate, gate_of
+from ..site import Site
+from ..surgery.session import traced
+from ..surgery.state import edits_of, injections_of
+from .absorb import Absorber, Scaling
+from .element_labels import filled, label_channels
+from .gate_statistics import GateStatistics
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Around:
-    """The call of a block in its owner's forward, and the axis of its channels."""
+@dataclasses.dataclass(eq=False)
+class GatedBlock:
+    """A block, and what `fold` finds out about it.
 
-    view: ModuleGraph
-    node: fx.Node
-    channels: int
-    axis: int
+    Attributes:
+        site: Where the block is.
+        gate: Its gate; None if the block is not its input times a gate.
+        scalings: The parameters that take in the mean gate, times `gain`.
+        gain: The factor that the owner's forward applies only if the block is there, see `outer_gain`.
+        reason: Why the block is kept; None if it is folded.
+        statistics: Those of the gate.
+    """
+
+    site: Site
+    gate: Gate | None = None
+    scalings: tuple[Scaling, ...] = ()
+    gain: float = 1.0
+    reason: str | None = None
+    statistics: GateStatistics = dataclasses.field(default_factory=GateStatistics)
+
+    @property
+    def factors(self) -> torch.Tensor:
+        """What takes the place of the block: a factor for each channel (C,)."""
+        return self.statistics.mean * self.gain
+
+    def channel_axis(self, dims: int) -> int:
+        """The axis of the channels in the block's input, which has `dims` axes."""
+        return 1 if self.site.layout == "NCHW" else dims - 1
 
 
-def around(absorber: Absorber, block: nn.Module, layout: str) -> Around:
-    """Where a block is called.
+def find_blocks(model: nn.Module, size: tuple[int, ...]) -> list[GatedBlock]:
+    """All blocks in the order of their sites, each with the parameters that take in its gate, or the reason why none do.
 
     Raises:
-        Refusal: It is called more than once, or its owner cannot be traced.
+        TraceError: The model does not take images of this (C, H, W).
+    """
+    blocks = [GatedBlock(site) for injection in injections_of(model) for site in injection.sites]
+    with traced(model, size) as t:
+        absorber = Absorber(model, t)
+        for b in blocks:
+            try:
+                _find_scalings(absorber, b, model.get_submodule(b.site.path))
+            except Refusal as refusal:
+                b.reason = str(refusal)
+    return blocks
+
+
+def _find_scalings(absorber: Absorber, b: GatedBlock, module: nn.Module) -> None:
+    """Find a block's gate, and the parameters that take the gate in.
+
+    Raises:
+        Refusal: There are none.
+    """
+    calls = absorber.traces.calls.get(module, [])
+    if not calls:
+        raise Refusal("it is not called on these images")
+    b.gate = gate_of(absorber.flow, calls[0])
+    if b.site.replaces:
+        raise Refusal("it replaced the base's own attention, which would come back")
+    view, node = only_call(absorber, module)
+    b.gain = outer_gain(view, b.site.slot)
+    b.scalings = tuple(absorb_gate(absorber, view, node, b.channel_axis(len(shape(node)))))
+
+
+def only_call(absorber: Absorber, block: nn.Module) -> tuple[ModuleGraph, fx.Node]:
+    """The forward of a block's owner, and the node in it that calls the block.
+
+    Raises:
+        Refusal: The block is called more than once, or its owner cannot be traced.
     """
     calls = absorber.traces.calls.get(block, ())
     if len(calls) != 1:
         raise Refusal("it is called more than once" if calls else "it is not called")
-    view, node = absorber.caller(absorber.view(calls[0]))
-    dims = shape(node)
-    axis = 1 if layout == "NCHW" else len(dims) - 1
-    return Around(view, node, dims[axis], axis)
+    return absorber.caller(absorber.traces.inside(calls[0]))
 
 
-def absorb_gate(absorber: Absorber, at: Around) -> list[Scaling]:
+def absorb_gate(absorber: Absorber, view: ModuleGraph, node: fx.Node, axis: int) -> list[Scaling]:
     """The scalings that do what a constant gate does, by the number of the channel: before the block, else behind it.
 
+    Args:
+        absorber: The search.
+        view: The forward of the block's owner.
+        node: The node in it that calls the block.
+        axis: The axis of the channels.
+
     Raises:
-        Refusal: There are none; the reasons of both.
+        Refusal: There are none; the reasons on both sides.
     """
-    labels = spread(at.channels, at.axis, shape(at.node))
+    labels = label_channels(shape(node), axis)
     try:
-        return absorber.up(at.view, at.node.args[0], labels, at.node)
-    except Refusal as error:
-        before = str(error)
+        return absorber.before(view, node.args[0], labels, node)
+    except Refusal as refusal:
+        before = str(refusal)
     try:
-        return absorber.down(at.view, at.node, labels)
-    except Refusal as error:
-        raise Refusal(f"before it: {before}; behind it: {error}") from None
+        return absorber.behind(view, node, labels)
+    except Refusal as refusal:
+        raise Refusal(f"before it: {before}; behind it: {refusal}") from None
 
 
 def outer_gain(view: ModuleGraph, slot: str) -> float:
-    """The factor that the author's forward puts behind a slot only when it is filled (NFNet's 2).
+    """The factor that the author's forward applies only if a slot is filled, such as NFNet's 2; otherwise 1.
 
     Raises:
-        Refusal: Without the block the forward does something else.
+        Refusal: The forward does something else, too, if the slot is empty.
     """
     edits = edits_of(view.module)
     if edits is None or edits.kind != "fill" or edits.original is not None:
@@ -92,12 +155,17 @@ def outer_gain(view: ModuleGraph, slot: str) -> float:
 
 
 def absorb_gain(absorber: Absorber, module: nn.Module, gain: float) -> list[Scaling]:
-    """The scalings that do what the factor in `module`, one of `gains`, does.
+    """The scalings that do what the constant factor of a gate does.
+
+    Args:
+        absorber: The search.
+        module: The module whose forward multiplies by the factor, one of `gains`.
+        gain: The factor.
 
     Raises:
         Refusal: There are none.
     """
-    view = absorber.view(absorber.traces.calls[module][0])
-    (node,) = [n for n in view.nodes if name_of(n) == "mul" and any(
+    view = absorber.traces.inside(absorber.traces.calls[module][0])
+    (product,) = [n for n in view.nodes if name_of(n) == "mul" and any(
         isinstance(a, float) and a == gain for a in n.args)]
-    return absorber.down(view, node, torch.zeros((), dtype=torch.float64).expand(shape(node)))
+    return absorber.behind(view, product, filled(0, ()).expand(shape(product)))

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..capture.forward import Unpacked
+from ..capture.forward import is_plain, pinned
 from ..capture.graphs import same_graph, sources_of, subgraph
-from ..capture.snapshot import on_meta, surgery_lock
+from ..capture.snapshot import on_meta, set_class, surgery_lock
 from ..capture.tracer import IN_PLACE
 from ..dataflow.branches import Branch, known_branch, same_branches, trace_branches
 from ..errors import Refusal, TraceError
@@ -29,35 +29,28 @@ def trace_modes(
     """Trace an owner for rewriting: the branches of its forward, and the arguments that they hold fixed.
 
     An argument stays open where the forward does not branch on it. `known` is the only branch in eval mode with
-    `constants`, where it is at hand. `module` is not changed.
+    `constants`, where it is at hand. Use it inside `on_meta`, which gives the modes back.
 
     Raises:
         Refusal: fx cannot follow the forward, or it differs between train and eval mode.
     """
-    modes = [(m, m.training) for m in module.modules()]
-    unpacked = {k: v for k, v in constants.items() if isinstance(v, Unpacked)}
-    try:
-        for m, _ in modes:
-            m.__dict__["training"] = False
-        paths = trace_branches(module, constants) if known is None else [known]
-        free = None
-        with contextlib.suppress(Refusal):
-            free = paths if constants.keys() == unpacked.keys() else trace_branches(module, unpacked)
-        if free is not None and same_branches(paths, free, constants):
-            paths, fixed = free, {}
-        else:
-            fixed = {k: v for k, v in constants.items() if v is None or isinstance(v, (bool, int, float, str))}
-            if len(fixed) + len(unpacked) < len(constants):
-                raise Refusal(f"{type(module).__name__}.forward depends on an argument that is no plain value")
-        for m, _ in modes:
-            m.__dict__["training"] = True
-        trained = trace_branches(module, {**fixed, **unpacked})
-        if not same_branches(paths, trained, {}):
-            raise Refusal(f"{type(module).__name__}.forward differs between train and eval mode")
-    finally:
-        for m, training in modes:
-            m.__dict__["training"] = training
-    return paths, fixed
+    modules = list(module.modules())
+    held = pinned(type(module), constants)
+    branches = trace_branches(module, constants) if known is None else [known]
+    free = None
+    with contextlib.suppress(Refusal):
+        free = branches if constants.keys() == held.keys() else trace_branches(module, held)
+    if free is not None and same_branches(branches, free, constants):
+        branches, fixed = free, held
+    else:
+        fixed = constants
+    if not all(map(is_plain, fixed.values())):
+        raise Refusal(f"{type(module).__name__}.forward depends on an argument that is no plain value")
+    for m in modules:
+        m.__dict__["training"] = True
+    if not same_branches(branches, trace_branches(module, fixed), {}):
+        raise Refusal(f"{type(module).__name__}.forward differs between train and eval mode")
+    return branches, fixed
 
 
 def generate(
@@ -136,7 +129,7 @@ def _regenerate(module: nn.Module) -> None:
     new = dataclasses.replace(edits, edits=moved(edits.edits, old, main.graph, module), decisions=main.outcomes)
     cls = _generate(module, new, subgraph(main.graph), paths, fixed)
     set_edits(module, new)
-    module.__class__ = cls
+    set_class(module, cls)
 
 
 def _trace_without_blocks(
@@ -147,11 +140,11 @@ def _trace_without_blocks(
     try:
         for edit in edits.edits:
             module._modules.pop(edit.slot, None)
-        module.__class__ = base_class(module)
+        set_class(module, base_class(module))
         with on_meta(module):
             return trace_modes(module, dict(edits.constants), None if known is None else known_branch(known))
     finally:
-        module.__class__ = cls
+        set_class(module, cls)
         module._modules.clear()
         module._modules.update(children)
 
@@ -200,7 +193,12 @@ def _head(graph: fx.Graph) -> tuple[str, str]:
     """The first line of a graph's code, and the arguments to call it with."""
     src = graph.python_code("self").src
     head = next(line for line in src.splitlines() if line.startswith("def forward("))
-    names = [str(n.target) if str(n.target).startswith("*") else n.name for n in graph.nodes if n.op == "placeholder"]
+    names: list[str] = []
+    for n in graph.nodes:
+        if n.op == "placeholder":
+            target = str(n.target)
+            keyword_only = any(name.startswith("*") for name in names)
+            names.append(target if target.startswith("*") else f"{target}={target}" if keyword_only else n.name)
     return head, ", ".join(names)
 
 
@@ -251,7 +249,7 @@ def _set_attribute(self: nn.Module, name: str, value: Any) -> None:
     base_class(self).__setattr__(self, name, value)
     of_module = name in _OF_MODULES or (name.startswith("__") and name.endswith("__"))  # torch.jit.script: __overloads__
     if "_se_graph" in cls.__dict__ and not of_module and not _traces_alike(old, value):
-        self.__class__ = _stale(cls)
+        set_class(self, _stale(cls))
 
 
 _OF_MODULES = {  # what torch sets on modules
@@ -294,4 +292,4 @@ def _set_state(module: nn.Module, state: dict[str, Any]) -> None:
     with told_to_user(module):
         code = generate(module, edits)
     assert isinstance(code, type)
-    module.__class__ = code
+    set_class(module, code)

@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from ..capture.graphs import counterparts
+from ..capture.snapshot import set_class
 from ..errors import Refusal
 from .state import Edit, OwnerEdits, base_class, edits_of, has_generated_class, set_edits
 
@@ -95,7 +96,7 @@ def apply_edits(
     if isinstance(code, dict):
         _set_graphs(module, code)
     elif code is not None:
-        module.__class__ = code
+        set_class(module, code)
 
 
 def undo_edits(module: nn.Module) -> None:
@@ -104,22 +105,18 @@ def undo_edits(module: nn.Module) -> None:
     assert edits is not None
     set_edits(module, None)
     if has_generated_class(module):
-        module.__class__ = base_class(module)
+        set_class(module, base_class(module))
     for edit in edits.edits:
         if edits.kind == "fill" and edits.original_registered:
             module._modules[edit.slot] = edits.original
             continue
         module._modules.pop(edit.slot, None)
         if edits.kind == "fill":
-            setattr(module, edit.slot, edits.original)
+            module.__dict__[edit.slot] = edits.original
     if edits.kind == "graph":
         _set_graphs(module, edits.original)
 
 
-def parameters_near(module: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype of the weights of an owner, else of the model."""
-    for source in (module, model):
-        for p in source.parameters():
-            if p.is_floating_point():
-                return p.device, p.dtype
-    return torch.device("cpu"), torch.get_default_dtype()
+def device_near(module: nn.Module, model: nn.Module) -> torch.device:
+    """The device of the weights of an owner, else of the model."""
+    return next((p.device for source in (module, model) for p in source.parameters()), torch.device("cpu"))

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from ..capture.forward import Unpacked
 from ..errors import SEInjectError
 from .state import BASE
 
@@ -24,12 +25,14 @@ def guards_for(fixed: dict[str, Any], message: str) -> tuple[str, dict[str, Any]
     # torch.jit.script takes a global for undefined where it is None
     plain = {name: repr(value) for name, value in fixed.items() if value is None or type(value) in (bool, int)}
     names: dict[str, Any] = {
-        ERROR_NAME: SEInjectError, **{f"_se_fixed_{name}": value for name, value in fixed.items() if name not in plain}}
+        ERROR_NAME: SEInjectError, **{f"_se_fixed_{name}": value for name, value in fixed.items() if name not in plain
+        and not isinstance(value, Unpacked)}}
+    tests = {
+        name: f"len({name}) != {len(value.items)}" if isinstance(value, Unpacked) else
+        f"{name} {'is not' if value is None or isinstance(value, bool) else '!='} {plain.get(name, f'_se_fixed_{name}')}"
+        for name, value in fixed.items()}
     return "".join(
-        f"    if {name} {'is not' if value is None or isinstance(value, bool) else '!='} "
-        f"{plain.get(name, f'_se_fixed_{name}')}:\n"
-        f"        raise {ERROR_NAME}({message.format(name=name)!r})\n"
-        for name, value in fixed.items()), names
+        f"    if {test}:\n        raise {ERROR_NAME}({message.format(name=name)!r})\n" for name, test in tests.items()), names
 
 
 def with_guards(source: str, guards: str) -> str:

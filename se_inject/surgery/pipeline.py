@@ -1,41 +1,35 @@
-"""The Python door: plan, inject and eject."""
+"""`plan`, `inject` and `eject`: the path of one call, from a model and its options to the same model with blocks."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import logging
-from collections import defaultdict
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
-from ..blocks.build import BlockSpec, make_block, problem
-from ..capture.fingerprint import frozen
-from ..capture.forward import is_plain_sequential
+from ..blocks.build import problem
 from ..capture.tracer import patched
 from ..config import SEConfig
 from ..dataflow.module_graph import TracedModel
-from ..errors import ConfigError, Refusal, SEInjectError
+from ..errors import ConfigError, SEInjectError
 from ..find.plan import Plan
 from ..find.sites import PlacedSite, find_sites
-from ..find.slots import takes_activation
 from ..site import Site
 from ..timm_names import architecture_of, rename, skeleton
-from .codegen import generate
-from .edits import apply_edits, parameters_near, undo_edits
+from .edits import apply_edits, undo_edits
 from .freezing import unfreeze_base
+from .jobs import Job, make_block_for, owner_jobs
 from .layer_decay import attach_matcher, detach_matcher
 from .load_hooks import register_hooks, remove_hooks
 from .refusals import no_sites, refuse, refuse_optimized
-from .session import traced
+from .session import copied, traced
 from .state import (
     BASE,
-    Edit,
     Injection,
-    OwnerEdits,
     edited_owners,
     edits_of,
     has_generated_class,
@@ -43,18 +37,9 @@ from .state import (
     set_injections,
     slots_of,
 )
+from .verify import check_outputs
 
 _logger = logging.getLogger("se_inject")
-
-
-@dataclasses.dataclass(eq=False)
-class Job:
-    """One owner to rewrite: its edits, its generated class, and its sites."""
-
-    module: nn.Module
-    edits: OwnerEdits
-    code: type[nn.Module] | dict[str, fx.Graph] | None
-    found: list[PlacedSite]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,22 +55,34 @@ def plan(
     model: nn.Module | str, config: SEConfig | dict[str, Any] | None = None, *,
     input_size: tuple[int, ...] | None = None, **options: Any,
 ) -> Plan:  # fmt: skip
-    """Say which sites `inject` would fill, and which it would skip and why. Changes nothing.
+    """Show which sites `inject` would fill, and which it would skip and why. Changes nothing.
 
     Args:
         model: A model, or a timm name; for a name no memory is taken for weights.
         config: An `SEConfig` or a dict of its fields.
-        input_size: (C, H, W) to run the model on; None is the model's own.
+        input_size: (C, H, W) to run the model on, without computing; None is the model's own.
         **options: Fields of `SEConfig`, on top of `config`.
 
     Returns:
-        The plan; it may have no sites.
+        The plan. It may have no sites; ``print(plan)`` is a table, ``print(plan.diagram())`` a drawing.
 
     Raises:
-        SEInjectError: An option is wrong, the name is unknown, or the model cannot be run.
+        ConfigError: An option is wrong, or timm does not have the name.
+        TraceError: The model cannot be run on the input size, or is wrapped, compiled or scripted.
+
+    Shape: the model takes images (N, C, H, W).
+
+    Source: Hu et al., Squeeze-and-Excitation Networks, arXiv 1709.01507, section 3 and Table 14.
 
     Example:
-        >>> print(se_inject.plan("resnet50", ratio=1 / 8))  # doctest: +SKIP
+        >>> import se_inject
+        >>> print(se_inject.plan("test_resnet", stages=(3, 4)))
+        site         kind      layout  stage  channels   size  squeeze  params
+        layer3.0.se  residual  NCHW        3       192  10x10       16   6,352
+        layer4.0.se  residual  NCHW        4        96    5x5        8   1,640
+        layer1.0.se  skipped: stage 1 is not in stages=[3, 4]
+        layer2.0.se  skipped: stage 2 is not in stages=[3, 4]
+        test_resnet: 2 sites, 2 skipped; 469,688 + 7,992 parameters (+1.7%), 103 + 0.03 M multiply-adds at 3x160x160
     """
     config = SEConfig.of(config, **options)
     name = model if isinstance(model, str) else _model_name(model)
@@ -96,47 +93,67 @@ def plan(
 
 def inject(
     model: nn.Module, config: SEConfig | dict[str, Any] | None = None, *,
-    input_size: tuple[int, ...] | None = None, **options: Any,
+    input_size: tuple[int, ...] | None = None, verify: bool = False, **options: Any,
 ) -> nn.Module:  # fmt: skip
     """Put blocks into `model`, in place, and return it. On any error the model is as it was.
 
-    Base weights keep their names and values, `training` flags stay, and with ``init="identity"`` the
-    outputs are bit-exact until the blocks are trained. New parameters take device and dtype of the
-    weights around them. An optimizer that was made before does not know the new parameters and says nothing about it:
-    ``optimizer.add_param_group({"params": se_parameters(model, optimizer)})``.
+    Base weights keep their names and values, and ``training`` flags stay. With ``init="identity"`` the outputs are
+    bit-exact until the blocks are trained. New parameters have the device and dtype of the weights around them. An
+    optimizer that was made before does not have the new parameters: add `se_parameters(model, optimizer)` to it.
 
     Args:
         model: A model; changed in place.
         config: An `SEConfig` or a dict of its fields.
         input_size: (C, H, W) to run the model on, without computing; None is the model's own.
+        verify: Whether to run copies of the base and of the injected model on random images, in both modes, and to undo the
+            injection where their outputs are not equal. Use it for models of your own.
         **options: Fields of `SEConfig`, on top of `config`.
+
+    Returns:
+        The model itself.
 
     Raises:
         NoSitesError: There is no site, or all are skipped; the message gives the reasons.
-        SEInjectError: An option is wrong, or the model is of a kind that cannot be rewritten.
+        ConfigError: An option is wrong.
+        TraceError: The model cannot be run on the input size, or is wrapped, compiled or scripted.
+        SEInjectError: With `verify`, outputs differ; the message names the first module whose output does.
+
+    Shape: the model takes images (N, C, H, W), and its outputs keep their shapes.
+
+    Source: Hu et al., Squeeze-and-Excitation Networks, arXiv 1709.01507.
 
     Example:
-        >>> model = se_inject.inject(timm.create_model("resnet50"), ratio=1 / 8)  # doctest: +SKIP
+        >>> import se_inject, timm, torch
+        >>> model, images = timm.create_model("test_resnet").eval(), torch.randn(2, 3, 160, 160)
+        >>> before = model(images)
+        >>> model = se_inject.inject(model, ratio=1 / 8)
+        >>> torch.equal(model(images), before), len(se_inject.block_paths(model))
+        (True, 4)
     """
     if isinstance(model, str):
         raise ConfigError(
             f"inject({model!r}) needs a model; write timm.create_model('se_inject/{model}') to make one by name")
     config = SEConfig.of(config, **options)
-    return apply(model, prepare(model, config, input_size, _model_name(model)))
+    return apply(model, prepare(model, config, input_size, _model_name(model)), verify=verify)
 
 
-def apply(model: nn.Module, prepared: Prepared) -> nn.Module:
+def apply(model: nn.Module, prepared: Prepared, *, verify: bool = False) -> nn.Module:
     """Put the blocks of `prepare` into `model`, in place, and return it. On any error the model is as it was.
 
     Raises:
         NoSitesError: There is no site, or all are skipped.
+        SEInjectError: With `verify`, outputs differ.
     """
     config = prepared.plan.config
     if not prepared.jobs:
         raise no_sites(prepared.plan)
+    replaced = [key for s in prepared.plan.sites for key in s.replaces]
+    if verify and replaced:
+        raise ConfigError("verify=True with existing='replace': the outputs change with the attention that goes; leave out one")
+    base = copied(model, "inject(verify=True)") if verify else None
     with torch.inference_mode(False):  # whose tensors could not be trained or loaded into
         blocks: list[dict[str, nn.Module]] = [
-            {s.site.slot: _block(s, job.module, model, config) for s in job.found} for job in prepared.jobs
+            {s.site.slot: make_block_for(s, job.module, model, config) for s in job.found} for job in prepared.jobs
         ]
     done: list[nn.Module] = []
     try:
@@ -145,6 +162,9 @@ def apply(model: nn.Module, prepared: Prepared) -> nn.Module:
             apply_edits(job.module, job.edits, job.code, named)
         register_hooks(model)
         attach_matcher(model)
+        if base is not None:
+            factors = {s.site.path: s.gain for job in prepared.jobs for s in job.found}
+            check_outputs(base, copied(model, "inject(verify=True)"), factors, prepared.plan.input_size)
     except BaseException:
         remove_hooks(model)
         detach_matcher(model)
@@ -155,7 +175,6 @@ def apply(model: nn.Module, prepared: Prepared) -> nn.Module:
             register_hooks(model)
             attach_matcher(model)
         raise
-    replaced = [key for s in prepared.plan.sites for key in s.replaces]
     if replaced:
         _logger.info("%d base tensors replaced: %s", len(replaced), ", ".join(replaced))
     set_injections(model, (*injections_of(model), Injection(config, prepared.plan.sites, prepared.input_size)))
@@ -174,8 +193,22 @@ def eject(model: nn.Module) -> nn.Module:
 
     Trained blocks are lost with what they learned.
 
+    Args:
+        model: An injected model; changed in place.
+
+    Returns:
+        The model itself.
+
     Raises:
-        SEInjectError: The model has no blocks of ours.
+        ConfigError: It is no model.
+        SEInjectError: It has no injected blocks, or was optimized for inference. Nothing is changed then.
+
+    Example:
+        >>> import se_inject, timm
+        >>> model = timm.create_model("test_resnet")
+        >>> keys = list(model.state_dict())
+        >>> list(se_inject.eject(se_inject.inject(model)).state_dict()) == keys
+        True
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"eject({model!r}) needs a model")
@@ -237,81 +270,6 @@ def placed_sites(
     """`find_sites` for a model that may have blocks already."""
     taken = {m: f"{path}.{slots_of(m)[0]}".lstrip(".") for path, m in model.named_modules() if edits_of(m) is not None}
     return find_sites(model, traces, config, taken=taken, drawn=drawn)
-
-
-def owner_jobs(found: list[PlacedSite], traces: TracedModel) -> list[Job]:
-    """Group the sites by owner and generate the owners' code; a site whose owner refuses gets a reason."""
-    owners: dict[nn.Module, list[PlacedSite]] = defaultdict(list)
-    for s in found:
-        if s.site.reason is None:
-            owners[s.view.module].append(s)
-    jobs: list[Job] = []
-    made: dict[Hashable, type[nn.Module] | dict[str, fx.Graph] | Refusal | None] = {}
-    for module, group in owners.items():
-        edits = _edits(module, group)
-        key = (traces.fingerprints.of(module), edits.edits, frozen(edits.constants), edits.decisions)
-        if key not in made:
-            try:
-                forward = group[0].view.forward
-                made[key] = generate(module, edits, None if forward.decisions else forward.graph)
-            except Refusal as error:
-                made[key] = error
-        code = made[key]
-        if isinstance(code, Refusal):
-            for s in group:
-                s.site = dataclasses.replace(s.site, reason=str(code))
-            continue
-        jobs.append(Job(module, edits, code, group))
-    return jobs
-
-
-def _edits(module: nn.Module, group: list[PlacedSite]) -> OwnerEdits:
-    first = group[0]
-    after = [_child_before(s) for s in group]
-    if first.place.fill is not None:
-        slot = first.site.slot
-        registered = slot in module._modules
-        original = module._modules[slot] if registered else module.__dict__[slot]
-        return OwnerEdits("fill", (Edit(slot, after[0]),), original=original, original_registered=registered)
-    if is_plain_sequential(module):
-        return OwnerEdits("insert", tuple(Edit(s.site.slot, child) for s, child in zip(group, after)))
-    index = first.view.index
-    edits = tuple(
-        Edit(s.site.slot, child, index[s.place.node], s.place.node.name,
-             None if s.place.users is None else tuple(index[u] for u in s.place.users))
-        for s, child in zip(group, after))
-    if isinstance(module, fx.GraphModule):
-        graphs = {key: graph for key, graph in module.__dict__.items() if isinstance(graph, fx.Graph)}
-        return OwnerEdits("graph", edits, original=graphs)
-    forward = first.view.forward
-    return OwnerEdits("rewrite", edits, tuple(forward.constants.items()), forward.decisions)
-
-
-def _child_before(s: PlacedSite) -> str:
-    """The owner's child that is called last before a site."""
-    names = (str(n.target).partition(".")[0] for n in s.view.calls_before(s.place.node))
-    return next((name for name in names if name in s.view.module._modules and name != s.site.slot), "")
-
-
-def _block(found: PlacedSite, owner: nn.Module, model: nn.Module, config: SEConfig) -> nn.Module:
-    site = found.site
-    device, dtype = parameters_near(owner, model)
-    spec = BlockSpec(site.channels, site.rd_channels, site.layout, site.style)
-    slot = found.place.fill
-    kind: Any = type(owner)
-    own = found.place.inner if slot is None else takes_activation(kind, slot.name)
-    act = _activation(owner) if own else None
-    block = make_block(spec, config, act, found.gain, device, dtype)
-    return block.train(owner.training)
-
-
-def _activation(owner: nn.Module) -> type[nn.Module] | None:
-    """The class of an owner's first activation."""
-    for m in owner.modules():
-        where = type(m).__module__
-        if where.endswith((".activation", ".activations", ".activations_me")) and not list(m.children()):
-            return type(m)
-    return None
 
 
 def _model_name(model: object) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..capture.snapshot import set_class
 from ..errors import SEInjectError
 from .generated_class import generated, new_of
 from .state import base_class, edits_of, set_edits, slots_of
@@ -88,7 +89,7 @@ def _getitem(self: nn.Module, idx: Any) -> Any:
     left = tuple(edit for edit in edits.edits if edit.slot in names)
     if left:
         set_edits(part, dataclasses.replace(edits, edits=left))
-        part.__class__ = cls
+        set_class(part, cls)
     return part
 
 
@@ -120,4 +121,4 @@ def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
 
 def _set_state(module: nn.Module, state: dict[str, Any]) -> None:
     module.__setstate__(dict(state))
-    module.__class__ = sequential_class(type(module))
+    set_class(module, sequential_class(type(module)))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 
 from torch import nn
 
 from ..capture.inputs import record_model
-from ..capture.snapshot import on_meta
+from ..capture.snapshot import on_meta, surgery_lock
 from ..dataflow.module_graph import TracedModel
+from ..errors import SEInjectError
 from .codegen import regenerate
 from .state import edited_owners
 
@@ -32,3 +34,18 @@ def traced(model: nn.Module, input_size: tuple[int, ...] | None = None) -> Itera
         regenerate(owner)
     with on_meta(model):
         yield TracedModel(record_model(model, input_size))
+
+
+def copied(model: nn.Module, what: str) -> nn.Module:
+    """A deep copy of a model.
+
+    Raises:
+        SEInjectError: Python cannot copy it.
+    """
+    try:
+        with surgery_lock:  # during another thread's injection its tensors may be on the meta device
+            return copy.deepcopy(model)
+    except Exception as error:
+        raise SEInjectError(
+            f"{what}: {type(model).__name__} cannot be copied ({type(error).__name__}: {error}): remove what it holds besides "
+            "modules and parameters; torch.nn.utils.prune.remove and remove_weight_norm do so") from error

@@ -15,16 +15,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..capture.values import tensors
 from ..config import SEConfig
 from ..errors import ConfigError
 from ..find.plan import Plan
 from ..surgery import pipeline
+from ..surgery.jobs import owner_jobs
 from ..timm_names import PREFIX, base_name, door_options, skeleton
 from ..weights.files import load, save
 from .bench_report import STAGES, Comparison, Entry, Report, Settings
 from .machine import description, device_for, threads
 from .memory import peak_memory, peak_resident
-from .outputs import tensors
 from .timing import Job, Spread, clock, interleaved, ratios
 from .variants import BASE, OPTIMIZED, Variant, create, image_size, optimized, plain_variants
 
@@ -183,7 +184,7 @@ def inject_in_stages(model: nn.Module, config: SEConfig, seconds: Mapping[str, l
         finished("record")
         found, _ = pipeline.placed_sites(model, traces, config)
         finished("sites")
-        jobs = pipeline.owner_jobs(found, traces)
+        jobs = owner_jobs(found, traces)
         finished("code")
     sites = tuple(s.site for s in found)
     plan = Plan(type(model).__name__, config, traces.run.input_size, 0, traces.run.macs, sites)

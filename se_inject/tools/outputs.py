@@ -1,4 +1,4 @@
-"""Outputs of two models, compared: equal bit by bit, or up to a deviation."""
+"""Outputs of models as the tools compute and compare them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_leaves
+
+from ..capture.values import tensors
 
 
 @torch.no_grad()
@@ -15,23 +16,6 @@ def run(model: nn.Module, images: torch.Tensor) -> Any:
     torch.manual_seed(0)
     with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
         return model(images)
-
-
-def tensors(output: Any) -> list[torch.Tensor]:
-    """The tensors in an output, which may be nested lists, tuples and dicts."""
-    return [t for t in tree_leaves(output) if isinstance(t, torch.Tensor)]
-
-
-def equal(a: Any, b: Any) -> bool:
-    """Whether two outputs have the same structure and equal values."""
-    (leaves, structure), (other_leaves, other_structure) = tree_flatten(a), tree_flatten(b)
-    return structure == other_structure and all(map(_equal_leaves, leaves, other_leaves))
-
-
-def _equal_leaves(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return torch.equal(a, b)
-    return type(a) is type(b) and bool(a == b)
 
 
 def deviation(expected: Any, found: Any) -> float:

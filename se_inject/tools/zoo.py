@@ -19,13 +19,14 @@ from ..capture import recording
 from ..capture.inputs import smallest_input, without_values
 from ..capture.meta_ops import MetaOps
 from ..capture.snapshot import on_meta
+from ..capture.values import equal
 from ..config import SEConfig
 from ..errors import SEInjectError
 from ..find.plan import Plan
 from ..surgery.pipeline import Prepared, apply, eject, prepare
 from ..surgery.refusals import no_sites
 from ..timm_names import PREFIX
-from .outputs import equal, run
+from .outputs import run
 from .zoo_table import Row, counts_text
 
 TORCHVISION = "torchvision/"

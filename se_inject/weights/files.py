@@ -148,7 +148,7 @@ def load_found(
     found: Checkpoint, path: str | os.PathLike[str], model: nn.Module | str | None = None, *,
     base: str | os.PathLike[str] | None = None, head: str | os.PathLike[str] | None = None, pretrained: bool = False,
     model_args: Mapping[str, Any] | None = None, device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None, **options: Any,
+    dtype: torch.dtype | None = None, verify: bool = False, **options: Any,
 ) -> nn.Module:  # fmt: skip
     """`load`, for a `path` that is already read as `found`."""
     found = dataclasses.replace(found, model_args={**found.model_args, **(model_args or {})})
@@ -168,7 +168,7 @@ def load_found(
     injected_here = not injections_of(net)
     try:
         if injected_here:
-            inject_as_said(net, found, options, path)
+            inject_as_said(net, found, options, path, verify=verify)
         elif found.recipe is not None:
             check_blocks(net, found.recipe, path)
         parts = Parts.of(net)

@@ -98,7 +98,9 @@ def infer_model_args(name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str
     return args
 
 
-def inject_as_said(net: nn.Module, found: Checkpoint, options: dict[str, Any], path: object) -> None:
+def inject_as_said(
+    net: nn.Module, found: Checkpoint, options: dict[str, Any], path: object, *, verify: bool = False
+) -> None:
     """Inject `net` as the recipe of the file says. Without a recipe, its ``se_`` arguments and `options` say it.
 
     Raises:
@@ -107,10 +109,10 @@ def inject_as_said(net: nn.Module, found: Checkpoint, options: dict[str, Any], p
     if found.recipe is None:
         said, _ = split_options(found.model_args)
         for config in said if len(said) > 1 else (SEConfig.of(said[0], **options),):
-            inject(net, config)
+            inject(net, config, verify=verify)
         return
     for config, size in zip(found.recipe.configs, found.recipe.input_sizes):
-        inject(net, config, input_size=size)
+        inject(net, config, input_size=size, verify=verify)
     here, there = {s.path for i in injections_of(net) for s in i.sites}, set(found.recipe.sites)
     if here != there:
         differ = sorted(here ^ there)

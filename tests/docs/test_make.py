@@ -108,3 +108,8 @@ def test_the_page_of_the_zoo_has_one_placement(tmp_path):
     assert f"{len(rows)} models: " in (tmp_path / "zoo.md").read_text()
     zoo_table.Table(tmp_path / "some.csv", [other])
     assert "no rows with placement auto" in call(tmp_path, "zoo", tmp_path / "some.csv", code=1).stderr
+
+
+def test_the_worked_example_is_what_the_package_prints():
+    page = (DOCS / "how-it-works.md").read_text()
+    assert make.with_steps(page, make.worked_example()) == page

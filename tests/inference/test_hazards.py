@@ -1,4 +1,4 @@
-"""Forwards in which writing in place, or moving an operation, would be wrong: the optimised copy leaves those alone."""
+"""Forwards in which a write in place, or a moved operator, would be wrong: the optimized copy leaves them alone."""
 
 import contextlib
 import copy
@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import se_inject
+from se_inject.surgery.state import OPTIMIZED
 
 from ..support.checks import randomise, total
 from .test_optimize import deviation
@@ -33,7 +34,7 @@ class SE(nn.Module):
 
 
 class Parts(nn.Module):
-    """What the forwards below call, some of it in each."""
+    """The modules and parameters that the forwards below use."""
 
     def __init__(self):
         super().__init__()
@@ -44,7 +45,7 @@ class Parts(nn.Module):
 
 
 def net(forward, child=None, **children):
-    """A model of that forward; a child of it that is a function is the forward of a module that is made alike."""
+    """A model with this forward. A child that is a function is the forward of a module that is made in the same way."""
     model = type("Net", (Parts,), {"forward": forward})()
     for name, c in {"child": child, **children}.items():
         if c is not None:
@@ -53,7 +54,7 @@ def net(forward, child=None, **children):
 
 
 def last(*values):
-    """What the last of several statements gives: for functions that are one expression."""
+    """The value of the last of several statements, so that a forward can be one expression."""
     return values[-1]
 
 
@@ -67,7 +68,7 @@ def image(batch, side):
 
 @torch.no_grad()
 def check(model, sides=(16, 24), batches=(2, 1), run=lambda m, x: m(x)):
-    """The copy, recorded at the first size, computes what the model does at all of them, and neither changes what it gets."""
+    """The copy is traced at the first size, computes what the model does at all sizes, and changes neither model nor input."""
     state = {k: v.clone() for k, v in model.state_dict().items()}
     fast = se_inject.optimize_for_inference(model, input_size=(3, sides[0], sides[0]))
     layouts = (torch.contiguous_format, torch.channels_last, torch.contiguous_format)
@@ -82,7 +83,7 @@ def check(model, sides=(16, 24), batches=(2, 1), run=lambda m, x: m(x)):
     return fast
 
 
-# a gate must not be computed before what changes the block's input in place
+# the gate must be computed after the write into the block's input
 @cases({
     "module": lambda m, x: last(y := m.stem(x), m.act(y), m.se(y)),
     "function": lambda m, x: last(y := m.stem(x), F.relu_(y), m.se(y)),
@@ -134,7 +135,7 @@ def halved(m, x):
     return x * 0.5 if x.shape[-1] > 16 else x
 
 
-# (forward, forward of its child, sizes, batches): the second size or batch goes the other way
+# (forward, forward of its child, sizes, batches): the second size or batch takes the other branch
 @cases({
     "returns early": (lambda m, x: m.child(m.stem(x)), lambda m, x: x if x.shape[-1] < 8 else x + m.point(x), (16, 6)),
     "pads": (lambda m, x: m.point(m.child(m.stem(x))) + m.child2(m.other(x)), padded, (16, 12)),
@@ -147,7 +148,7 @@ def halved(m, x):
         y := m.stem(x), (torch.stack(list(y)) * 2 if x.shape[-1] > 16 else y) + m.other(x)), None, (16, 32)),
     "batch": (lambda m, x: m.stem(x) if x.shape[0] > 2 else m.stem(x) + m.other(x), None, (16, 24), (2, 1, 4)),
 })
-def test_a_forward_that_branches_goes_either_way(case):
+def test_a_forward_takes_either_branch(case):
     check(net(*case[:2], child2=nn.Sequential(net(padded))), *case[2:])
 
 
@@ -165,7 +166,7 @@ def crop(x):
     return x[:, :, :16, :16].contiguous()
 
 
-# (forward, forward of its child, sizes): contiguous() and the like copy for some inputs, and are views for others
+# (forward, forward of its child, sizes): contiguous() and similar methods copy some inputs, and return views of others
 @cases({
     "permuted, in a child": (
         lambda m, x: last(h := m.stem(x), m.child(h) * 2 + m.point(h)),
@@ -233,6 +234,15 @@ def test_a_child_takes_a_list_and_a_tensor(case):
               *case, features=lambda m, x: [m.stem(x), m.other(x), m.point(m.stem(x))]))
 
 
+@cases({
+    "sum": lambda m, x: m.child2(x) + m.point(x.sin()),
+    "block": lambda m, x: m.child2(x) + m.se(m.point(m.stem(x))),
+})
+def test_a_forward_around_that_cannot_be_traced(case):
+    check(net(lambda m, x: m.child(torch.stack(list(x))), net(
+        *case, stem=nn.Conv2d(3, 3, 1), point=nn.Conv2d(3, 3, 1), se=SE(3), child2=lambda m, x: x.view(x.shape))))
+
+
 # (forward, batches)
 @cases({
     "rows": lambda m, x: last(h := m.stem(x), h[:, :, 1:] + h[:, :, :-1]),
@@ -263,7 +273,7 @@ def test_operands_that_overlap_are_not_written_into(case):
     ("resnet26", {}, {"placement": "identity"}), ("mobilenetv3_small_050", {}, {"placement": "inner", "existing": "stack"}),
     ("xception41p", {"features_only": True}, None),
     ("mobilenetv3_small_050", {"features_only": True, "feature_cls": "hook"}, None)])
-def test_what_methods_of_the_model_give(name, made, injected):
+def test_other_methods_of_the_model(name, made, injected):
     model = randomise(timm.create_model(name, **made)).eval()
     if injected is not None:
         randomise(se_inject.inject(model, **injected), 1)
@@ -325,7 +335,7 @@ WEIGHTS = {
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("before", [False, True], ids=["new", "run"])
 @pytest.mark.parametrize("kind", WEIGHTS)
-def test_weights_that_are_no_parameters_are_right_or_refused(kind, before):
+def test_weights_that_are_no_parameters(kind, before):
     model = net(lambda m, x: m.wide_se(m.scale(m.wide(m.norm(m.child(x))))), nn.Conv2d(3, 8, 3, padding=1),
                 scale=lambda m, x: x * m.layer_scale)
     layer_scale = torch.rand(32, 1, 1) + 0.5
@@ -334,14 +344,14 @@ def test_weights_that_are_no_parameters_are_right_or_refused(kind, before):
     if before:
         with torch.no_grad():
             model(image(2, 16))
-    with contextlib.suppress(se_inject.SEInjectError):
+    with contextlib.suppress(se_inject.SEInjectError):  # a refusal is right, too
         check(model)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["autocast", "half", "half first"])
 def test_sums_over_positions_do_not_overflow_in_float16(kind):
-    model, x = net(lambda m, x: m.wide_se(m.wide(m.stem(x)))), image(2, 96) + 40  # the means do not
+    model, x = net(lambda m, x: m.wide_se(m.wide(m.stem(x)))), image(2, 96) + 40  # the means do not overflow
     exact = copy.deepcopy(model).double()(x.double())
     if kind == "half first":
         model.half()
@@ -412,7 +422,7 @@ def test_gradients_and_autocast_take_the_authors_forward(name):
         exact = copy.deepcopy(model).double()(image(2, 160).double())
         with torch.autocast("cpu", torch.bfloat16):
             assert deviation(exact, fast(image(2, 160))) < 2 * deviation(exact, model(image(2, 160)))
-            block = next(m for m in fast.modules() if "_se_code" in type(m).__dict__ and m is not fast)
+            block = next(m for m in fast.modules() if OPTIMIZED in type(m).__dict__ and m is not fast)
             args = []
             block.register_forward_pre_hook(lambda _, given: args.extend(given))
             fast(image(2, 160))

@@ -1,4 +1,4 @@
-"""A copy for inference computes the same: norms folded, squeezes upstream, sums in place."""
+"""An optimized copy computes the same as its model: norms folded, squeezes upstream, sums in place."""
 
 import copy
 import io
@@ -15,7 +15,7 @@ from torch import nn
 import se_inject
 from se_inject.capture.inputs import input_sizes
 from se_inject.cli import main
-from se_inject.inference.merged_layers import MergedGate as Excitation
+from se_inject.inference.merged_layers import MergedGate
 
 from ..support.checks import randomise, total
 from ..support.families import FAMILIES, plain, trained
@@ -26,7 +26,7 @@ NATIVE = ["seresnet50", "efficientnet_b0", "regnety_002", "mobilenetv3_small_050
 
 
 def deviation(a, b):
-    """Of all outputs, relative to them."""
+    """The difference of all outputs, relative to the first."""
     return float((total(a).double() - total(b).double()).norm() / total(a).double().norm())
 
 
@@ -42,7 +42,7 @@ def image(model, side=None, batch=2):
 
 @torch.no_grad()
 def check(model, x, **kwargs):
-    """The copy computes what the model does, twice, and the model is as it was."""
+    """The copy computes what the model does, twice; model and input stay as they were."""
     expected = total(model(x))
     state = {k: v.clone() for k, v in model.state_dict().items()}
     classes = [type(m) for m in model.modules()]
@@ -84,8 +84,8 @@ def test_a_squeeze_is_taken_before_the_last_convolution():
     assert len(report.norms_folded) == 53 and not report.norms_kept
     assert report.sums == 16
     block = fast.layer1[1]
-    assert isinstance(block.se.optimised, Excitation)
-    assert [tuple(p.shape) for p in block.se.optimised.parameters()] == [(64, 16), (16,), (16, 256), (256,)]
+    assert isinstance(block.se.optimized, MergedGate)
+    assert [tuple(p.shape) for p in block.se.optimized.parameters()] == [(64, 16), (16,), (16, 256), (256,)]
     assert isinstance(block, type(timm.create_model("resnet50").layer1[1]))
     assert "squeezes layer1.0.act2, 64 channels" in str(report)
 
@@ -107,7 +107,7 @@ def test_what_cannot_be_moved_says_why():
 def test_other_blocks(name, block):
     model = made(name)
     fast = check(randomise(se_inject.inject(model, block=block)), image(model, 64))
-    assert {s.path for i in model._se_injections for s in i.sites} <= {b.path for b in fast.se_report.blocks}
+    assert set(se_inject.block_paths(model)) <= {b.path for b in fast.se_report.blocks}
 
 
 @pytest.mark.parametrize("placement", ["pre", "post", "inner", "identity", "standard"])
@@ -158,6 +158,27 @@ def test_nothing_that_is_still_read_is_written_into(kind):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 1), Unit(), Unit()).eval()
     check(model, torch.randn(2, 3, 6, 6), input_size=(3, 6, 6))
+
+
+def test_attributes_that_were_set_since_the_last_call_count():
+    class Double(nn.Module):
+        def forward(self, x):
+            return x * 2
+
+    model = randomise(se_inject.inject(made("resnet50"), placement="post"))
+    x = image(model, 64)
+    with torch.no_grad():
+        before = model(x)
+    model.layer1[0].drop_path = Double()
+    fast = check(model, x)
+    assert deviation(before, total(fast(x))) > 1e-3
+
+
+def test_a_graph_module():
+    model = torch.fx.symbolic_trace(made("test_resnet"))
+    se_inject.inject(model, input_size=(3, 64, 64))
+    fast = check(randomise(model), image(model, 64), input_size=(3, 64, 64))
+    assert isinstance(fast, torch.fx.GraphModule) and copy.deepcopy(fast).se_report == fast.se_report
 
 
 def test_other_sizes_and_batches():

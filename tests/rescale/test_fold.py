@@ -1,4 +1,4 @@
-"""Gates folded into weights: nothing but rounding where they are constant, and a report that says what they do elsewhere."""
+"""Gates folded into weights: only rounding if they are constant; otherwise a report says what they do."""
 
 import copy
 import math
@@ -12,11 +12,9 @@ from timm.layers import SEModule
 from torch import nn
 
 import se_inject
-from se_inject.capture.inputs import record_model
-from se_inject.capture.snapshot import on_meta as abstract
-from se_inject.dataflow.module_graph import TracedModel as Traces
 from se_inject.rescale.absorb import Absorber
-from se_inject.rescale.gates import absorb_gate, around
+from se_inject.rescale.gates import absorb_gate, only_call
+from se_inject.surgery.session import traced
 from se_inject.surgery.state import block_paths, injections_of
 from se_inject.tools import zoo
 
@@ -27,13 +25,13 @@ FAMILIES = [
     ("resnet18", 0), ("mobilenetv2_050", 0), ("convnext_atto", 0), ("vit_tiny_patch16_224", 0), ("nf_resnet26", 0),
     ("regnetx_002", 0), ("densenet121", 0), ("dla34", 0), ("efficientnet_lite0", 0), ("poolformer_s12", 0),
     ("levit_128s", 0), ("res2net50_26w_4s", 0), ("hrnet_w18_small", 0), ("coat_lite_tiny", 0),
-    ("xcit_nano_12_p8_224", 2),  # its class token goes by another way
-    ("mixer_s32_224", 8),  # a linear layer over tokens has the channels on its other axis, and a bias
+    ("xcit_nano_12_p8_224", 2),  # the class token is added to something else
+    ("mixer_s32_224", 8),  # a linear layer over tokens has the channels on its other axis
 ]  # fmt: skip
 
 
 def constant_gates(model, low=0.4):
-    """Give every block a gate of its own for each channel, which is the same for all images."""
+    """Give every block a gate that differs from channel to channel, and is the same for all images."""
     generator = torch.Generator().manual_seed(2)
     for path in block_paths(model):
         for name, m in model.get_submodule(path).named_children():
@@ -44,7 +42,7 @@ def constant_gates(model, low=0.4):
 
 
 def lived_in(model):
-    """Give the blocks weights as training would."""
+    """Give the blocks weights as after training."""
     generator = torch.Generator().manual_seed(3)
     for path in block_paths(model):
         for p in model.get_submodule(path).parameters():
@@ -80,7 +78,7 @@ def test_constant_gates_fold_away(name, kept):
 
 @pytest.mark.parametrize("block", ["se", "ese", "eca", "ceca", "ecam", "gc"])
 def test_gates_by_the_formula(block):
-    """The reported mean and variation are those of output over input, computed apart."""
+    """The reported mean and variation are those of the quotient of output and input, computed here."""
     model = lived_in(se_inject.inject(randomise(timm.create_model("resnet18")), block=block)).eval()
     seen = {p: [] for p in block_paths(model)}
     handles = [
@@ -113,11 +111,12 @@ def test_gates_that_are_not_of_channels_are_kept(block, reason):
     report = se_inject.fold(model, [images(size=(3, 64, 64))])
     assert not report.folded and all(re.search(reason, s.reason) and math.isnan(s.variation) for s in report.sites)
     assert report.change == 0.0
+    assert "nan" not in str(report) and re.search(r"layer1.0.\w+ +- +-  kept: ", str(report))
     assert [type(m) for m in model.modules()] == classes
     assert all(torch.equal(t, state[k]) for k, t in model.state_dict().items())
 
 
-def test_a_part_is_folded_and_the_rest_saves_and_loads(tmp_path):
+def test_some_blocks_are_folded_and_the_rest_saves_and_loads(tmp_path):
     model = lived_in(se_inject.inject(timm.create_model("vit_tiny_patch16_224", img_size=32)))  # two blocks in an owner
     model.eval().blocks[0].train()
     trial = se_inject.fold(copy.deepcopy(model), [images()])
@@ -141,7 +140,7 @@ def test_a_part_is_folded_and_the_rest_saves_and_loads(tmp_path):
         timm.create_model("vit_tiny_patch16_224", img_size=32).state_dict())
 
 
-def test_a_sequential_keeps_its_positions_when_a_part_is_folded():
+def test_a_sequential_keeps_its_positions_when_some_blocks_are_folded():
     model = constant_gates(se_inject.inject(timm.create_model("vgg11", mlp_ratio=0.02))).eval()
     for path in block_paths(model)[:3]:
         nn.init.normal_(model.get_submodule(path).fc2.weight)
@@ -153,7 +152,7 @@ def test_a_sequential_keeps_its_positions_when_a_part_is_folded():
         assert torch.equal(features, model.forward_features(x))
 
 
-def test_what_is_folded_does_not_come_back_by_another_injection(tmp_path):
+def test_folded_blocks_do_not_come_back_from_another_injection(tmp_path):
     model = se_inject.inject(randomise(timm.create_model("resnet18")), stages=(1,))
     lived_in(se_inject.inject(model, block="eca")).eval()
     variation = {s.path: s.variation for s in se_inject.fold(copy.deepcopy(model), [images()]).sites}
@@ -166,8 +165,8 @@ def test_what_is_folded_does_not_come_back_by_another_injection(tmp_path):
         assert torch.equal(other(images()), model(images()))
 
 
-def test_timm_saves_what_the_model_is_now(tmp_path):
-    """A folder that timm writes is read by timm: in part folded, folded and ejected models."""
+def test_timm_saves_the_model_as_it_is_now(tmp_path):
+    """timm reads the folder that it writes, for partly folded, folded and ejected models."""
     model = lived_in(randomise(timm.create_model("se_inject/resnet18", num_classes=3, se_stages=(3, 4)))).eval()
     ejected, folded = se_inject.eject(copy.deepcopy(model)), copy.deepcopy(model)
     variation = [s.variation for s in se_inject.fold(folded, [images()]).sites]
@@ -183,7 +182,7 @@ def test_timm_saves_what_the_model_is_now(tmp_path):
 
 
 class Counting(list):
-    """A loader that gives other images the second time."""
+    """A loader that gives other images in its second pass."""
 
     rounds = 0
 
@@ -221,7 +220,7 @@ def test_an_error_late_undoes_everything(monkeypatch):
     state = {k: t.clone() for k, t in model.state_dict().items()}
     with torch.no_grad():
         y = model(images())
-    monkeypatch.setattr("se_inject.rescale.fold._compare", lambda *a: 1 / 0)
+    monkeypatch.setattr("se_inject.rescale.fold.compare", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         se_inject.fold(model, [images()])
     with torch.no_grad():
@@ -230,35 +229,52 @@ def test_an_error_late_undoes_everything(monkeypatch):
     assert len(injections_of(model)) == 1
 
 
-def test_a_fold_that_does_something_else_is_refused(monkeypatch):
+def test_a_wrong_fold_is_refused(monkeypatch):
     model = lived_in(se_inject.inject(randomise(timm.create_model("resnet18")))).eval()
     state = {k: t.clone() for k, t in model.state_dict().items()}
-    monkeypatch.setattr("se_inject.rescale.operator_rules.Scaling.scale", lambda self, values, factors: values * 1.5)
+    monkeypatch.setattr("se_inject.rescale.absorb.Scaling.scale", lambda self, values, factors: values * 1.5)
     with pytest.raises(se_inject.SEInjectError, match="do not do what the mean gates do"):
         se_inject.fold(model, [images()])
     assert list(model.state_dict()) == list(state)
     assert all(torch.equal(t, state[k]) for k, t in model.state_dict().items())
 
 
-def test_what_cannot_be_asked():
-    with pytest.raises(se_inject.SEInjectError, match="inject"):
-        se_inject.fold(timm.create_model("resnet18"), [images()])
+def test_wrong_options():
     with pytest.raises(se_inject.SEInjectError, match="max_variation='much'"):
         se_inject.fold(se_inject.inject(timm.create_model("resnet18")), [images()], max_variation="much")
 
 
+def injected():
+    return se_inject.inject(timm.create_model("test_resnet")).eval()
+
+
+@pytest.mark.parametrize("function", [lambda m: se_inject.fold(m, [images()]), se_inject.to_native], ids=["fold", "to_native"])
+@pytest.mark.parametrize("make, message", [
+    (lambda: "resnet18", "needs a model"),
+    (lambda: timm.create_model("test_resnet"), "no injected blocks"),
+    (lambda: nn.Sequential(injected()), r"the injected model is inside this one: \w+\(model.get_submodule\('0'\)\)"),
+    (lambda: nn.DataParallel(injected()), "wrapped by DataParallel"),
+    (lambda: torch.compile(injected()), "is compiled"),
+    (lambda: se_inject.optimize_for_inference(injected()), "optimized for inference"),
+    (lambda: injected().to("meta"), "no values"),
+], ids=["name", "base", "inside", "wrapped", "compiled", "optimized", "meta"])
+def test_models_that_are_refused(function, make, message):
+    with pytest.raises(se_inject.SEInjectError, match=message):
+        function(make())
+
+
 def into(module, size=(8, 16, 16), path="se"):
-    """The parameters that take in the factor of the SE module at `path`, by name and power, or the reason why none do."""
-    with abstract(module):
-        absorber = Absorber(module, Traces(record_model(module, size)))
+    """Names of the parameters that take in the factor of the SE module at `path`, or the reason why none do."""
+    with traced(module, size) as t:
+        absorber = Absorber(module, t)
         try:
-            return {s.key for s in absorb_gate(absorber, around(absorber, module.get_submodule(path), "NCHW"))}
+            return {s.key for s in absorb_gate(absorber, *only_call(absorber, module.get_submodule(path)), 1)}
         except Exception as error:
             return str(error)
 
 
 class Toy(nn.Module):
-    """conv1, norm, act, SE, conv2, by a function of the module and its input."""
+    """Two convolutions, SE and further layers, called by a function of the module and its input."""
 
     def __init__(self, forward, **layers):
         super().__init__()
@@ -313,6 +329,7 @@ UP, DOWN = {"conv1.weight", "conv1.bias"}, {"conv2.weight"}
     (Toy(lambda m, x: m.se(halves(m, x))), UP),
     (Toy(lambda m, x: (lambda y: m.se(y) + y)(m.conv1(x))), "also read by add"),
     (Toy(lambda m, x: m.se(x).sigmoid()), "does not pass sigmoid"),
+    (Toy(lambda m, x: m.se(1.0 / m.conv1(x))), "does not pass truediv"),
     (Toy(lambda m, x: m.se(x)), "the model's own input or output"),
     (Toy(lambda m, x: m.se(x) * m.gamma, gamma=nn.Parameter(torch.ones(8, 1, 1))), {"gamma"}),
     (Toy(lambda m, x: m.se(x) * m.gamma, gamma=nn.Parameter(torch.ones(1))), "same for several channels"),
@@ -349,9 +366,9 @@ def test_shared_weights_are_refused():
 def test_the_scaled_weights_do_what_the_factor_does(forward):
     toy = Toy(forward, grouped=nn.Conv2d(8, 8, 3, groups=4, padding=1), fc=nn.Linear(8 * 16 * 16, 2)).double().eval()
     x, factors = images(size=(8, 16, 16)).double(), torch.rand(8, dtype=torch.float64) + 0.1
-    with abstract(toy):
-        absorber = Absorber(toy, Traces(record_model(toy, (8, 16, 16))))
-        scalings = absorb_gate(absorber, around(absorber, toy.se, "NCHW"))
+    with traced(toy, (8, 16, 16)) as t:
+        absorber = Absorber(toy, t)
+        scalings = absorb_gate(absorber, *only_call(absorber, toy.se), 1)
     toy.se.forward = lambda x: x * factors.view(-1, 1, 1)
     with torch.no_grad():
         expected = toy(x)

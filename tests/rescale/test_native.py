@@ -1,6 +1,7 @@
-"""Back to timm's own models with attention: strict loads, equal outputs, and a clear answer where there is none."""
+"""Back to timm's own models with attention: strict loads, equal outputs, and a clear answer if there is no such model."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -17,7 +18,7 @@ from se_inject.surgery.state import block_paths
 from ..contract.test_twins import TWINS
 from ..support.checks import randomise
 
-# Every pair goes by `python -m tests.rescale.test_native`; here one of each file of timm's and block.
+# `python -m tests.rescale.test_native` checks all pairs; the tests check one for each file of timm's and each block.
 SOME = {
     "seresnet18", "ecaresnet26t", "nf_seresnet26", "nf_ecaresnet26", "regnety_002", "efficientnet_b0", "sedarknet21",
     "seresnet33ts", "eca_resnext26ts", "gcresnext26ts", "ese_vovnet39b", "eca_vovnet39b"}
@@ -32,7 +33,7 @@ def test_one_of_each_kind_is_chosen():
 
 
 def trained(base, block, args, options):
-    """A twin's base with blocks at identity's gain, and weights as training would leave them."""
+    """A twin's base with blocks of init="identity", and weights as after training."""
     model = randomise(timm.create_model(f"se_inject/{base}", se_block=block, **args, **options))
     generator = torch.Generator().manual_seed(1)
     for path in block_paths(model):
@@ -77,7 +78,6 @@ def test_a_frozen_base_stays_frozen_and_has_its_twin():
     assert all(m.training for m in model.modules()) and all(p.requires_grad for p in model.parameters())
 
 
-
 @pytest.mark.parametrize("native, block, base, args, options", CHOSEN, ids=[t[0] for t in CHOSEN])
 def test_native_twin(native, block, base, args, options):
     assert check(native, block, base, args, options).architecture == native
@@ -119,7 +119,7 @@ def test_weights_are_a_state_dict_of_their_own(tmp_path):
     weights = se_inject.to_native(model)
     own = {t.data_ptr() for t in model.state_dict().values()}
     assert not own & {t.data_ptr() for t in weights.values()}
-    torch.save(weights, tmp_path / "native.pth")  # without a class of ours in the pickle
+    torch.save(weights, tmp_path / "native.pth")  # no class of se_inject is in the pickle
     timm.create_model(weights.architecture, checkpoint_path=str(tmp_path / "native.pth"))
 
 
@@ -129,20 +129,34 @@ def test_without_a_factor_the_weights_are_the_same():
     assert all(torch.equal(t, weights[k]) for k, t in model.state_dict().items())
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda: timm.create_model("resnet18"), "no injected blocks"),
+@pytest.mark.parametrize("make, messages", [
     (lambda: se_inject.inject(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())),
-     "not made by timm"),
-    (lambda: timm.create_model("se_inject/resnet18", se_stages=(3,)), "no model with these"),
-    (lambda: timm.create_model("se_inject/resnet18", se_act_layer="silu"), "seresnet18 have its tensors, but other outputs"),
-], ids=["base", "own", "stages", "act"])
-def test_what_has_no_twin(make, message):
-    model = make()
-    if "act" in message or "outputs" in message:
-        randomise(model)
+     ["not made by timm"]),
+    (lambda: timm.create_model("se_inject/resnet18", se_ratio=1 / 4),
+     ["is seresnet18, which has another shape of layer1.0.se.fc1.weight and 23 more", "ratio=0.25"]),
+    (lambda: timm.create_model("se_inject/resnet18", se_placement="standard"),
+     ["None of those tried has blocks in these places", "placement='standard'"]),
+    (lambda: randomise(timm.create_model("se_inject/resnet18", se_act_layer="silu")),
+     ["These tensors, but other outputs: seresnet18", "act_layer='silu'"]),
+    (lambda: timm.create_model("se_inject/resnet18", se_block="cbam"), ["the factor 2 .* does not go into the weights"]),
+], ids=["own", "ratio", "placement", "act", "cbam"])
+def test_what_has_no_twin(make, messages, monkeypatch):
+    monkeypatch.setattr("se_inject.rescale.native._candidates", lambda base: (["resnet26", "seresnet18"], ["nf_resnet26"]))
+    check_no_twin(make(), messages)
+
+
+def test_all_candidates_are_tried_before_the_error():
+    check_no_twin(timm.create_model("se_inject/resnet18", se_stages=(3,)), [
+        "no model with these", "is seresnet18, which also has layer1.0.se.fc1.weight and 23 more", r"stages=\[3\]",
+        r"the \d\d other models in the same file"])
+
+
+def check_no_twin(model, messages):
     keys = list(model.state_dict())
-    with pytest.raises(se_inject.SEInjectError, match=message):
+    with pytest.raises(se_inject.SEInjectError) as error:
         se_inject.to_native(model)
+    for message in messages:
+        assert re.search(message, str(error.value)), error.value
     assert list(model.state_dict()) == keys
 
 

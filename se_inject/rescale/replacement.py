@@ -1,0 +1,78 @@
+"""Blocks replaced by constant factors: parameters scaled, blocks taken out, and all of it undone on an error."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Collection, Iterator
+
+from torch import nn
+
+from ..capture.snapshot import set_class
+from ..surgery.codegen import generate
+from ..surgery.edits import apply_edits, undo_edits
+from ..surgery.pipeline import forget_injections
+from ..surgery.state import base_class, edited_owners, edits_of, injections_of, set_injections, slots_of
+from .gates import GatedBlock
+
+
+@contextlib.contextmanager
+def undone_on_error(model: nn.Module, blocks: Collection[GatedBlock]) -> Iterator[None]:
+    """An error inside leaves the model as it was: the parameters that take in the gates of `blocks`, and all owners."""
+    parameters = dict(model.named_parameters())
+    values = {s.key: parameters[s.key].detach().clone() for b in blocks for s in b.scalings}
+    owners = [(m, type(m), {**m.__dict__, "_modules": dict(m._modules)}) for m in edited_owners(model)]
+    try:
+        yield
+    except BaseException:
+        for key, tensor in values.items():
+            parameters[key].copy_(tensor)
+        for m, cls, attributes in owners:
+            set_class(m, cls)
+            m.__dict__.clear()
+            m.__dict__.update(attributes)
+        raise
+
+
+def replace_blocks(model: nn.Module, blocks: Collection[GatedBlock]) -> None:
+    """Take blocks out of a model, in place, and scale the parameters that take in their mean gates."""
+    parameters = dict(model.named_parameters())
+    going = {b.site.path for b in blocks}
+    for path, m in list(model.named_modules()):
+        prefix = f"{path}." if path else ""
+        _take_out(m, {slot for slot in slots_of(m) if prefix + slot in going})
+    for b in blocks:
+        for s in b.scalings:
+            p = parameters[s.key]
+            p.copy_(s.scale(p, b.factors))
+
+
+def _take_out(owner: nn.Module, slots: set[str]) -> None:
+    """Take some of an owner's blocks out, in place; with the last one, all that was done to the owner."""
+    if not slots:
+        return
+    edits = edits_of(owner)
+    assert edits is not None
+    left = tuple(e for e in edits.edits if e.slot not in slots)
+    blocks = {e.slot: owner.get_submodule(e.slot) for e in left}
+    undo_edits(owner)
+    if left:
+        new = dataclasses.replace(edits, edits=left)
+        code = generate(owner, new)
+        assert type(owner) is base_class(owner)
+        apply_edits(owner, new, code, blocks)
+
+
+def forget_blocks(model: nn.Module, kept: Collection[str]) -> None:
+    """Let a model's injections have only the blocks at these paths; without any, the model is a base."""
+    injections = []
+    for injection in injections_of(model):
+        sites = tuple(s for s in injection.sites if s.path in kept)
+        if sites:  # chosen by name, so that a rebuilt model has no others
+            config = dataclasses.replace(
+                injection.config, filter_fn=None, include=tuple(s.path for s in sites), exclude=None)
+            injections.append(dataclasses.replace(injection, config=config, sites=sites))
+    if injections:
+        set_injections(model, tuple(injections))
+    else:
+        forget_injections(model)

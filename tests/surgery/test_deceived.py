@@ -1,0 +1,324 @@
+"""Forwards that deceive a trace: the injected model computes what the base computes, or the place is skipped with its reason.
+
+A new case is one line: the name of its kind, and the body of a residual block's forward.
+"""
+
+import collections
+import copy
+import functools
+import logging
+import random
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import se_inject
+from se_inject.errors import SEInjectError
+
+FLAGS, LOG, COUNTS, TABLE = {"x": True}, [], collections.Counter(), {10: 0.5, 8: 0.25}
+CASES = {
+    # questions about the tensor that a proxy answers otherwise
+    "isinstance": "y = self.f(x); return x + (y if isinstance(x, torch.Tensor) else y * 0.5)",
+    "is_tensor": "y = self.f(x); return x + (y if torch.is_tensor(y) else y * 0.5)",
+    "type": "y = self.f(x); return x + (y if type(y) is torch.Tensor else y * 0.5)",
+    "hasattr": "y = self.f(x); return x + (y * 0.5 if hasattr(x, 'mask') else y)",
+    "dtype is": "y = self.f(x); return x + (y if x.dtype is torch.float32 else y * 0.5)",
+    "dtype table": "y = self.f(x); return x + y * {torch.float32: 0.5}.get(x.dtype, 1.0)",
+    "size table": "y = self.f(x); return x + y * TABLE.get(x.shape[2], 1.0)",
+    "size in": "y = self.f(x); return x + (y * 0.5 if x.shape[2] in {8, 10} else y)",
+    "text table": "h, w = x.shape[2:]; return x + self.f(x) * {'10x10': 0.5}.get(f'{h}x{w}', 1.0)",
+    "text": "return x + self.f(x) * {'10': 0.5}.get(str(x.shape[2]), 1.0)",
+    "caught int": """
+        try:
+            k = int(x.shape[2]) / 8
+        except Exception:
+            k = 0.5
+        return x + self.f(x) * k * 3""",
+    "caught float": """
+        try:
+            k = float(x.shape[2])
+        except Exception:
+            k = 0.5
+        return x + self.f(x) * k""",
+    "requires_grad": "y = self.f(x); return x + (y * 0.5 if not x.requires_grad else y)",
+    "is contiguous": "y = self.f(x); return x + (y * 0.5 if x.is_contiguous() else y)",
+    # modes
+    "grad": "y = self.f(x); return x + (y * 0.5 if torch.is_grad_enabled() else y)",
+    "autocast": "y = self.f(x); return x + (y * 0.5 if torch.is_autocast_enabled('cpu') else y)",
+    "inference": "y = self.f(x); return x + (y * 0.5 if torch.is_inference_mode_enabled() else y)",
+    "training": "y = self.f(x); return x + (y * 0.5 if self.training else y)",
+    "sets grad": "y = self.f(x)\n        with torch.no_grad():\n            z = y * 0.5\n        return x + y + z",
+    # side effects
+    "global list": "LOG.append(1); return x + self.f(x)",
+    "global counter": "COUNTS['x'] += 1; return x + self.f(x)",
+    "own list": "self.seen.append(x.shape[0]); return x + self.f(x)",
+    "own counter": "self.count += 1; return x + self.f(x)",
+    "meter": "self.meter.total += 1; return x + self.f(x)",
+    "print": "print('forward'); return x + self.f(x)",
+    "log": "logging.getLogger('net').warning('forward'); return x + self.f(x)",
+    "hook": """
+        if not self.ready:
+            self.f.register_forward_hook(lambda m, a, y: y * 0.5)
+            self.ready = True
+        return x + self.f(x)""",
+    "child attribute": "self.f.scale = 2.0; return x + self.f(x)",
+    # chance and time
+    "random": "return x + self.f(x) * random.random()",
+    "numpy": "return x + self.f(x) * np.random.rand()",
+    "own generator": "return x + self.f(x) * self.generator.random()",
+    "iterator": "return x + self.f(x) * next(self.numbers)",
+    "clock": "return x + self.f(x) * time.perf_counter()",
+    "torch": "return x + self.f(x) * torch.rand_like(x)",
+    # calls
+    "itself": "return x + self.f(x) if depth else self(x, depth=1)",
+    "cached": "return x + self.f(x) * half_of(x.shape[2])",
+    "flag": "return x + (self.f(x) if FLAGS['x'] else self.f(x) * 0.5)",
+    "plain": "return x + self.f(x)",
+    "sizes": "y = self.f(x); return x + (y * 0.5 if x.shape[2] == 10 else y)",
+}
+TAKEN = {"plain", "sizes", "flag", "requires_grad", "is contiguous", "torch"}  # cases that get their block
+
+
+@functools.lru_cache
+def half_of(n):
+    return 0.5 if n == 8 else 1.0
+
+
+class Meter:
+    def __init__(self):
+        self.total = 0
+
+
+def block(body):
+    """A residual block with this forward."""
+    names = {**globals(), "logging": logging, "time": time}
+    exec(f"def forward(self, x, depth=0):\n        {body.strip()}", names)
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+            self.seen, self.count, self.ready, self.meter = [], 0, False, Meter()
+            self.generator, self.numbers = random.Random(0), None
+
+        forward = names["forward"]
+
+    return Block()
+
+
+def net(body):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 1), block("return x + self.f(x)"), block(body)).eval()
+
+
+def outputs(model, x):
+    """In eval mode without and with gradients, and in train mode, at one size and at another."""
+    found = []
+    for images in (x, x[..., :8, :8]):
+        for training, grad in ((False, False), (False, True), (True, True)):
+            m = copy.deepcopy(model).train(training)
+            m[2].numbers = iter([0.5, 0.25, 0.125])
+            for draw in (random.seed, np.random.seed, torch.manual_seed):
+                draw(0)
+            with torch.set_grad_enabled(grad):
+                found.append(m(images).detach())
+    with torch.inference_mode():
+        model[2].numbers = iter([0.5, 0.25, 0.125])
+        found.append(copy.deepcopy(model)(x).clone())
+    model[2].numbers = None
+    return found
+
+
+def effects(model, x):
+    """What one forward does beside its output."""
+    LOG.clear()
+    COUNTS.clear()
+    m = copy.deepcopy(model)
+    m[2].numbers = iter([0.5] * 3)
+    m(x)
+    return len(LOG), dict(COUNTS), m[2].seen, m[2].count, m[2].meter.total, m[2].ready, len(m[2].f._forward_hooks)
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_the_injected_model_computes_and_does_what_the_base_does(kind, capsys):
+    model, x = net(CASES[kind]), torch.randn(2, 3, 10, 10)
+    base = copy.deepcopy(model)
+    model[2].numbers = iter(range(99))
+    plan = se_inject.plan(model, input_size=(3, 10, 10))
+    model[2].numbers = None
+    assert [s.path for s in plan.sites][:1] == ["1.se"]
+    assert ("2.se" in [s.path for s in plan.sites]) == (kind in TAKEN), plan
+    assert all(s.reason for s in plan.skipped) and len(plan.all_sites) == 2
+    model[2].numbers = iter(range(99))
+    se_inject.inject(model, input_size=(3, 10, 10))
+    model[2].numbers = None
+    assert kind == "clock" or all(map(torch.equal, outputs(base, x), outputs(model, x)))
+    assert effects(base, x) == effects(model, x)
+    if kind not in ("sets grad", "inference"):
+        capsys.readouterr()
+        base(x) if kind != "iterator" else None
+        expected = capsys.readouterr().out
+        model(x) if kind != "iterator" else None
+        assert capsys.readouterr().out == expected
+
+
+def test_planning_leaves_no_hook_and_no_count():
+    for kind in ("hook", "global list", "global counter", "own list", "meter"):
+        model, x = net(CASES[kind]), torch.randn(2, 3, 10, 10)
+        before = effects(model, x)
+        LOG.clear()
+        COUNTS.clear()
+        se_inject.plan(model, input_size=(3, 10, 10))
+        assert not LOG and not COUNTS and not model[2].seen and not model[2].meter.total and not model[2].f._forward_hooks
+        assert effects(model, x) == before
+
+
+def test_a_forward_of_the_instance_is_not_the_class_s():
+    model = net(CASES["plain"])
+    own = model[2].forward
+    model[2].forward = lambda x: own(x) * 2
+    plan = se_inject.plan(model, input_size=(3, 10, 10))
+    assert [s.path for s in plan.sites] == ["1.se"] and "forward of its own instance" in plan.skipped[0].reason
+
+
+class Variadic(nn.Module):
+    """Arguments that are passed on."""
+
+    def __init__(self):
+        super().__init__()
+        self.n, self.a = nn.BatchNorm2d(8), Child()
+
+    def forward(self, x, *args, scale=1.0, **kw):
+        return x + self.a(self.n(x), *args, **kw) * scale
+
+
+class Child(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.out = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x, mask=None):
+        y = self.out(torch.relu(self.conv(x)))
+        return y if mask is None else y * mask
+
+
+def decorated(function):
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+class Decorated(Variadic):
+    forward = decorated(decorated(Variadic.forward))
+
+
+class Returning(nn.Module):
+    """Returns a dict, and cannot be traced."""
+
+    def __init__(self, unit):
+        super().__init__()
+        self.stem, self.unit = nn.Conv2d(3, 8, 1), unit
+
+    def forward(self, x):
+        x = self.unit(self.stem(x))
+        self.last = x.shape
+        return {"map": x, "sum": x + 1}
+
+
+@pytest.mark.parametrize("unit", [Variadic, Decorated])
+def test_variadic_arguments_are_traced_as_empty_and_checked(unit):
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 1), unit()).eval(), torch.randn(2, 3, 10, 10)
+    base, h = copy.deepcopy(model), torch.randn(2, 8, 10, 10)
+    se_inject.inject(model, input_size=(3, 10, 10))
+    assert se_inject.block_paths(model) == ["1.se"] and torch.equal(model(x), base(x))
+    assert torch.equal(model[1](h, scale=0.5), base[1](h, scale=0.5))
+    for args, kwargs in (((h,), {}), ((), {"mask": h})):
+        with pytest.raises(SEInjectError, match="was rewritten for one value of"):
+            model[1](h, *args, **kwargs)
+
+
+def test_nothing_is_hidden_under_a_parent_that_is_not_listed():
+    class Odd(Child):
+        def forward(self, x):
+            self.last = x.shape
+            return x + self.out(torch.relu(self.conv(x)))
+
+    plan = se_inject.plan(Returning(Odd()), input_size=(3, 10, 10))
+    assert plan.skipped and all(s.reason for s in plan.skipped)
+
+
+class Locked(nn.Module):
+    """An author's own __setattr__, which refuses, or writes to the dict."""
+
+    refuses = True
+
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+        self.__dict__["locked"] = True
+
+    def __setattr__(self, name, value):
+        if "locked" not in self.__dict__:
+            super().__setattr__(name, value)
+        elif self.refuses:
+            raise AttributeError(f"{name} is locked")
+        else:
+            self.__dict__[name] = value
+
+    def forward(self, x):
+        return x + self.f(x)
+
+
+class Writing(Locked):
+    refuses = False
+
+
+@pytest.mark.parametrize("unit", [Locked, Writing])
+def test_an_authors_own_setattr(unit):
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 1), unit()), torch.randn(2, 3, 10, 10)
+    expected, keys = model(x), list(model.state_dict())
+    se_inject.inject(model, input_size=(3, 10, 10))
+    nn.init.ones_(model[1].se.fc2.bias)
+    assert not torch.equal(model(x), expected) and not any(p.is_meta for p in model.parameters())
+    se_inject.eject(model)
+    assert torch.equal(model(x), expected) and list(model.state_dict()) == keys and type(model[1]) is unit
+
+
+class ByType(nn.Module):
+    """Asks for the class of its blocks, which an injection changes."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.block = nn.Conv2d(3, 8, 1), block(CASES["plain"])
+        self.kind = type(self.block)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.block(x) if type(self.block) is self.kind else x
+
+
+def test_verify_is_the_last_net():
+    model, x = ByType().eval(), torch.randn(2, 3, 10, 10)
+    expected, names = model(x), list(model.state_dict())
+    with pytest.raises(SEInjectError, match="the injection was undone"):
+        se_inject.inject(model, input_size=(3, 10, 10), verify=True)
+    assert torch.equal(model(x), expected) and list(model.state_dict()) == names and not se_inject.block_paths(model)
+    sound = net(CASES["plain"])
+    for init in ("identity", "timm"):
+        assert se_inject.block_paths(se_inject.inject(copy.deepcopy(sound), input_size=(3, 10, 10), init=init, verify=True))
+
+
+def test_blocks_have_the_dtype_of_what_they_gate():
+    model, x = net(CASES["plain"]).bfloat16(), torch.randn(2, 3, 10, 10, dtype=torch.bfloat16)
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.float()
+    expected = model(x)
+    se_inject.inject(model, input_size=(3, 10, 10))
+    assert torch.equal(model(x), expected) and F.relu(model(x)).dtype is torch.bfloat16
