@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import Refusal
 from .graphs import compute, evaluate, subgraph
-from .meta_ops import MetaOps, Operation, first_difference, storage
+from .meta_ops import MetaOps, first_difference, storage
 from .recording import Call, alike
 from .snapshot import kept_globals, restored
 from .tracer import IN_PLACE, READ_AGAIN, QuickTracer
@@ -94,6 +94,15 @@ def _random_state() -> tuple[object, ...]:
     """The state of Python's and numpy's random numbers. Another thread may draw some, too."""
     numpy = sys.modules.get("numpy")
     return random.getstate()[1], None if numpy is None else numpy.random.get_state()[1].tobytes()
+
+
+@functools.lru_cache(maxsize=1024)
+def _may_draw(cls: Any) -> bool:
+    """Whether the file of a forward imports random numbers of Python or numpy; others show in the numbers of the trail."""
+    namespace = getattr(inspect.unwrap(cls.forward), "__globals__", {})
+    return any(
+        v is random or getattr(v, "__name__", "") == "numpy" or getattr(v, "__module__", "") in ("random", "numpy.random")
+        for v in list(namespace.values()))
 
 
 class _Draws(TorchDispatchMode):
@@ -242,8 +251,9 @@ def trace_forward(
     name = cls.__name__
     if "forward" in module.__dict__:
         raise Refusal(f"{name} has a forward of its own instance (as hooks of accelerate set), which is not its class's")
-    for attempt in range(ATTEMPTS):
-        state = _random_state()
+    attempts = ATTEMPTS if _may_draw(cls) else 1
+    for attempt in range(attempts):
+        state = _random_state() if attempts > 1 else None
         with restored([module]) as changed, kept_globals([cls]) as globals_changed, _other_modes(), _Draws() as draws:
             before = _state(module)
             tracer = _OwnTracer(constants, decide, reading)
@@ -255,12 +265,12 @@ def trace_forward(
                 raise Refusal(f"{name}.forward cannot be traced: {tracer.refused}")
             if globals_changed():
                 raise Refusal(f"{name}.forward changes a global list or dict, which a trace does not hold")
-            drawn = draws.drawn or (attempt == ATTEMPTS - 1 and _random_state() != state)
+            drawn = draws.drawn or (attempts > 1 and attempt == attempts - 1 and _random_state() != state)
             if not reading and (tracer.sets_attributes or changed() or drawn or _state(module) != before):
                 raise Refusal(
                     f"{name}.forward sets attributes or buffers of its module, or draws random numbers, "
                     "which a trace does not hold")
-        if _random_state() == state:  # else this forward or another thread has drawn some: trace again
+        if attempts == 1 or _random_state() == state:  # else this forward or another thread has drawn some: trace again
             break
     for node in graph.nodes:
         if node.op == "get_attr" and node.target.startswith("_tensor_constant"):
@@ -285,7 +295,7 @@ class Forward:
     constants: dict[str, Any]
     marker: str | None = None
     decisions: tuple[bool, ...] = ()
-    trail: tuple[Operation, ...] = ()
+    trail: tuple[int, ...] = ()
     memo: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -372,7 +382,7 @@ def _in_memory_of(call: Call, args: Any, kwargs: Any) -> tuple[Any, frozenset[in
     return tree_map(moved, call.output), frozenset(storage(memory[w]) if w in memory else w for w in call.writes)
 
 
-def _check_operators(call: Call, trail: Sequence[Operation]) -> None:
+def _check_operators(call: Call, trail: Sequence[int]) -> None:
     """Check that a trace, evaluated, runs the operators that the module's own forward ran.
 
     A forward may ask what a trace cannot see: ``isinstance(x, torch.Tensor)``, ``x.dtype is ...``, a table or a flag. The
@@ -381,10 +391,11 @@ def _check_operators(call: Call, trail: Sequence[Operation]) -> None:
     Raises:
         Refusal: It runs others.
     """
-    found = first_difference(call.own_trail, trail)
+    found = first_difference(call.own_trail, tuple(trail))
     if found is not None:
         raise Refusal(
-            f"{type(call.module).__name__}.forward does something else when traced: {found[1]}, and not {found[0]}")
+            f"{type(call.module).__name__}.forward does something else when traced: {found[1]}, where the model runs "
+            f"{found[0]}, perhaps with other numbers")
 
 
 def _check_writes(graph: fx.Graph, call: Call) -> None:

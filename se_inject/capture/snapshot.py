@@ -147,7 +147,8 @@ def restored(modules: Iterable[nn.Module]) -> Iterator[Callable[[], bool]]:
     try:
         for m, _, attributes in saved:
             for key, value in attributes.items():
-                if type(value) in (dict, list) or _is_consumed(value):
+                cls: Any = type(value)
+                if _is_copied(cls):
                     m.__dict__[key] = copy.copy(value)
         yield lambda: any(_has_changed(m, attributes) for m, _, attributes in saved) or any(
             _differs(holder, items) for holder, items in kept)
@@ -160,11 +161,15 @@ def restored(modules: Iterable[nn.Module]) -> Iterator[Callable[[], bool]]:
             _put_back(holder, items)
 
 
-def _is_consumed(value: Any) -> bool:
-    """Whether each use of a value changes what the next use gives: an iterator that can be copied, or a random generator."""
-    if type(value) in _PLAIN or not isinstance(value, (Iterator, random.Random)):
-        return False
-    return not isinstance(value, types.GeneratorType)
+@functools.cache
+def _is_consumed(cls: Any) -> bool:
+    """Whether each use of a value changes the next: an iterator that can be copied, or a random generator."""
+    return issubclass(cls, (Iterator, random.Random)) and not issubclass(cls, types.GeneratorType)
+
+
+@functools.cache
+def _is_copied(cls: Any) -> bool:
+    return cls in (dict, list) or _is_consumed(cls)
 
 
 def _has_changed(module: nn.Module, attributes: dict[str, Any]) -> bool:
@@ -175,9 +180,10 @@ def _has_changed(module: nn.Module, attributes: dict[str, Any]) -> bool:
 def _is_other(now: Any, value: Any) -> bool:
     if type(now) is not type(value):
         return True
-    if type(value) in (dict, list):
+    cls: Any = type(value)
+    if cls in (dict, list):
         return _differs(now, value)
-    return repr(now.__reduce__()) != repr(value.__reduce__()) if _is_consumed(value) else now is not value
+    return repr(now.__reduce__()) != repr(value.__reduce__()) if _is_consumed(cls) else now is not value
 
 
 @contextlib.contextmanager
