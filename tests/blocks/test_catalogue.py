@@ -19,18 +19,19 @@ from se_inject.config import SEConfig
 from ..support.checks import check_identity
 
 NO_IDENTITY = {"lcbam"}  # its channel gate is a mean of two squeezes' gates, its spatial one a sum of two maps
+SHORT = {"depths": (1, 1, 1, 1)}
 GATES = [n for n in block_names() if n not in NO_IDENTITY]
 
 
 @pytest.mark.parametrize("block", GATES)
 def test_identity_on_maps(block):
-    check_identity(timm.create_model("resnet18"), (3, 64, 64), block=block)
+    check_identity(timm.create_model("test_resnet"), (3, 64, 64), block=block)
 
 
 @pytest.mark.parametrize("block", [b for b in GATES if not get_block(b).positions])
-@pytest.mark.parametrize("name, size", [("test_vit", 160), ("tiny_vit_5m_224", 64)])  # tokens; tokens and NHWC
-def test_identity_in_other_layouts(name, size, block):
-    check_identity(timm.create_model(name), (3, size, size), block=block)
+@pytest.mark.parametrize("name, size, args", [("test_vit", 160, {}), ("tiny_vit_5m_224", 64, SHORT)])  # tokens; and NHWC
+def test_identity_in_other_layouts(name, size, args, block):
+    check_identity(timm.create_model(name, **args), (3, size, size), block=block)
 
 
 @pytest.mark.parametrize("block", sorted(NO_IDENTITY))
@@ -93,9 +94,9 @@ def test_a_map_of_tokens_has_no_rows_and_columns():
 
 @pytest.mark.parametrize("block", GATES)
 def test_the_plan_counts_what_is_added(block):
-    model = timm.create_model("resnet18")
+    model = timm.create_model("test_resnet")
     plan = se_inject.plan(model, block=block)
-    assert [s.path for s in plan.sites] == [s.path for s in se_inject.plan("resnet18").sites]
+    assert [s.path for s in plan.sites] == [s.path for s in se_inject.plan("test_resnet").sites]
     before = sum(p.numel() for p in model.parameters())
     se_inject.inject(model, block=block)
     assert sum(p.numel() for p in model.parameters()) == before + plan.added_params
@@ -120,7 +121,7 @@ def registered():
 
 
 def test_a_block_of_ones_own(registered):
-    check_identity(timm.create_model("resnet18"), (3, 64, 64), block="mine")
+    check_identity(timm.create_model("test_resnet"), (3, 64, 64), block="mine")
     check_identity(timm.create_model("test_vit"), (3, 160, 160), block="mine")
     model = timm.create_model("se_inject/resnet18", se_block="mine", se_ratio=0.25)
     assert isinstance(model.layer1[0].se, Mine) and model.layer1[0].se.rd_ratio == 0.25
@@ -162,16 +163,17 @@ class Film(SqueezeExcite):
 def test_a_block_that_is_fitted_to_its_site_is_one_row(monkeypatch):
     row = Block("film", Film, Start(("fc2",), ("gate",), "fc1"), layouts=("NCHW", "NLC"), width=squeeze_width, site_act=True)
     monkeypatch.setitem(catalogue._rows, "film", row)
-    for name, size in (("resnet18", 64), ("tiny_vit_5m_224", 64)):
-        ours, theirs = se_inject.plan(name, block="film"), se_inject.plan(name)
+    for name, args in (("test_resnet", {}), ("tiny_vit_5m_224", SHORT)):
+        model = timm.create_model(name, **args)
+        ours, theirs = se_inject.plan(model, block="film"), se_inject.plan(model)
         assert list(ours.sites) == [dataclasses.replace(s, style="film") for s in theirs.sites]
-        check_identity(timm.create_model(name), (3, size, size), block="film")
+        check_identity(model, (3, 64, 64), block="film")
     model = se_inject.inject(timm.create_model("efficientnet_lite0"), block="film", ratio=0.5, act_layer="silu")
     blocks = [model.get_submodule(path) for path in block_paths(model)]
     assert all(type(b) is Film and isinstance(b.act, nn.SiLU) for b in blocks)
     assert all(b.fc1.out_channels == s.rd_channels for b, s in zip(blocks, se_inject.plan(
         "efficientnet_lite0", block="film", ratio=0.5).sites, strict=True))
-    model = se_inject.inject(timm.create_model("tiny_vit_5m_224"), block="film")
+    model = se_inject.inject(timm.create_model("tiny_vit_5m_224", **SHORT), block="film")
     kinds = {s.layout: type(model.get_submodule(s.path)).__name__ for s in theirs.sites}
     assert kinds == {"NCHW": "Film", "NLC": "Film", "NHWC": "ChannelsLast"}
 

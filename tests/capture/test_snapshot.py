@@ -87,7 +87,7 @@ def test_threads_wait_for_each_other_and_do_not_disturb_others():
 
     def change():
         for _ in range(2):
-            model = se_inject.inject(timm.create_model("resnet14t"))
+            model = se_inject.inject(timm.create_model("test_resnet"))
             se_inject.optimize_for_inference(model.eval())
             se_inject.eject(model)
 

@@ -7,6 +7,6 @@ from typing import Any
 import pytest
 
 
-def contract(*values: Any, **kwargs: Any) -> list[Any]:
-    """Values of one parameter that only `pytest -m contract` takes; `kwargs` are those of `pytest.param`."""
-    return [pytest.param(value, marks=pytest.mark.contract, **kwargs) for value in values]
+def contract(*values: Any) -> list[Any]:
+    """Values that only `pytest -m contract` takes: of one parameter, or as tuples of several."""
+    return [pytest.param(*(v if isinstance(v, tuple) else (v,)), marks=pytest.mark.contract) for v in values]

@@ -15,17 +15,23 @@ from se_inject.surgery.state import edited_owners
 
 from ..support.checks import randomise
 from ..support.residual import Network, Unit
+from ..support.tiers import contract
+
+SMALL = {"depths": (2, 1), "num_heads": (1, 2), "embed_dim": 32, "img_size": 64, "window_size": 4}
 
 
-@pytest.mark.parametrize("name, sizes", [
-    ("swin_tiny_patch4_window7_224", [({"img_size": 448, "window_size": 7}, 448), ({"img_size": 256, "window_size": 8}, 256)]),
-    ("swinv2_cr_tiny_ns_224", [({"img_size": (288, 288)}, 288)]),
-    ("vit_tiny_patch16_224", [({"img_size": 160}, 160)]),
+@pytest.mark.parametrize("name, args, sizes", [
+    ("swin_tiny_patch4_window7_224", SMALL, [
+        ({"img_size": 128, "window_size": 4}, 128), ({"img_size": 96, "window_size": 3}, 96)]),
+    ("swinv2_cr_tiny_ns_224", SMALL, [({"img_size": (96, 96)}, 96)]),
+    ("vit_tiny_patch16_224", {"depth": 2, "img_size": 64}, [({"img_size": 96}, 96)]),
+    *contract(("swin_tiny_patch4_window7_224", {}, [
+        ({"img_size": 448, "window_size": 7}, 448), ({"img_size": 256, "window_size": 8}, 256)])),
 ])  # fmt: skip
 @pytest.mark.filterwarnings("ignore::UserWarning:timm")
-def test_attributes_that_are_set_later_are_seen(name, sizes):
-    """A trace holds what an attribute was; one that is set makes it be traced anew."""
-    base = randomise(timm.create_model(name)).eval()
+def test_attributes_that_are_set_later_are_seen(name, args, sizes):
+    """A trace holds what an attribute was; one that is set makes it be traced again."""
+    base = randomise(timm.create_model(name, **args)).eval()
     model = se_inject.inject(copy.deepcopy(base))
     classes = [type(m) for m in base.modules()]
     for kwargs, side in sizes:
@@ -77,9 +83,9 @@ def test_a_flag_that_is_set_later():
 
 
 def test_an_attribute_of_every_owner_is_set():
-    base = randomise(timm.create_model("tiny_vit_5m_224")).eval()
+    base = randomise(timm.create_model("tiny_vit_5m_224", depths=(1, 1, 1, 1))).eval()
     model = se_inject.inject(copy.deepcopy(base))
-    x = torch.randn(1, 3, 224, 224)
+    x = torch.randn(1, 3, 64, 64)
     for owner in edited_owners(model):
         owner.note = "anything"
     se_inject.plan(model)
