@@ -322,7 +322,7 @@ def own_forward(call: Call, marker: str | None = None, reading: bool = False) ->
         decisions.append(bool(evaluate(node, call.module, values, known)))
         return decisions[-1]
 
-    with restored([call.module]):
+    with restored([] if marker is None else [call.module]):
         if marker is not None:  # past a __setattr__, ours or the author's
             call.module.__dict__["_modules"] = {**call.module._modules, marker: Marker()}
             call.module.__dict__.pop(marker, None)
@@ -366,7 +366,7 @@ def _in_memory_of(call: Call, args: Any, kwargs: Any) -> tuple[Any, frozenset[in
 
     The trace has computed the arguments again, in other memory than the recorded run.
     """
-    pairs = zip(tree_leaves((call.args, call.kwargs)), tree_leaves((args, kwargs)))
+    pairs = zip(_leaves(call.args, call.kwargs), _leaves(args, kwargs))
     memory = {storage(a): b for a, b in pairs if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and (
         storage(a) != storage(b))}
     if not memory:
@@ -380,6 +380,12 @@ def _in_memory_of(call: Call, args: Any, kwargs: Any) -> tuple[Any, frozenset[in
         return new
 
     return tree_map(moved, call.output), frozenset(storage(memory[w]) if w in memory else w for w in call.writes)
+
+
+def _leaves(args: Any, kwargs: Any) -> list[Any]:
+    if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor):  # as most calls have; the walk is slow
+        return [args[0]]
+    return tree_leaves((args, kwargs))
 
 
 def _check_operators(call: Call, trail: Sequence[int]) -> None:

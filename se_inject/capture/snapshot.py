@@ -148,7 +148,9 @@ def restored(modules: Iterable[nn.Module]) -> Iterator[Callable[[], bool]]:
         for m, _, attributes in saved:
             for key, value in attributes.items():
                 cls: Any = type(value)
-                if _is_copied(cls):
+                if cls is dict or cls is list:
+                    m.__dict__[key] = value.copy()
+                elif cls not in _PLAIN and _is_consumed(cls):
                     m.__dict__[key] = copy.copy(value)
         yield lambda: any(_has_changed(m, attributes) for m, _, attributes in saved) or any(
             _differs(holder, items) for holder, items in kept)
@@ -165,11 +167,6 @@ def restored(modules: Iterable[nn.Module]) -> Iterator[Callable[[], bool]]:
 def _is_consumed(cls: Any) -> bool:
     """Whether each use of a value changes the next: an iterator that can be copied, or a random generator."""
     return issubclass(cls, (Iterator, random.Random)) and not issubclass(cls, types.GeneratorType)
-
-
-@functools.cache
-def _is_copied(cls: Any) -> bool:
-    return cls in (dict, list) or _is_consumed(cls)
 
 
 def _has_changed(module: nn.Module, attributes: dict[str, Any]) -> bool:
@@ -229,7 +226,7 @@ def _on_meta(model: nn.Module) -> Iterator[None]:
                     d[key] = meta(value)
                 elif type(value) is list:
                     d[key] = [meta(v) for v in value]
-                elif type(value) is dict:
+                elif type(value) is dict and value:
                     d[key] = {k: meta(v) for k, v in value.items()}
             for key in ("_parameters", "_buffers"):
                 d[key] = {name: meta(t) for name, t in d[key].items()}
