@@ -23,6 +23,7 @@ SOME = {
     "seresnet18", "ecaresnet26t", "nf_seresnet26", "nf_ecaresnet26", "regnety_002", "efficientnet_b0", "sedarknet21",
     "seresnet33ts", "eca_resnext26ts", "gcresnext26ts", "ese_vovnet39b", "eca_vovnet39b"}
 CHOSEN = [t for t in TWINS if t[0] in SOME]
+QUICK = {"seresnet18", "ecaresnet26t", "nf_seresnet26", "regnety_002", "efficientnet_b0", "gcresnext26ts"}
 
 
 def test_one_of_each_kind_is_chosen():
@@ -78,7 +79,8 @@ def test_a_frozen_base_stays_frozen_and_has_its_twin():
     assert all(m.training for m in model.modules()) and all(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("native, block, base, args, options", CHOSEN, ids=[t[0] for t in CHOSEN])
+@pytest.mark.parametrize("native, block, base, args, options", [
+    pytest.param(*twin, id=twin[0], marks=[] if twin[0] in QUICK else pytest.mark.contract) for twin in CHOSEN])
 def test_native_twin(native, block, base, args, options):
     assert check(native, block, base, args, options).architecture == native
 
@@ -145,6 +147,7 @@ def test_what_has_no_twin(make, messages, monkeypatch):
     check_no_twin(make(), messages)
 
 
+@pytest.mark.contract
 def test_all_candidates_are_tried_before_the_error():
     check_no_twin(timm.create_model("se_inject/resnet18", se_stages=(3,)), [
         "no model with these", "is seresnet18, which also has layer1.0.se.fc1.weight and 23 more", r"stages=\[3\]",
