@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import math
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ..config import SEConfig
 from ..errors import ConfigError
-from .catalogue import OPTIONS, get_block
+from .catalogue import OPTIONS, get_block, parameters_of
 from .identity import make_identity
 
 
@@ -79,7 +78,7 @@ def make_block(
     native = spec.layout in row.layouts
     if native and spec.layout != "NCHW":
         values["layout"] = spec.layout
-    taken = inspect.signature(row.cls).parameters
+    taken = parameters_of(row.cls)
     arguments = {key: value for key, value in values.items() if key in taken}
     factory = {key: value for key, value in (("device", device), ("dtype", dtype)) if key in taken}
     try:
@@ -90,7 +89,8 @@ def make_block(
         raise ConfigError(
             f"block={config.block!r} cannot be created for {spec.channels} channels with {arguments} ({error!r}): {advice}"
         ) from error
-    block = block.to(device=device, dtype=dtype)
+    if len(factory) < 2:
+        block = block.to(device=device, dtype=dtype)
     if config.init == "identity":
         make_identity(row.start, block, outer_gain)
     return block if native else ChannelsLast(block, spec.layout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 
@@ -49,13 +50,19 @@ class Block:
 
     def options(self) -> set[str]:
         """The fields of `SEConfig` that the block takes."""
-        taken = inspect.signature(self.cls).parameters
+        taken = parameters_of(self.cls)
         of_width = {"ratio", "rd_channels", "rd_divisor"} if self.width is not None else set()
         return {ours for ours, theirs in OPTIONS.items() if theirs in taken} | of_width
 
     def styled(self, style: str) -> Block:
         """The row for a site of this style."""
         return self.styles.get(style, self)
+
+
+@functools.lru_cache(maxsize=64)
+def parameters_of(cls: Callable[..., nn.Module]) -> frozenset[str]:
+    """The names of the arguments that a class of blocks takes."""
+    return frozenset(inspect.signature(cls).parameters)
 
 
 _SE = Block(

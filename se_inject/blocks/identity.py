@@ -7,13 +7,16 @@ by a constant gain: ``2 * sigmoid(0) == 1``. The gradient of the zeroed layer is
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import ConfigError
 
+_NO_STATE = vars(nn.Module())
 _ZEROED = "_se_zeroed"  # attribute of a block that started as an identity: names of the layers that `make_identity` zeroed
 
 
@@ -114,17 +117,36 @@ def _unit_gain(gate: nn.Module, block: nn.Module) -> float:
     Raises:
         ConfigError: There is none: the gate is 0, flat, or not a power of two there.
     """
+    state = {key: value for key, value in vars(gate).items() if value != _NO_STATE.get(key)}
+    plain = all(isinstance(value, (bool, int, float, str)) for value in state.values())
+    cls: Any = type(gate)
+    if plain and cls.__module__.startswith(("torch.", "timm.")):  # a function of the class and its options alone
+        at_zero, slope = _known_at_zero(cls, tuple(state.items()))
+    else:
+        at_zero, slope = _at_zero(gate)
+    if at_zero <= 0 or math.frexp(at_zero)[0] != 0.5 or slope == 0:
+        raise ConfigError(
+            f"init='identity': the gate of {type(block).__name__}, {type(gate).__name__}, is {at_zero:g} with slope "
+            f"{slope:g} at 0, and an exact, trainable identity needs a power of two and a slope; "
+            "use gate_layer='sigmoid' or init='timm'")
+    return 1.0 / at_zero
+
+
+def _at_zero(gate: nn.Module) -> tuple[float, float]:
+    """The value and the slope of a gate function at 0."""
     with torch.enable_grad(), torch.device("cpu"):
         zero = torch.zeros(1, requires_grad=True)
         value = gate(zero * 1.0)
         (slope,) = torch.autograd.grad(value.sum(), zero)
-    at_zero = float(value.detach())
-    if at_zero <= 0 or math.frexp(at_zero)[0] != 0.5 or slope == 0:
-        raise ConfigError(
-            f"init='identity': the gate of {type(block).__name__}, {type(gate).__name__}, is {at_zero:g} with slope "
-            f"{float(slope):g} at 0, and an exact, trainable identity needs a power of two and a slope; "
-            "use gate_layer='sigmoid' or init='timm'")
-    return 1.0 / at_zero
+    return float(value.detach()), float(slope)
+
+
+@functools.lru_cache(maxsize=64)
+def _known_at_zero(cls: Any, state: tuple[tuple[str, Any], ...]) -> tuple[float, float]:
+    gate: nn.Module = cls.__new__(cls)
+    nn.Module.__init__(gate)
+    vars(gate).update(state)
+    return _at_zero(gate)
 
 
 def _module(block: nn.Module, path: str) -> nn.Module:

@@ -5,105 +5,25 @@ What a trace would lose is refused with its reason.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import inspect
 import operator
-import random
-import sys
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.hooks import RemovableHandle
 
 from ..errors import Refusal
+from .arguments import STARS, Unpacked, bound, signature_of
 from .graphs import compute, evaluate, subgraph
-from .meta_ops import MetaOps, Operation, first_difference, storage
+from .meta_ops import MetaOps, first_difference, storage
 from .recording import Call, alike
+from .side_effects import Draws, may_draw, modes, other_modes, packing, random_state, state_of
 from .snapshot import kept_globals, restored
 from .tracer import IN_PLACE, READ_AGAIN, QuickTracer
-
-
-@dataclasses.dataclass(frozen=True)
-class Unpacked:
-    """Stands among the constants for an argument that is a list or tuple of tensors and sizes, of fixed length.
-
-    A forward that asks whether its argument is a list must see one while it is traced. `items` are None, or an
-    `Unpacked` for an item that is a list itself.
-    """
-
-    kind: type
-    items: tuple[Unpacked | None, ...]
-
-    @classmethod
-    def like(cls, value: Any) -> Unpacked | None:
-        """For a list or tuple of tensors, sizes and such lists; None for anything else."""
-        if type(value) not in (list, tuple, torch.Size) or not value:
-            return None
-        items = [cls.like(v) for v in value]
-        if any(i is None and not isinstance(v, torch.Tensor) and type(v) is not int for i, v in zip(items, value)):
-            return None
-        return cls(list if type(value) is list else tuple, tuple(items))
-
-    def of(self, proxy: Any) -> Any:
-        """The items of a traced argument, in the container that the forward expects."""
-        return self.kind(proxy[i] if item is None else item.of(proxy[i]) for i, item in enumerate(self.items))
-
-
-def _modes() -> tuple[object, ...]:
-    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *(
-        (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")))
-
-
-def _packing() -> Callable[..., object] | None:
-    """The function that autograd calls on each tensor that it saves; None is the default."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return None if hooks is None else hooks[0]
-
-
-@contextlib.contextmanager
-def _other_modes() -> Iterator[None]:
-    """Inside, grad is on, and autocast to a dtype that no forward asks for: a forward that sets a mode is then seen."""
-    was = {d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")}
-    with torch.enable_grad():
-        try:
-            for d in was:
-                torch.set_autocast_enabled(d, True)
-                torch.set_autocast_dtype(d, torch.float64)
-            yield
-        finally:
-            for d, (enabled, dtype) in was.items():
-                torch.set_autocast_enabled(d, enabled)
-                torch.set_autocast_dtype(d, dtype)
-
-
-def _state(module: nn.Module) -> tuple[object, ...]:
-    """What a traced forward may not change, beside attributes: buffers, the modes of modules, and hooks."""
-    versions = tuple(
-        t._version for d in (module._parameters, module._buffers) for t in d.values()
-        if t is not None and not t.is_inference())
-    return versions, tuple(m.training for m in module.modules()), RemovableHandle.next_id
-
-
-def _random_state() -> tuple[object, ...]:
-    """The state of Python's and numpy's random numbers. Another thread may draw some, too."""
-    numpy = sys.modules.get("numpy")
-    return random.getstate()[1], None if numpy is None else numpy.random.get_state()[1].tobytes()
-
-
-class _Draws(TorchDispatchMode):
-    """Inside, notices whether this thread draws random numbers by torch."""
-
-    drawn = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.drawn = self.drawn or torch.Tag.nondeterministic_seeded in func.tags
-        return func(*args, **(kwargs or {}))
 
 
 class _OwnTracer(QuickTracer):
@@ -118,14 +38,14 @@ class _OwnTracer(QuickTracer):
         self.constants = constants
         self.decide = decide
         self.decided: dict[Hashable, bool] = {}
-        self.modes = _modes()
-        self.packing = _packing()
+        self.modes = modes()
+        self.packing = packing()
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        if _modes() != self.modes:
+        if modes() != self.modes:
             raise Refusal("it changes the grad or autocast mode, which a trace does not hold")
         node = super().create_node(*args, **kwargs)
-        if _packing() is not self.packing:
+        if packing() is not self.packing:
             raise Refusal(
                 "it checkpoints a part of itself, or changes what autograd saves, which a trace does not hold: turn its "
                 "gradient checkpointing off")
@@ -161,7 +81,7 @@ class _OwnTracer(QuickTracer):
         args: list[Any] = [self.root]
         named: dict[str, Any] = {}
         for name, parameter in list(signature.parameters.items())[1:]:
-            star = _STARS.get(parameter.kind, "")
+            star = STARS.get(parameter.kind, "")
             value: Any = self._proxy_placeholder(star + name, None, signature, written)
             if name in self.constants:
                 constant = self.constants[name]
@@ -177,29 +97,6 @@ class _OwnTracer(QuickTracer):
             else:
                 args.append(value)
         return functools.partial(root_fn, **named) if named else root_fn, args
-
-
-_STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
-
-
-def pinned(module_class: Any, constants: dict[str, Any]) -> dict[str, Any]:
-    """The constants that a trace cannot leave open: lists of tensors, whose length it holds, and variadic arguments."""
-    parameters = signature_of(module_class.forward).parameters
-    return {k: v for k, v in constants.items() if isinstance(v, Unpacked) or parameters[k].kind in _STARS}
-
-
-def is_plain(value: Any) -> bool:
-    """Whether a call can compare an argument with its value in the trace."""
-    if isinstance(value, (tuple, list)):
-        return all(map(is_plain, value))
-    if isinstance(value, dict):
-        return all(map(is_plain, value.values()))
-    return value is None or isinstance(value, (bool, int, float, str, Unpacked))
-
-
-@functools.lru_cache(maxsize=1024)
-def signature_of(function: Any) -> inspect.Signature:
-    return inspect.signature(function)
 
 
 def is_plain_sequential(module: nn.Module) -> bool:
@@ -242,10 +139,11 @@ def trace_forward(
     name = cls.__name__
     if "forward" in module.__dict__:
         raise Refusal(f"{name} has a forward of its own instance (as hooks of accelerate set), which is not its class's")
-    for attempt in range(ATTEMPTS):
-        state = _random_state()
-        with restored([module]) as changed, kept_globals([cls]) as globals_changed, _other_modes(), _Draws() as draws:
-            before = _state(module)
+    attempts = ATTEMPTS if may_draw(cls) else 1
+    for attempt in range(attempts):
+        state = random_state() if attempts > 1 else None
+        with restored([module]) as changed, kept_globals([cls]) as globals_changed, other_modes(), Draws() as draws:
+            before = state_of(module)
             tracer = _OwnTracer(constants, decide, reading)
             try:
                 graph = tracer.trace(module)
@@ -255,12 +153,12 @@ def trace_forward(
                 raise Refusal(f"{name}.forward cannot be traced: {tracer.refused}")
             if globals_changed():
                 raise Refusal(f"{name}.forward changes a global list or dict, which a trace does not hold")
-            drawn = draws.drawn or (attempt == ATTEMPTS - 1 and _random_state() != state)
-            if not reading and (tracer.sets_attributes or changed() or drawn or _state(module) != before):
+            drawn = draws.drawn or (attempts > 1 and attempt == attempts - 1 and random_state() != state)
+            if not reading and (tracer.sets_attributes or changed() or drawn or state_of(module) != before):
                 raise Refusal(
                     f"{name}.forward sets attributes or buffers of its module, or draws random numbers, "
                     "which a trace does not hold")
-        if _random_state() == state:  # else this forward or another thread has drawn some: trace again
+        if attempts == 1 or random_state() == state:  # else this forward or another thread has drawn some: trace again
             break
     for node in graph.nodes:
         if node.op == "get_attr" and node.target.startswith("_tensor_constant"):
@@ -285,7 +183,7 @@ class Forward:
     constants: dict[str, Any]
     marker: str | None = None
     decisions: tuple[bool, ...] = ()
-    trail: tuple[Operation, ...] = ()
+    trail: tuple[int, ...] = ()
     memo: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -304,7 +202,7 @@ def own_forward(call: Call, marker: str | None = None, reading: bool = False) ->
     Raises:
         Refusal: fx cannot follow the forward, or the trace does not make the recorded calls.
     """
-    constants, values = _bind(call)
+    constants, values = bound(call)
     decisions: list[bool] = []
     known: dict[fx.Node, Any] = {}
 
@@ -312,7 +210,7 @@ def own_forward(call: Call, marker: str | None = None, reading: bool = False) ->
         decisions.append(bool(evaluate(node, call.module, values, known)))
         return decisions[-1]
 
-    with restored([call.module]):
+    with restored([] if marker is None else [call.module]):
         if marker is not None:  # past a __setattr__, ours or the author's
             call.module.__dict__["_modules"] = {**call.module._modules, marker: Marker()}
             call.module.__dict__.pop(marker, None)
@@ -356,7 +254,7 @@ def _in_memory_of(call: Call, args: Any, kwargs: Any) -> tuple[Any, frozenset[in
 
     The trace has computed the arguments again, in other memory than the recorded run.
     """
-    pairs = zip(tree_leaves((call.args, call.kwargs)), tree_leaves((args, kwargs)))
+    pairs = zip(_leaves(call.args, call.kwargs), _leaves(args, kwargs))
     memory = {storage(a): b for a, b in pairs if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and (
         storage(a) != storage(b))}
     if not memory:
@@ -372,7 +270,13 @@ def _in_memory_of(call: Call, args: Any, kwargs: Any) -> tuple[Any, frozenset[in
     return tree_map(moved, call.output), frozenset(storage(memory[w]) if w in memory else w for w in call.writes)
 
 
-def _check_operators(call: Call, trail: Sequence[Operation]) -> None:
+def _leaves(args: Any, kwargs: Any) -> list[Any]:
+    if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor):  # as most calls have; the walk is slow
+        return [args[0]]
+    return tree_leaves((args, kwargs))
+
+
+def _check_operators(call: Call, trail: Sequence[int]) -> None:
     """Check that a trace, evaluated, runs the operators that the module's own forward ran.
 
     A forward may ask what a trace cannot see: ``isinstance(x, torch.Tensor)``, ``x.dtype is ...``, a table or a flag. The
@@ -381,10 +285,11 @@ def _check_operators(call: Call, trail: Sequence[Operation]) -> None:
     Raises:
         Refusal: It runs others.
     """
-    found = first_difference(call.own_trail, trail)
+    found = first_difference(call.own_trail, tuple(trail))
     if found is not None:
         raise Refusal(
-            f"{type(call.module).__name__}.forward does something else when traced: {found[1]}, and not {found[0]}")
+            f"{type(call.module).__name__}.forward does something else when traced: {found[1]}, where the model runs "
+            f"{found[0]}, perhaps with other numbers")
 
 
 def _check_writes(graph: fx.Graph, call: Call) -> None:
@@ -440,21 +345,3 @@ def _no_more(call: Call, children: Iterator[Call]) -> None:
 
 def _another_path(call: Call) -> Refusal:
     return Refusal(f"{type(call.module).__name__}.forward took another path when traced")
-
-
-def _bind(call: Call) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split a call's arguments into constants and tensors, both by parameter name."""
-    signature = signature_of(type(call.module).forward)
-    bound = signature.bind(call.module, *call.args, **call.kwargs)
-    bound.apply_defaults()
-    constants, values = {}, {}
-    for i, (name, value) in enumerate(bound.arguments.items()):
-        if i == 0:  # self
-            continue
-        values[name] = value
-        unpacked = Unpacked.like(value)
-        if unpacked is not None:
-            constants[name] = unpacked
-        elif not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value)):
-            constants[name] = value
-    return constants, values

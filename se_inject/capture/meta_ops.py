@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -35,9 +35,6 @@ _REDUCTIONS = {_aten.mean.dim: 1, _aten.sum.dim_IntList: 1, _aten.linalg_vector_
 _BROADCAST = {_aten.add, _aten.sub, _aten.mul, _aten.div}
 
 
-Operation = tuple[Any, Sequence[Any], dict[str, Any]]  # an operator, and what it was called with
-
-
 class MetaOps(TorchDispatchMode):
     """Inside, operators on the meta device take fast paths, multiply-adds are counted by torch's formulas, and the axes of
     channels and batch are followed.
@@ -49,7 +46,7 @@ class MetaOps(TorchDispatchMode):
     Attributes:
         macs: Multiply-adds so far.
         written: The storages of the tensors that were written into, in order.
-        trail: Each operator with its arguments, in order.
+        trail: A number for each operator with its arguments, in order; see `first_difference`.
         fast: The switch of the fast paths; tests turn it off to compare.
     """
 
@@ -58,7 +55,7 @@ class MetaOps(TorchDispatchMode):
     def __init__(self, *, factories: bool = False) -> None:
         super().__init__()
         self.macs = 0
-        self.trail: list[Operation] = []
+        self.trail: list[int] = []
         self.written: list[torch.UntypedStorage] = []  # held, so that no other gets its address
         self.factories = factories
 
@@ -68,7 +65,7 @@ class MetaOps(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self.trail.append((func, args, kwargs))
+        self.trail.append(_digest(func, args, kwargs))
         op = _about(func)
         for i in op.writes:
             if i < len(args) and isinstance(args[i], torch.Tensor):
@@ -245,30 +242,33 @@ def _flops(formula: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) 
     return flops
 
 
-def first_difference(a: Sequence[Operation], b: Sequence[Operation]) -> tuple[str, str] | None:
-    """The first operators in which two sequences differ, in words; None where they are the same.
+def _digest(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
+    """A number for an operator and its arguments: the same for equal plain arguments, and tensors of equal shape and dtype.
 
-    Operators are the same with equal plain arguments, and tensors of equal shape and dtype.
+    Numbers are kept rather than the arguments: so many objects would make Python's collector run.
     """
-    for x, y in itertools.zip_longest(a, b):
-        if x is None or y is None or x[0] is not y[0] or not (_same(x[1], y[1]) and _same(x[2], y[2])):
-            return _in_words(x), _in_words(y)
-    return None
+    number = hash((func, *map(_plain, args), *map(_plain, kwargs.items())))
+    if number not in _words:
+        if len(_words) > 20_000:
+            _words.clear()
+        _words[number] = str(func).removeprefix("aten.")
+    return number
 
 
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.shape == b.shape and a.dtype is b.dtype
-    if isinstance(a, (list, tuple)):
-        return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(_same, a, b))
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
-    return type(a) is type(b) and (a is b or bool(a == b) or (a != a and b != b))
+_words: dict[int, str] = {}
 
 
-def _in_words(operation: Operation | None) -> str:
-    if operation is None:
-        return "nothing"
-    func, args, kwargs = operation
-    plain = [str(tuple(a.shape)) if isinstance(a, torch.Tensor) else repr(a) for a in (*args, *kwargs.values())]
-    return f"{str(func).removeprefix('aten.')}({', '.join(plain)})"
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.dtype
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_plain, value))
+    return value if isinstance(value, Hashable) else repr(value)
+
+
+def first_difference(a: Sequence[int], b: Sequence[int]) -> tuple[str, str] | None:
+    """The first operators in which two trails differ, by name; None where the trails are the same."""
+    if a == b:
+        return None
+    x, y = next((x, y) for x, y in itertools.zip_longest(a, b) if x != y)
+    return _words.get(x, "nothing"), _words.get(y, "nothing")

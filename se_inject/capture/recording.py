@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import TraceError
-from .meta_ops import MetaOps, Operation, storage
+from .meta_ops import MetaOps, storage
 from .snapshot import kept_globals, restored, surgery_lock
 
 
@@ -50,7 +50,7 @@ class Call:
     operators: int = 0
     writes: frozenset[int] = frozenset()
     own_writes: tuple[torch.UntypedStorage, ...] = ()
-    own_trail: tuple[Operation, ...] = ()
+    own_trail: tuple[int, ...] = ()
     children: list[Call] = dataclasses.field(default_factory=list)
 
     def walk(self) -> Iterator[Call]:
@@ -118,7 +118,7 @@ def record(model: nn.Module, inputs: torch.Tensor) -> tuple[Call, int]:
     count = 0
     ops = MetaOps(factories=True)
     written: list[int] = []
-    own: list[tuple[list[torch.UntypedStorage], list[Operation]]] = []
+    own: list[tuple[list[torch.UntypedStorage], list[int]]] = []
     taken = (0, 0)
 
     def take_own() -> None:

@@ -147,7 +147,10 @@ def restored(modules: Iterable[nn.Module]) -> Iterator[Callable[[], bool]]:
     try:
         for m, _, attributes in saved:
             for key, value in attributes.items():
-                if type(value) in (dict, list) or _is_consumed(value):
+                cls: Any = type(value)
+                if cls is dict or cls is list:
+                    m.__dict__[key] = value.copy()
+                elif cls not in _PLAIN and _is_consumed(cls):
                     m.__dict__[key] = copy.copy(value)
         yield lambda: any(_has_changed(m, attributes) for m, _, attributes in saved) or any(
             _differs(holder, items) for holder, items in kept)
@@ -160,11 +163,10 @@ def restored(modules: Iterable[nn.Module]) -> Iterator[Callable[[], bool]]:
             _put_back(holder, items)
 
 
-def _is_consumed(value: Any) -> bool:
-    """Whether each use of a value changes what the next use gives: an iterator that can be copied, or a random generator."""
-    if type(value) in _PLAIN or not isinstance(value, (Iterator, random.Random)):
-        return False
-    return not isinstance(value, types.GeneratorType)
+@functools.cache
+def _is_consumed(cls: Any) -> bool:
+    """Whether each use of a value changes the next: an iterator that can be copied, or a random generator."""
+    return issubclass(cls, (Iterator, random.Random)) and not issubclass(cls, types.GeneratorType)
 
 
 def _has_changed(module: nn.Module, attributes: dict[str, Any]) -> bool:
@@ -175,9 +177,10 @@ def _has_changed(module: nn.Module, attributes: dict[str, Any]) -> bool:
 def _is_other(now: Any, value: Any) -> bool:
     if type(now) is not type(value):
         return True
-    if type(value) in (dict, list):
+    cls: Any = type(value)
+    if cls in (dict, list):
         return _differs(now, value)
-    return repr(now.__reduce__()) != repr(value.__reduce__()) if _is_consumed(value) else now is not value
+    return repr(now.__reduce__()) != repr(value.__reduce__()) if _is_consumed(cls) else now is not value
 
 
 @contextlib.contextmanager
@@ -223,7 +226,7 @@ def _on_meta(model: nn.Module) -> Iterator[None]:
                     d[key] = meta(value)
                 elif type(value) is list:
                     d[key] = [meta(v) for v in value]
-                elif type(value) is dict:
+                elif type(value) is dict and value:
                     d[key] = {k: meta(v) for k, v in value.items()}
             for key in ("_parameters", "_buffers"):
                 d[key] = {name: meta(t) for name, t in d[key].items()}

@@ -33,7 +33,7 @@ class TracedModel:
         self._inside: dict[Call, ModuleGraph] = {}
         self._forwards: dict[Hashable, Forward] = {}
         self.failures: dict[nn.Module, str] = {}
-        self._linear: dict[object, bool] = {}
+        self._linear: dict[Hashable, bool] = {}
         self._weighty: dict[nn.Module, bool] = {}
 
     def view(self, module: nn.Module) -> ModuleGraph | None:
@@ -92,8 +92,13 @@ class TracedModel:
 
     def is_linear(self, module: nn.Module) -> bool:
         """Whether a module is linear in its input, norms included. A module that cannot be traced is not."""
-        key = type(module) if type(module).__module__.startswith("torch.nn.") and not module._modules else module
-        if key not in self._linear:  # torch's layers are looked at once for each class
+        key: Hashable = module
+        children = list(module.children())
+        cls: Any = type(module)
+        if is_layer(cls) and not any(child._modules for child in children):  # once for all sizes
+            flags = tuple((name, value) for name, value in vars(module).items() if isinstance(value, (bool, str)))
+            key = (cls, flags, *map(type, children))
+        if key not in self._linear:
             try:
                 view = self.inside(self.calls[module][0])
                 self._linear[key] = not any(map(view.is_nonlinear, view.nodes))

@@ -5,7 +5,8 @@ A node of a trace names its operator in one of several spellings: ``x + y`` is `
 lead to the same row, so that they get the same answer everywhere. An operator without a row has no trait: nothing is
 assumed of it.
 
-To make an operator known, add a row. The tests run each row on random tensors and check each trait, in both directions.
+To make an operator known, add a row by its name in aten (``special_entr``), whose schema tells its memory. The tests run
+each row on random tensors and check each trait, in both directions.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Op:
     """What is known of one operator. *The input* is its first argument.
 
     Attributes:
-        name: Its name in torch.
+        name: Its name in aten where it has one, else in torch.
         args: Names of the arguments, by position.
         linear: The result is affine in the tensor arguments. Of `factors` at most one may vary; `fixed` may not vary.
         factors: Arguments that are multiplied with each other.

@@ -22,8 +22,23 @@ def _range(numbers: Iterable[int]) -> str:
 class Plan:
     """The sites of a model under a config, injected and skipped.
 
-    ``str(plan)`` is a table; `to_dict` has the same as JSON types. `params` and `macs` (multiply-adds
-    for one image, by torch's formulas for convolutions and matrix products) are the model's before.
+    ``str(plan)`` is a table, `diagram` a drawing, and `to_dict` has the same as JSON types.
+
+    Attributes:
+        model: Name of the model.
+        config: The options.
+        input_size: (C, H, W) that the model was run on.
+        params: Number of parameters of the model, without the blocks.
+        macs: Multiply-adds of the model for one image, by torch's formulas for convolutions and matrix products.
+        all_sites: The sites in the order of the run. Those with a `reason` get no block.
+
+    Example:
+        >>> import se_inject
+        >>> made = se_inject.plan("test_resnet")
+        >>> made.params, made.added_params, made.kinds()
+        (469688, 9368, {'residual': 4})
+        >>> print(made.sites[0].path, made.sites[0].channels)
+        layer1.0.se 32
     """
 
     model: str

@@ -2,6 +2,7 @@
 
 In: a model, injected or not. Out: a copy with the same outputs up to rounding, and a report.
 Read `optimize` (one call, step by step), `fold_norms`, `find_blocks` (which blocks become gates), `gate_layers` (a gate as a
-few layers on vectors), `upstream` (a cheaper tensor to squeeze), `affine` and `merged_layers` (the weights for both), `regions`
-(which forwards are rewritten), `inline` (several forwards as one graph), `in_place`, `forward_class`; then `report`, `export`.
+few layers on vectors), `upstream` (a cheaper tensor to squeeze), `affine` and `merged_layers` (weights for these two),
+`regions` (which forwards are rewritten), `inline` (several forwards as one graph), `in_place`, `forward_class`; then
+`report`, `export`.
 """

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..capture.forward import Unpacked
+from ..capture.arguments import Unpacked
 from ..capture.recording import Call
 from ..dataflow.aliasing import describe_memory
 from ..dataflow.branches import branches

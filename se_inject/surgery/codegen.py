@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..capture.forward import is_plain, pinned
+from ..capture.arguments import is_plain, pinned
 from ..capture.graphs import same_graph, sources_of, subgraph
 from ..capture.snapshot import on_meta, set_class, surgery_lock
 from ..capture.tracer import IN_PLACE

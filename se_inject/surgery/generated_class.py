@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from ..capture.forward import Unpacked
+from ..capture.arguments import Unpacked
 from ..errors import SEInjectError
 from .state import BASE
 

@@ -40,7 +40,7 @@ def check_outputs(base: nn.Module, model: nn.Module, blocks: Mapping[str, float]
             handles = [
                 child.register_forward_hook(lambda _, args, y, path=path, seen=seen: seen.append((path, _detached(y))))
                 for path, child in m.named_modules() if path in modules]
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with torch.no_grad(), torch.random.fork_rng(range(torch.cuda.device_count())):
                 torch.manual_seed(0)
                 m(images)
             for handle in handles:

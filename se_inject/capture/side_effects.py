@@ -1,0 +1,76 @@
+"""What a forward may do beside its outputs, measured around a trace, so that it is refused and not lost."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import random
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
+
+
+def modes() -> tuple[object, ...]:
+    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *(
+        (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")))
+
+
+def packing() -> Callable[..., object] | None:
+    """The function that autograd calls on each tensor that it saves; None is the default."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return None if hooks is None else hooks[0]
+
+
+@contextlib.contextmanager
+def other_modes() -> Iterator[None]:
+    """Inside, grad is on, and autocast to a dtype that no forward asks for: a forward that sets a mode is then seen."""
+    was = {d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")}
+    with torch.enable_grad():
+        try:
+            for d in was:
+                torch.set_autocast_enabled(d, True)
+                torch.set_autocast_dtype(d, torch.float64)
+            yield
+        finally:
+            for d, (enabled, dtype) in was.items():
+                torch.set_autocast_enabled(d, enabled)
+                torch.set_autocast_dtype(d, dtype)
+
+
+def state_of(module: nn.Module) -> tuple[object, ...]:
+    """What a traced forward may not change, beside attributes: buffers, the modes of modules, and hooks."""
+    versions = tuple(
+        t._version for d in (module._parameters, module._buffers) for t in d.values()
+        if t is not None and not t.is_inference())
+    return versions, tuple(m.training for m in module.modules()), RemovableHandle.next_id
+
+
+def random_state() -> tuple[object, ...]:
+    """The state of Python's and numpy's random numbers. Another thread may draw some, too."""
+    numpy = sys.modules.get("numpy")
+    return random.getstate()[1], None if numpy is None else numpy.random.get_state()[1].tobytes()
+
+
+@functools.lru_cache(maxsize=1024)
+def may_draw(cls: Any) -> bool:
+    """Whether the file of a forward imports random numbers of Python or numpy; others show in the numbers of the trail."""
+    namespace = getattr(inspect.unwrap(cls.forward), "__globals__", {})
+    return any(
+        v is random or getattr(v, "__name__", "") == "numpy" or getattr(v, "__module__", "") in ("random", "numpy.random")
+        for v in list(namespace.values()))
+
+
+class Draws(TorchDispatchMode):
+    """Inside, notices whether this thread draws random numbers by torch."""
+
+    drawn = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.drawn = self.drawn or torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
