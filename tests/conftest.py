@@ -29,7 +29,7 @@ def pytest_runtest_teardown(item):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--overwrite", action="store_true", help="write what the pages in docs/ show anew")
+    parser.addoption("--overwrite", action="store_true", help="write what the pages in docs/ show again")
 
 
 def pytest_configure(config):

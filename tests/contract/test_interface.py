@@ -88,7 +88,7 @@ def of_base(mine, model):
     return {k: v for k, v in mine.items() if not k.startswith(prefixes) and k + "." not in prefixes}
 
 
-WAYS = {
+CALLS = {
     "forward": lambda m, x: m(x),
     "features": lambda m, x: m.forward_features(x),
     "head": lambda m, x: m.forward_head(m.forward_features(x)),
@@ -102,28 +102,28 @@ WAYS = {
 
 @torch.no_grad()
 def results(model, x):
-    """What each way in gives; the type of the error where the model does not have it."""
+    """What each call gives; the type of the error where the model does not have it."""
     out = {}
-    for name, way in WAYS.items():
+    for name, call in CALLS.items():
         try:
-            out[name] = way(model, x)
+            out[name] = call(model, x)
         except (AttributeError, AssertionError, TypeError, NotImplementedError) as error:
             out[name] = type(error)
     return out
 
 
-def test_every_way_in(three):
+def test_every_call(three):
     base, ours, x = three
     theirs, mine = results(base, x), results(ours, x)
     open_gates(ours)
     acting = results(ours, x)
     assert not isinstance(theirs["head"], type)
-    for way, y in theirs.items():
+    for name, y in theirs.items():
         if isinstance(y, type):
-            assert mine[way] is acting[way] is y
+            assert mine[name] is acting[name] is y
         else:
-            assert equal(mine[way], y), way
-            assert not equal(acting[way], y), way
+            assert equal(mine[name], y), name
+            assert not equal(acting[name], y), name
     assert equal(acting["head"], acting["forward"])
     with torch.no_grad():
         assert equal(ours.forward_head(acting["features"]), base.forward_head(acting["features"]))
@@ -285,7 +285,7 @@ def test_other_sizes_at_creation(name, kwargs, sides):
 @pytest.mark.parametrize("name", [
     "repvgg_a0", "levit_128s", "shvit_s1",
     *contract("mobileone_s0", "fastvit_t8", "repvit_m1", "repghostnet_050", "lcnetv2_small")])
-def test_reparameterised(name):
+def test_reparameterized(name):
     base, ours, x = make(name)
     open_gates(ours)
     before = {k: copy.deepcopy(ours.get_submodule(k)) for k in block_paths(ours)}
@@ -300,7 +300,7 @@ def test_reparameterised(name):
         for path, block in before.items():
             blocks = [m for k, m in result.named_modules() if k == path]
             assert blocks and equal(list(blocks[0].parameters()), list(block.parameters()))
-        # and into what is reparameterised already
+        # and into what is reparameterized already
         if not isinstance(fused, torch.nn.Sequential):
             after = se_inject.inject(copy.deepcopy(fused))
             assert equal(after(x), fused(x))

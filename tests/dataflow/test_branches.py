@@ -87,7 +87,7 @@ class Early(Unit):
 
 
 class Commuted(Branching):
-    """The operands of the sum change places between the ways."""
+    """The operands of the sum change places between the branches."""
 
     def forward(self, x):
         if x.shape[2] % 2 == 0:
@@ -96,7 +96,7 @@ class Commuted(Branching):
 
 
 @pytest.mark.parametrize("unit, sides", [(Early, (18, 5)), (Commuted, (18, 19))])
-def test_ways_that_differ(unit, sides):
+def test_branches_that_differ(unit, sides):
     model = Network(unit()).eval()
     se_inject.inject(model, input_size=(3, sides[0], sides[0]))
     shut = copy.deepcopy(model)

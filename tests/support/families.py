@@ -1,4 +1,4 @@
-"""One small model of each of several families: all ways of rewriting, all layouts, each kind of site."""
+"""One small model of each of several families: all kinds of rewriting, all layouts, each kind of site."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class Partial(Toy):
         return torch.cat([y[:, 0:16] + x, y[:, 16:]], dim=1)
 
 
-class Reparameterised(Toy):
+class Reparameterized(Toy):
     """A sum of convolutions before the activation is one convolution: no residual; the unit is a plain conv."""
 
     expected = (("se", "conv", 16),)
