@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
+
+import grimp
 
 import se_inject
 
@@ -39,3 +42,14 @@ def test_no_private_name_of_another_file_is_imported():
         f"{path.relative_to(PACKAGE)}: {module} {name}" for path in PACKAGE.rglob("*.py") for module, name in imported(path)
         if module.startswith((".", "se_inject")) and any(p.startswith("_") for p in (*module.lstrip(".").split("."), name))]
     assert not private, private
+
+
+def test_at_most_15_files_stand_on_each_other():
+    graph = grimp.build_graph("se_inject")
+
+    @functools.cache
+    def depth(module: str) -> int:
+        return 1 + max(map(depth, graph.find_modules_directly_imported_by(module)), default=0)
+
+    deepest = max(graph.modules, key=depth)
+    assert 5 < depth(deepest) <= 15, f"{deepest} stands on {depth(deepest) - 1} levels"

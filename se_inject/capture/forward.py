@@ -10,7 +10,7 @@ import functools
 import inspect
 import operator
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
@@ -18,12 +18,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import Refusal
 from .arguments import STARS, Unpacked, bound, signature_of
+from .calls import Call, alike
 from .graphs import compute, evaluate, subgraph
 from .meta_ops import MetaOps, first_difference, storage
-from .recording import Call, alike
 from .side_effects import Draws, may_draw, modes, other_modes, packing, random_state, state_of
 from .snapshot import kept_globals, restored
 from .tracer import IN_PLACE, READ_AGAIN, QuickTracer
+
+_T = TypeVar("_T")
 
 
 class _OwnTracer(QuickTracer):
@@ -185,6 +187,13 @@ class Forward:
     decisions: tuple[bool, ...] = ()
     trail: tuple[int, ...] = ()
     memo: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
+
+    def shared(self, what: Hashable, find: Callable[[], _T]) -> _T:
+        """The result of `find`, computed once for all modules that share this forward."""
+        if what not in self.memo:
+            self.memo[what] = find()
+        found: _T = self.memo[what]
+        return found
 
 
 class Marker(nn.Module):

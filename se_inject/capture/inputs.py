@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError, TraceError
+from .calls import Run
 from .channels import BATCH_AXIS, CHANNEL_AXIS, mark
 from .meta_ops import MetaOps
-from .recording import Run, record, run
+from .recording import record, run
 from .snapshot import on_meta
 
 BATCH = 2  # images in the recorded run; more than one, so that no size of 1 stands for two things

@@ -7,10 +7,8 @@ the model takes.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,52 +16,9 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import TraceError
+from .calls import Call, alike
 from .meta_ops import MetaOps, storage
 from .snapshot import kept_globals, restored, surgery_lock
-
-
-@dataclasses.dataclass(eq=False)
-class Call:
-    """One call of a module during the recorded run.
-
-    Attributes:
-        path, module: The module, and its dotted name in the model.
-        args, kwargs, output: What it was called with, on meta tensors, and what it returned.
-        parent, children: The calls around and inside.
-        begin, end: Moments of the run: `a.begin < b.begin < a.end` says that call `b` is inside call `a`.
-        changes_list: Whether it changed a list among its arguments.
-        operators: How many operators ran inside.
-        own_trail: The operators that its own forward, and not a child's, ran.
-        writes: The storages of its arguments that were written into.
-        own_writes: The storages that its own forward, and not a child's, wrote into.
-    """
-
-    path: str
-    module: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    parent: Call | None
-    begin: int
-    end: int = -1
-    output: Any = None
-    changes_list: bool = False
-    operators: int = 0
-    writes: frozenset[int] = frozenset()
-    own_writes: tuple[torch.UntypedStorage, ...] = ()
-    own_trail: tuple[int, ...] = ()
-    children: list[Call] = dataclasses.field(default_factory=list)
-
-    def walk(self) -> Iterator[Call]:
-        """This call and all calls inside it, in the order of their beginning."""
-        yield self
-        for child in self.children:
-            yield from child.walk()
-
-    @property
-    def passes(self) -> bool:
-        """Whether the call returned its input itself, as an identity does, and dropout and drop path in eval mode."""
-        return self.operators == 0 and isinstance(self.output, torch.Tensor) and bool(self.args) and (
-            self.output is self.args[0])
 
 
 def _as_given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -76,15 +31,6 @@ def _as_given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any,
 
 def _same(value: Any) -> Any:
     return value
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Run:
-    """One recorded run of a model: the call of the model itself, the (C, H, W) of its images, and multiply-adds for one."""
-
-    root: Call
-    input_size: tuple[int, ...]
-    macs: int
 
 
 def run(model: nn.Module, inputs: torch.Tensor, ops: MetaOps | None = None) -> int:
@@ -174,14 +120,3 @@ def record(model: nn.Module, inputs: torch.Tensor) -> tuple[Call, int]:
         finally:
             nn.Module.__call__ = original  # type: ignore[method-assign]
     return root[0], macs
-
-
-def alike(a: Any, b: Any) -> bool:
-    """Whether two arguments have the same structure and shapes."""
-    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
-        return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape == b.shape
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(alike(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(map(alike, a, b))
-    return True

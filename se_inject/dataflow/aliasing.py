@@ -11,8 +11,8 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
+from ..capture.calls import Call
 from ..capture.meta_ops import storage
-from ..capture.recording import Call
 from ..errors import Refusal
 from . import ops
 from .module_graph import ModuleGraph

@@ -7,10 +7,9 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..capture.forward import trace_forward
+from ..capture.forward import Forward, trace_forward
 from ..capture.graphs import counterparts, same_graph, subgraph
 from ..errors import Refusal
-from .module_graph import ModuleGraph
 
 MOST = 32  # branches of one forward
 
@@ -110,32 +109,35 @@ def _without_conditions(path: Branch) -> fx.Graph:
     return subgraph(path.graph, [node for node in path.graph.nodes if node not in gone])
 
 
-def branches(view: ModuleGraph) -> bool:
+def branches(module: nn.Module, forward: Forward) -> bool:
     """Whether a forward has a branch that does something else than the traced one, or that fx cannot follow."""
-    return bool(view.forward.decisions) and view.shared("branches", lambda: _branches(view))
+    return bool(forward.decisions) and forward.shared("branches", lambda: _branches(module, forward))
 
 
-def _branches(view: ModuleGraph) -> bool:
+def _branches(module: nn.Module, forward: Forward) -> bool:
     try:
-        paths = trace_branches(view.module, view.forward.constants, reading=True)
+        taken, others = _taken_and_others(module, forward)
     except Refusal:
         return True
-    (taken,) = (p for p in paths if p.outcomes == view.forward.decisions)
-    return any(not p.refused and p is not taken and not same_work(taken, p) for p in paths)
+    return any(not p.refused and not same_work(taken, p) for p in others)
 
 
-def other_branches(view: ModuleGraph) -> list[dict[fx.Node, fx.Node]]:
+def other_branches(module: nn.Module, forward: Forward) -> list[dict[fx.Node, fx.Node]]:
     """For each other branch of a forward that calls layers: the nodes of it by those of the traced branch."""
-    return view.shared("other branches", lambda: _other_branches(view)) if view.forward.decisions else []
+    return forward.shared("other branches", lambda: _other_branches(module, forward)) if forward.decisions else []
 
 
-def _other_branches(view: ModuleGraph) -> list[dict[fx.Node, fx.Node]]:
+def _other_branches(module: nn.Module, forward: Forward) -> list[dict[fx.Node, fx.Node]]:
     try:
-        paths = trace_branches(view.module, view.forward.constants, reading=True)
+        taken, others = _taken_and_others(module, forward)
     except Refusal:
         return [{}]
-    (taken,) = (p for p in paths if p.outcomes == view.forward.decisions)
     return [
-        counterparts(view.forward.graph, p.graph) for p in paths
-        if p is not taken and p.graph is not None and not same_work(taken, p) and any(
-            n.op in ("call_module", "get_attr") for n in p.graph.nodes)]
+        counterparts(forward.graph, p.graph) for p in others
+        if p.graph is not None and not same_work(taken, p) and any(n.op in ("call_module", "get_attr") for n in p.graph.nodes)]
+
+
+def _taken_and_others(module: nn.Module, forward: Forward) -> tuple[Branch, list[Branch]]:
+    paths = trace_branches(module, forward.constants, reading=True)
+    (taken,) = (p for p in paths if p.outcomes == forward.decisions)
+    return taken, [p for p in paths if p is not taken]

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import fx, nn
 
+from ..capture.calls import Call, Run
 from ..capture.channels import channel_axis
 from ..capture.fingerprint import Fingerprints, frozen
 from ..capture.forward import Forward, bind, own_forward
-from ..capture.recording import Call, Run
 from ..errors import Refusal
 from . import ops
 from .layers import is_layer, is_weight, mixes
@@ -138,11 +138,7 @@ class ModuleGraph:
 
     def shared(self, what: Hashable, find: Callable[[], _T]) -> _T:
         """The result of `find`, computed once for all modules that share this forward."""
-        memo = self.forward.memo
-        if what not in memo:
-            memo[what] = find()
-        found: _T = memo[what]
-        return found
+        return self.forward.shared(what, find)
 
     @property
     def path(self) -> str:

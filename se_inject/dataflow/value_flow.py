@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..capture.recording import Call
+from ..capture.calls import Call
 from ..errors import Refusal
 from . import ops
 from .branches import branches, other_branches
@@ -73,7 +73,7 @@ class ValueFlow:
                 inside = self.traces.inside(call)
             except Refusal:
                 return view, node
-            if self.barriers is not None and (call.module in self.barriers or branches(inside)):
+            if self.barriers is not None and (call.module in self.barriers or branches(inside.module, inside.forward)):
                 return view, node
             result = inside.nodes[-1].args[0]
             if not isinstance(result, fx.Node):
@@ -95,8 +95,8 @@ class ValueFlow:
             return False
         try:
             if self.barriers is None:
-                return not other_branches(self.traces.inside(call))
-            return not any(c.module in self.barriers or branches(self.traces.inside(c)) for c in call.walk())
+                return not other_branches(call.module, self.traces.inside(call).forward)
+            return not any(c.module in self.barriers or branches(c.module, self.traces.inside(c).forward) for c in call.walk())
         except Refusal:
             return False
 

@@ -9,8 +9,8 @@ from bisect import bisect_left
 
 from torch import fx, nn
 
+from ..capture.calls import Call
 from ..capture.graphs import subgraph
-from ..capture.recording import Call
 from ..dataflow import ops
 from ..dataflow.module_graph import ModuleGraph, TracedModel
 from ..dataflow.ops import is_tensor, shape, unexpanded

@@ -8,7 +8,7 @@ from torch import fx, nn
 
 from ..dataflow.module_graph import ModuleGraph
 from ..dataflow.ops import argument, name_of, of
-from .placement import Place
+from .places import Place
 
 
 def draw(place: Place, gate: str) -> str:

@@ -14,34 +14,11 @@ from ..dataflow.layers import is_conv, is_depthwise, mixes
 from ..dataflow.module_graph import LAYOUT, SLICE, ModuleGraph, TracedModel
 from ..dataflow.ops import is_tensor, name_of, shape
 from .patterns import Candidate
+from .places import Place
 from .slots import Slot, is_inner
 
 IN_PLACE = "its tensor is changed in place, and read where a gate would not reach"
 NO_CONV = "placement='inner' needs one convolution over space that the whole branch goes through"
-
-
-@dataclasses.dataclass(eq=False)
-class Place:
-    """Where a block goes.
-
-    Attributes:
-        unit: The unit that the place belongs to.
-        view, node: The forward, and the value in it that the block gates.
-        users: The nodes that get the gated value; None is all.
-        fill: The slot that the block fills.
-        inner: Whether layers of the unit follow the block.
-        depthwise: Whether the block comes right behind a depthwise convolution.
-        reason: Why there can be no block.
-    """
-
-    unit: Candidate
-    view: ModuleGraph
-    node: fx.Node
-    users: list[fx.Node] | None = None
-    fill: Slot | None = None
-    inner: bool = False
-    depthwise: bool = False
-    reason: str | None = None
 
 
 def find_place(c: Candidate, slot: Slot | None, placement: str, traces: TracedModel) -> Place:

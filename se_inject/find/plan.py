@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections import Counter
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from typing import Any
 
 from ..config import SEConfig
@@ -123,3 +124,18 @@ class Plan:
             f"{self.macs / 1e6:,.0f} + {self.added_macs / 1e6:,.2f} M multiply-adds "
             f"at {'x'.join(map(str, self.input_size))}")
         return "\n".join(lines)
+
+
+def rejected(config: SEConfig, site: Site) -> str | None:
+    """Why the filters of `config` leave `site` out; None if they keep it."""
+    if config.stages is not None and site.stage not in config.stages:
+        return f"stage {site.stage} is not in stages={list(config.stages)}"
+    if config.include is not None and not any(fnmatchcase(site.path, p) for p in config.include):
+        return "no include pattern matches"
+    if config.exclude is not None and any(fnmatchcase(site.path, p) for p in config.exclude):
+        return "an exclude pattern matches"
+    if site.channels < config.min_channels:
+        return f"{site.channels} channels are below min_channels={config.min_channels}"
+    if config.filter_fn is not None and not config.filter_fn(site):
+        return "filter_fn said no"
+    return None

@@ -6,36 +6,24 @@ import dataclasses
 import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 
 from torch import fx, nn
 
 from ..blocks.build import block_spec, cost, problem
 from ..blocks.catalogue import get_block
+from ..capture.calls import Call
 from ..capture.channels import batch_is_first, channel_axis
-from ..capture.recording import Call
 from ..config import SEConfig
 from ..dataflow.module_graph import ModuleGraph, TracedModel
 from ..dataflow.ops import is_tensor, shape
 from ..site import Site
 from .attention import Gates
 from .diagram import draw
-from .placement import Place, find_place
+from .placement import find_place
+from .places import Place, PlacedSite
+from .plan import rejected
 from .stages import Stages
 from .units import find_units, find_untraced, map_of
-
-
-@dataclasses.dataclass(eq=False)
-class PlacedSite:
-    """A site and its place in the traced forward, for the rewriting."""
-
-    site: Site
-    place: Place
-    gain: float
-
-    @property
-    def view(self) -> ModuleGraph:
-        return self.place.view
 
 
 def find_sites(
@@ -174,21 +162,6 @@ def _why_not(place: Place, gates: Gates, config: SEConfig, taken: Mapping[nn.Mod
 
 def _gain(place: Place) -> float:
     return 1.0 if place.fill is None else place.fill.gain
-
-
-def rejected(config: SEConfig, site: Site) -> str | None:
-    """Why the filters of `config` leave `site` out; None if they keep it."""
-    if config.stages is not None and site.stage not in config.stages:
-        return f"stage {site.stage} is not in stages={list(config.stages)}"
-    if config.include is not None and not any(fnmatchcase(site.path, p) for p in config.include):
-        return "no include pattern matches"
-    if config.exclude is not None and any(fnmatchcase(site.path, p) for p in config.exclude):
-        return "an exclude pattern matches"
-    if site.channels < config.min_channels:
-        return f"{site.channels} channels are below min_channels={config.min_channels}"
-    if config.filter_fn is not None and not config.filter_fn(site):
-        return "filter_fn said no"
-    return None
 
 
 def _replaced(place: Place) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import inspect
 import textwrap
+from collections.abc import Mapping
 from typing import Any
 
 from torch import fx, nn
@@ -15,7 +16,6 @@ from ..capture.forward import Forward, bind, own_forward
 from ..dataflow.module_graph import ModuleGraph, TracedModel
 from ..dataflow.ops import is_tensor, name_of, shape
 from ..errors import Refusal
-from .attention import Gates
 
 SLOT_NAMES = ("se", "attn", "attn2", "attn3", "attn_last")
 _ABSENT = object()
@@ -72,13 +72,15 @@ def _find_empty(view: ModuleGraph) -> tuple[str, Forward, fx.Node, float] | None
     return max(found, key=lambda f: list(f[1].graph.nodes).index(f[2]), default=None)
 
 
-def gate_slot(view: ModuleGraph, gates: Gates) -> Slot | None:
-    """The owner's child that only gates its input, if there is one: attention that can be swapped."""
+def gate_slot(view: ModuleGraph, gating: Mapping[nn.Module, bool]) -> Slot | None:
+    """The owner's child that only gates its input, if there is one: attention that can be swapped.
+
+    `gating` says of modules with channel attention whether they do nothing else.
+    """
     for node in view.nodes:
-        if node.op == "call_module" and node.target in view.module._modules and _usable(node):
-            inner = gates.pure.get(view.call_of(node).module)
-            if inner and _once(view, node):
-                return Slot(str(node.target), view, node, 1.0, replaces=True)
+        if node.op == "call_module" and node.target in view.module._modules and _usable(node) and (
+                gating.get(view.call_of(node).module)) and _once(view, node):
+            return Slot(str(node.target), view, node, 1.0, replaces=True)
     return None
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from ..capture.recording import Call
+from ..capture.calls import Call
 from ..dataflow.module_graph import TracedModel
 from ..dataflow.ops import shape
-from .placement import Place
+from .places import Place
 
 
 class Stages:

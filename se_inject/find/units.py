@@ -11,8 +11,8 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
 
+from ..capture.calls import Call
 from ..capture.forward import is_plain_sequential
-from ..capture.recording import Call
 from ..config import SEConfig
 from ..dataflow.module_graph import ModuleGraph, TracedModel
 from .attention import Gates
@@ -107,7 +107,7 @@ def _rooms(
         slot = empty_slot(traces, view)
         if slot is not None and not any(True for _ in linear.around(view.call)):
             empty[view.module] = slot
-    filled = {view.module: slot for view in views if (slot := gate_slot(view, gates)) is not None}
+    filled = {view.module: slot for view in views if (slot := gate_slot(view, gates.pure)) is not None}
     slots: dict[nn.Module, Slot] = {}
     if config.placement == "auto":
         slots.update(empty)

@@ -3,6 +3,6 @@
 In: a model, injected or not. Out: a copy with the same outputs up to rounding, and a report.
 Read `optimize` (one call, step by step), `fold_norms`, `find_blocks` (which blocks become gates), `gate_layers` (a gate as a
 few layers on vectors), `upstream` (a cheaper tensor to squeeze), `affine` and `merged_layers` (weights for these two),
-`regions` (which forwards are rewritten), `inline` (several forwards as one graph), `in_place`, `forward_class`; then
-`report`, `export`.
+`rewritable` and `regions` (which forwards are rewritten), `inline` (several forwards as one graph), `in_place`,
+`forward_class`; then `report`, `export`.
 """

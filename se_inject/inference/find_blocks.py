@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import fx, nn
 
-from ..capture.recording import Call
+from ..capture.calls import Call
 from ..dataflow.branches import branches
 from ..dataflow.module_graph import ModuleGraph
 from ..dataflow.ops import shape
@@ -17,9 +17,9 @@ from ..errors import Refusal
 from ..find.attention import Gate, Gates, gate_of
 from .affine import Maps
 from .gate_layers import GateBuilder
-from .inline import Region, check_plain, check_rewritable
 from .merged_layers import MergedGate
 from .report import OptimizedBlock
+from .rewritable import Region, check_plain, check_rewritable
 from .upstream import Source, Upstream
 
 
@@ -129,7 +129,7 @@ class _Finder:
             check_plain(flow, c.module, "it" if c is call else c.path)
         if call.writes:
             raise Refusal("it writes into its input")
-        if branches(flow.traces.inside(call)):
+        if branches(call.module, flow.traces.inside(call).forward):
             raise Refusal("it branches on sizes")
         if isinstance(call.module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
             raise Refusal("it is a container")

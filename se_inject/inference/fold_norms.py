@@ -10,15 +10,15 @@ import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
+from ..capture.calls import Call
 from ..capture.channels import channel_axis
-from ..capture.recording import Call
 from ..dataflow.aliasing import storages
 from ..dataflow.branches import branches, trace_branches
 from ..dataflow.module_graph import ModuleGraph, TracedModel, spelled
 from ..dataflow.ops import CONVS, TRANSPOSED_CONVS, argument, is_tensor, layer_arguments, name_of, of, shape
 from ..dataflow.value_flow import ValueFlow
 from ..errors import Refusal
-from .inline import check_plain
+from .rewritable import check_plain
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,7 +92,7 @@ def _fold(flow: ValueFlow, norm: nn.Module) -> Fold:
         raise Refusal("it is called more than once")
     check_plain(flow, norm, "it")
     view = traces.inside(traces.calls[norm][0])
-    if branches(view):
+    if branches(view.module, view.forward):
         raise Refusal("it branches on sizes")
     nodes = [n for n in view.nodes if name_of(n) == "batch_norm"]
     if len(nodes) != 1:
@@ -243,7 +243,7 @@ def _layer_before(flow: ValueFlow, view: ModuleGraph, node: fx.Node) -> tuple[Mo
         else:
             for other in crossed:
                 name = type(other.module).__name__
-                if other is not view and branches(other):  # `_fold` looks at all branches of the layer
+                if other is not view and branches(other.module, other.forward):  # `_fold` looks at all branches of the layer
                     raise Refusal(f"{name}.forward branches on sizes")
                 check_plain(flow, other.module, name, may_have_hooks=True)
             return view, x

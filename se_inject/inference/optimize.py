@@ -7,8 +7,8 @@ import logging
 import torch
 from torch import fx, nn
 
+from ..capture.calls import Call
 from ..capture.inputs import record_model
-from ..capture.recording import Call
 from ..capture.snapshot import HOOKS, restored
 from ..dataflow.value_flow import ValueFlow
 from ..errors import TraceError

@@ -9,9 +9,9 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import fx, nn
 
+from ..capture.calls import Call
 from ..capture.graphs import subgraph
 from ..capture.meta_ops import storage
-from ..capture.recording import Call
 from ..dataflow.module_graph import ModuleGraph
 from ..dataflow.ops import is_tensor, name_of, products, shape
 from ..dataflow.value_flow import ValueFlow
@@ -20,8 +20,9 @@ from ..find.attention import Gate
 from .find_blocks import Block
 from .forward_class import become, optimized_class
 from .in_place import write_in_place
-from .inline import InlinedGraph, Region, check_rewritable, inline
+from .inline import InlinedGraph, inline
 from .merged_layers import MergedGate
+from .rewritable import Region, check_rewritable
 
 
 def find_sums(flow: ValueFlow, blocks: Collection[Call]) -> tuple[list[Region], dict[str, str]]:

@@ -20,8 +20,8 @@ from ..dataflow.ops import CONVS, argument, is_tensor, of, shape
 from ..dataflow.value_flow import ValueFlow
 from ..errors import Refusal
 from .affine import Affine, Maps, is_pointwise
-from .inline import Region, common_region
 from .merged_layers import Layer
+from .rewritable import Region, common_region
 
 
 @dataclasses.dataclass(eq=False)

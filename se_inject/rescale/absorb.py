@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..capture.recording import Call
+from ..capture.calls import Call
 from ..dataflow.aliasing import is_written_after
 from ..dataflow.branches import other_branches
 from ..dataflow.module_graph import ModuleGraph, TracedModel, spelled
@@ -196,7 +196,7 @@ class Absorber:
             return users == {pairs.get(r) for r in _readers(view, node)} and (
                 self._is_single(there) and self._is_single(its_reader))
 
-        if not all(map(same, other_branches(view))):
+        if not all(map(same, other_branches(view.module, view.forward))):
             raise Refusal(f"{type(view.module).__name__}.forward branches on sizes, and does something else there")
 
     # parameters

@@ -15,7 +15,7 @@ from ..capture.forward import is_plain_sequential
 from ..config import SEConfig
 from ..dataflow.module_graph import TracedModel
 from ..errors import Refusal
-from ..find.sites import PlacedSite
+from ..find.places import PlacedSite
 from ..find.slots import takes_activation
 from .codegen import generate
 from .edits import device_near

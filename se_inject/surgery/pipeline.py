@@ -16,8 +16,9 @@ from ..capture.tracer import patched
 from ..config import SEConfig
 from ..dataflow.module_graph import TracedModel
 from ..errors import ConfigError, SEInjectError
+from ..find.places import PlacedSite
 from ..find.plan import Plan
-from ..find.sites import PlacedSite, find_sites
+from ..find.sites import find_sites
 from ..site import Site
 from ..timm_names import architecture_of, rename, skeleton
 from .edits import apply_edits, undo_edits

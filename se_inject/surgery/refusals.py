@@ -9,8 +9,7 @@ from torch import nn
 
 from ..errors import ConfigError, NoSitesError, SEInjectError, TraceError
 from ..find.patterns import LINEAR, UNLEARNED
-from ..find.plan import Plan
-from ..find.sites import rejected
+from ..find.plan import Plan, rejected
 from .state import injections_of, is_optimized
 
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
