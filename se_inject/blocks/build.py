@@ -16,6 +16,7 @@ from ..config import SEConfig
 from ..errors import ConfigError
 from .catalogue import OPTIONS, get_block, parameters_of
 from .identity import make_identity
+from .masks import WEIGHS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +94,10 @@ def make_block(
         block = block.to(device=device, dtype=dtype)
     if config.init == "identity":
         make_identity(row.start, block, outer_gain)
-    return block if native else ChannelsLast(block, spec.layout)
+    made = block if native else ChannelsLast(block, spec.layout)
+    if row.weighs:
+        made.__dict__[WEIGHS] = True
+    return made
 
 
 def cost(spec: BlockSpec, config: SEConfig, size: tuple[int, ...]) -> tuple[int, int]:

@@ -31,6 +31,7 @@ class Block:
         cls: Called with the number of channels, and with those options that its signature has and the user gives.
         start: The modules that make the block an identity.
         positions: Whether it distinguishes rows from columns, and so needs a map with height and width.
+        weighs: Whether its squeeze weighs positions by their values, and is more than a mean or maximum of them.
         layouts: The layouts that it takes. `cls` gets a keyword `layout` for all but NCHW. At a site of a layout that is
             not among them, the block gets an NCHW view.
         width: Called with the config, a number of channels, and whether those are the input channels of an inverted
@@ -43,6 +44,7 @@ class Block:
     cls: Callable[..., nn.Module]
     start: Start = Start()  # noqa: RUF009 (it is frozen)
     positions: bool = False
+    weighs: bool = False
     layouts: tuple[str, ...] = ("NCHW",)
     width: Callable[[SEConfig, int, bool], int] | None = None
     site_act: bool = False
@@ -86,7 +88,8 @@ for _name, _start, _positions in (  # timm's, by their create_attn names
     ("strip", Start(("conv_h", "conv_w"), ("gate",)), True),
 ):  # fmt: skip
     with contextlib.suppress(AssertionError):  # an older timm has fewer
-        _rows[_name] = Block(_name, GatherExcite if _name == "ge" else get_attn(_name), _start, _positions)
+        _cls = GatherExcite if _name == "ge" else get_attn(_name)
+        _rows[_name] = Block(_name, _cls, _start, _positions, weighs=_name in ("gc", "gca"))
 _NO_GATES = {
     **dict.fromkeys(("sk", "splat"), "replaces a convolution by several, with weights of its own"),
     **dict.fromkeys(("lambda", "bottleneck", "halo"), "replaces a convolution by self-attention"),
@@ -137,7 +140,7 @@ def register_block(
         raise ConfigError(f"register_block({name!r}): there is a block of that name; choose another name")
     if not callable(cls):
         raise ConfigError(f"register_block({name!r}, {cls!r}): expected a class of modules, not an object of it")
-    _rows[name] = Block(name, cls, Start(tuple(zero), tuple(gates), first), positions)
+    _rows[name] = Block(name, cls, Start(tuple(zero), tuple(gates), first), positions, weighs=True)  # for all that is known
 
 
 def block_names() -> list[str]:

@@ -11,6 +11,8 @@ from torch import fx, nn
 
 from ..blocks.build import block_spec, cost, problem
 from ..blocks.catalogue import get_block
+from ..blocks.masks import MASKS
+from ..capture.arguments import signature_of
 from ..capture.calls import Call
 from ..capture.channels import batch_is_first, channel_axis
 from ..config import SEConfig
@@ -151,12 +153,27 @@ def _why_not(place: Place, gates: Gates, config: SEConfig, taken: Mapping[nn.Mod
         return "only one position: nothing to squeeze"
     if tokens and get_block(config.block).positions:
         return f"block={config.block!r} needs a map with height and width, and this is a sequence of tokens"
+    if tokens and (masked := _masked_by(place)) is not None:
+        return masked
     if place.fill is not None and place.fill.gain != 1.0 and (why := problem(config, place.fill.gain)):
         return why
     if not all(batch_is_first(n.meta["val"]) for n in _values(place, dims)):
         return f"the batch is not the first axis of its tensor, of shape {dims}"
     if dim not in (1, len(dims) - 1) or len(dims) > 4 or (len(dims) == 3 and dim == 1):
         return f"layout of shape {dims} is not known"
+    return None
+
+
+def _masked_by(place: Place) -> str | None:
+    """Why a block could not leave out padding: the mask is given to a caller of the forward that calls the block."""
+    call: Call | None = place.view.call
+    while call is not None:
+        name = next((p for p in signature_of(type(call.module).forward).parameters if p in MASKS), None)
+        if name is not None:
+            if call is place.view.call and place.fill is None and not isinstance(call.module, fx.GraphModule):
+                return None
+            return f"{call.path or type(call.module).__name__}.forward takes {name}, which the block would not get"
+        call = call.parent
     return None
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ..blocks.masks import MASKS
 from ..capture.arguments import is_plain, pinned
 from ..capture.graphs import same_graph, sources_of, subgraph
 from ..capture.snapshot import on_meta, set_class, surgery_lock
@@ -156,37 +157,49 @@ def _generate(
     base = base_class(module)
     guards, names = guards_for(fixed, f"{base.__name__}.forward was rewritten for one value of {{name}}: "
                             "eject(), then inject() the model as it is called")
-    if len(paths) == 1:
-        assert paths[0].graph is not None
-        code = put_in(paths[0].graph, edits.edits).python_code("self")
-        return _class_of(base, with_guards(code.src, guards), {**code.globals, **names}, main, edits.decisions)
     functions: list[str] = []
     head, call = _head(main)
 
-    def define(graph: fx.Graph, name: str) -> None:
+    def define(graph: fx.Graph, name: str, guards: str = "") -> None:
         code = graph.python_code("self")
         if any(names.setdefault(k, v) is not v for k, v in code.globals.items()):
             raise Refusal(f"{base.__name__}.forward gives one name to two things in its branches")
-        functions.append(code.src.replace("def forward(", f"def {name}(", 1))
+        functions.append(with_guards(code.src.replace("def forward(", f"def {name}(", 1), guards))
 
-    def branch(prefix: tuple[bool, ...], indent: str) -> str:
-        here = [p for p in paths if p.outcomes[:len(prefix)] == prefix]
-        if len(here) == 1 and here[0].outcomes == prefix:
-            name = f"_se_branch_{paths.index(here[0])}"
-            if here[0].graph is None:
-                return f"{indent}raise {ERROR_NAME}({here[0].error!r})\n"
-            graph = here[0].graph
-            works = any(n.op == "call_module" for n in graph.nodes)  # else an early return, where there is nothing to gate
-            define(put_in(graph, moved(edits.edits, main, graph, module)) if works else graph, name)
-            return f"{indent}return self.{name}({call})\n"
-        name = f"_se_test_{len(functions)}"
-        define(_condition(here[0].conditions[len(prefix)], base), name)
-        return (f"{indent}if self.{name}({call}):\n{branch((*prefix, True), indent + '    ')}"
-                f"{branch((*prefix, False), indent)}")
+    def define_forward(name: str, guards: str, masks: tuple[str, ...] = ()) -> None:
+        if len(paths) == 1:
+            assert paths[0].graph is not None
+            define(put_in(subgraph(paths[0].graph), edits.edits, masks), name, guards)
+            return
 
-    body = branch((), "    ")
-    source = "\n\n".join([*functions, f"{head}\n{guards}{body}"])
-    return _class_of(base, source, names, main, edits.decisions)
+        def branch(prefix: tuple[bool, ...], indent: str) -> str:
+            here = [p for p in paths if p.outcomes[:len(prefix)] == prefix]
+            if len(here) == 1 and here[0].outcomes == prefix:
+                graph = here[0].graph
+                if graph is None:
+                    return f"{indent}raise {ERROR_NAME}({here[0].error!r})\n"
+                part = f"_se_branch_{len(functions)}"
+                works = any(n.op == "call_module" for n in graph.nodes)  # else an early return, where there is nothing to gate
+                define(put_in(subgraph(graph), moved(edits.edits, main, graph, module), masks) if works else graph, part)
+                return f"{indent}return self.{part}({call})\n"
+            test = f"_se_test_{len(functions)}"
+            define(_condition(here[0].conditions[len(prefix)], base), test)
+            return (f"{indent}if self.{test}({call}):\n{branch((*prefix, True), indent + '    ')}"
+                    f"{branch((*prefix, False), indent)}")
+
+        body = branch((), "    ")
+        functions.append(f"{head.replace('def forward(', f'def {name}(', 1)}\n{guards}{body}")
+
+    masks = tuple(str(n.target) for n in main.nodes if n.op == "placeholder" and n.target in MASKS.keys() - fixed.keys())
+    if masks:
+        refusal = f"TorchScript leaves out no padding: call the model without {' and '.join(masks)}"
+        guards += (f"    if {' or '.join(f'{name} is not None' for name in masks)}:\n"
+                   f"        if is_scripting():\n            raise {ERROR_NAME}({refusal!r})\n"
+                   f"        else:\n            return self._se_masked({call})\n")
+        names["is_scripting"] = torch.jit.is_scripting
+        define_forward("_se_masked", "", masks)
+    define_forward("forward", guards)
+    return _class_of(base, "\n\n".join(functions), names, main, edits.decisions)
 
 
 def _head(graph: fx.Graph) -> tuple[str, str]:

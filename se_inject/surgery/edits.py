@@ -9,37 +9,54 @@ Weights and their names stay where they are.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import fx, nn
 
+from ..blocks.masks import call_masked
 from ..capture.graphs import counterparts
 from ..capture.snapshot import set_class
 from ..errors import Refusal
 from .state import Edit, OwnerEdits, base_class, edits_of, has_generated_class, set_edits
 
 
-def put_in(graph: fx.Graph, edits: tuple[Edit, ...]) -> fx.Graph:
-    """`graph` with the blocks called; it is changed."""
+def put_in(graph: fx.Graph, edits: tuple[Edit, ...], masks: tuple[str, ...] = ()) -> fx.Graph:
+    """`graph` with the blocks called; it is changed. `masks` are arguments that the blocks get, by `call_with_masks`."""
     nodes = list(graph.nodes)
     for edit in edits:
-        _insert(graph, nodes, edit)
+        _insert(graph, nodes, edit, masks)
     graph.lint()
     return graph
 
 
-def _insert(graph: fx.Graph, nodes: list[fx.Node], edit: Edit) -> None:
+def _insert(graph: fx.Graph, nodes: list[fx.Node], edit: Edit, masks: tuple[str, ...]) -> None:
     node = nodes[edit.node]
     after = node
     if node.op == "placeholder":
         after = [n for n in graph.nodes if n.op == "placeholder"][-1]
+    given: dict[str, fx.node.Argument] = {str(n.target): n for n in nodes if n.op == "placeholder" and n.target in masks}
     with graph.inserting_after(after):
-        call = graph.call_module(edit.slot, (node,))
+        if given:
+            block = graph.get_attr(edit.slot)
+            with graph.inserting_after(block):
+                call = graph.call_function(call_with_masks, (block, node), given)
+        else:
+            call = graph.call_module(edit.slot, (node,))
     if edit.users is None:
         node.replace_all_uses_with(call, delete_user_cb=lambda user: user is not call)
     else:
         for i in edit.users:
             nodes[i].replace_input_with(node, call)
+
+
+def call_with_masks(block: nn.Module, x: Any, **masks: Any) -> Any:
+    """`call_masked`; where fx traces it, one node, as a trace does not know whether it will be called with masks."""
+    tracer: Any = next((v.tracer for v in (x, *masks.values()) if isinstance(v, fx.Proxy)), None)
+    if tracer is not None:
+        held = tracer.create_proxy("get_attr", tracer.path_of_module(block), (), {})
+        return tracer.create_proxy("call_function", call_with_masks, (held, x), masks)
+    return block(x) if all(mask is None for mask in masks.values()) else call_masked(block, x, **masks)
 
 
 def moved(edits: tuple[Edit, ...], old: fx.Graph, new: fx.Graph, module: nn.Module) -> tuple[Edit, ...]:

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from ..blocks.build import problem
-from ..capture.tracer import patched
 from ..config import SEConfig
 from ..dataflow.module_graph import TracedModel
 from ..errors import ConfigError, SEInjectError
@@ -261,7 +260,7 @@ def recorded(model: nn.Module, config: SEConfig, input_size: tuple[int, ...] | N
     with torch.inference_mode(False):  # a block is made to see whether it can be
         if (why := problem(config)) is not None:
             raise ConfigError(why)
-    with traced(model, input_size) as t, patched():
+    with traced(model, input_size) as t:
         yield t
 
 

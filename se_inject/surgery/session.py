@@ -10,6 +10,7 @@ from torch import nn
 
 from ..capture.inputs import record_model
 from ..capture.snapshot import on_meta, surgery_lock
+from ..capture.tracer import patched
 from ..dataflow.module_graph import TracedModel
 from ..errors import SEInjectError
 from .codegen import regenerate
@@ -33,7 +34,9 @@ def traced(model: nn.Module, input_size: tuple[int, ...] | None = None) -> Itera
     for owner in edited_owners(model):
         regenerate(owner)
     with on_meta(model):
-        yield TracedModel(record_model(model, input_size))
+        traces = TracedModel(record_model(model, input_size))
+        with patched():  # once for all traces
+            yield traces
 
 
 def copied(model: nn.Module, what: str) -> nn.Module:
