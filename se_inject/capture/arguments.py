@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from ..errors import Refusal
 from .calls import Call
 
 STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
@@ -76,4 +77,11 @@ def is_plain(value: Any) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def signature_of(function: Any) -> inspect.Signature:
-    return inspect.signature(function)
+    """
+    Raises:
+        Refusal: It is no function, but a property, say.
+    """
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError) as error:
+        raise Refusal(f"its forward has no signature: {error}") from error

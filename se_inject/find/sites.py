@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections import defaultdict
@@ -18,6 +19,7 @@ from ..capture.channels import batch_is_first, channel_axis
 from ..config import SEConfig
 from ..dataflow.module_graph import ModuleGraph, TracedModel
 from ..dataflow.ops import is_tensor, shape
+from ..errors import Refusal
 from ..site import Site
 from .attention import Gates
 from .diagram import draw
@@ -168,7 +170,9 @@ def _masked_by(place: Place) -> str | None:
     """Why a block could not leave out padding: the mask is given to a caller of the forward that calls the block."""
     call: Call | None = place.view.call
     while call is not None:
-        name = next((p for p in signature_of(type(call.module).forward).parameters if p in MASKS), None)
+        name = None
+        with contextlib.suppress(Refusal):  # no forward to read, so none that gives a mask on
+            name = next((p for p in signature_of(type(call.module).forward).parameters if p in MASKS), None)
         if name is not None:
             if call is place.view.call and place.fill is None and not isinstance(call.module, fx.GraphModule):
                 return None

@@ -9,6 +9,7 @@ Weights and their names stay where they are.
 from __future__ import annotations
 
 import dataclasses
+import keyword
 from typing import Any
 
 import torch
@@ -22,8 +23,15 @@ from .state import Edit, OwnerEdits, base_class, edits_of, has_generated_class, 
 
 
 def put_in(graph: fx.Graph, edits: tuple[Edit, ...], masks: tuple[str, ...] = ()) -> fx.Graph:
-    """`graph` with the blocks called; it is changed. `masks` are arguments that the blocks get, by `call_with_masks`."""
+    """`graph` with the blocks called; it is changed. `masks` are arguments that the blocks get, by `call_with_masks`.
+
+    Raises:
+        Refusal: A child's name is no name in code.
+    """
     nodes = list(graph.nodes)
+    for name in {part for n in nodes if n.op in ("call_module", "get_attr") for part in str(n.target).split(".")}:
+        if keyword.iskeyword(name) or set(name) & {'"', "\\"} or not name.isprintable():
+            raise Refusal(f"its child {name!r} has a name that cannot be written as code")
     for edit in edits:
         _insert(graph, nodes, edit, masks)
     graph.lint()

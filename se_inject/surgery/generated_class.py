@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import copy
 import itertools
 import linecache
@@ -11,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..capture.arguments import Unpacked
-from ..errors import SEInjectError
+from ..errors import Refusal, SEInjectError
 from .state import BASE
 
 ERROR_NAME = "_se_error"
@@ -76,14 +77,25 @@ def generated(
 def derived(base: type[nn.Module], members: Mapping[str, Any]) -> type[nn.Module]:
     """A subclass with these members, under the name of its base.
 
-    It has no name to import, so `members` has a ``__reduce_ex__`` that pickles by the base.
+    It has no name to import, so `members` has a ``__reduce_ex__`` that pickles by the base. The author's ``__init_subclass__``
+    and metaclass are not called, as they may refuse the class, or enter it into a registry under the name of its base.
+
+    Raises:
+        Refusal: The base has slots, so Python cannot make it the base of a class that is there.
     """
     own = {name for cls in base.__mro__ if cls not in (nn.Module, object) for name in cls.__dict__}
     copying = {} if own & {"__getstate__", "__deepcopy__", "__copy__"} else {"__deepcopy__": _deepcopy, "__copy__": _copy}
-    return type(base.__name__, (base,), {
+    metaclass = type(base)
+    plain: Any = abc.ABCMeta if issubclass(metaclass, abc.ABCMeta) else type
+    cls: type[nn.Module] = plain.__new__(metaclass, base.__name__, (nn.Module,), {
         "__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__, BASE: base,
         **copying, **members,
     })  # fmt: skip
+    try:
+        type.__setattr__(cls, "__bases__", (base,))
+    except TypeError as error:
+        raise Refusal(f"{base.__name__} cannot have a subclass: {error}") from error
+    return cls
 
 
 def new_of(cls: type[nn.Module]) -> nn.Module:

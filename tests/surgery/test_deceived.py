@@ -3,6 +3,7 @@
 A new case is one line: the name of its kind, and the body of a residual block's forward.
 """
 
+import abc
 import collections
 import copy
 import functools
@@ -322,3 +323,87 @@ def test_blocks_have_the_dtype_of_what_they_gate():
     expected = model(x)
     se_inject.inject(model, input_size=(3, 10, 10))
     assert torch.equal(model(x), expected) and F.relu(model(x)).dtype is torch.bfloat16
+
+
+class Residual(nn.Module):
+    def __init__(self, name="f"):
+        super().__init__()
+        self.add_module(name, nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)))
+        self.name = name
+
+    def forward(self, x):
+        return x + self._modules[self.name](x)
+
+
+class NoSubclass(Residual):
+    def __init_subclass__(cls):
+        raise TypeError("no subclass of this")
+
+
+KNOWN: dict[str, type] = {}
+
+
+class Registry(type):
+    def __new__(cls, name, bases, members):
+        if name in KNOWN:
+            raise ValueError(f"{name} is known")
+        KNOWN[name] = super().__new__(cls, name, bases, members)
+        return KNOWN[name]
+
+
+class Registered(Residual, metaclass=Registry):
+    pass
+
+
+class Abstract(Residual, abc.ABC):
+    @abc.abstractmethod
+    def kind(self): ...
+
+
+class Concrete(Abstract):
+    def kind(self):
+        return "concrete"
+
+
+@pytest.mark.parametrize("unit", [NoSubclass, Registered, Concrete])
+def test_an_authors_rules_for_subclasses_are_not_asked(unit):
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 1), unit()), torch.randn(2, 3, 10, 10)
+    expected = model(x)
+    se_inject.inject(model, input_size=(3, 10, 10))
+    assert torch.equal(model(x), expected) and isinstance(model[1], unit)
+    nn.init.ones_(model[1].se.fc2.bias)
+    assert not torch.equal(model(x), expected) and torch.equal(copy.deepcopy(model)(x), model(x))
+    se_inject.eject(model)
+    assert torch.equal(model(x), expected) and type(model[1]) is unit
+    assert KNOWN == {"Registered": Registered}
+
+
+@pytest.mark.parametrize(("name", "works"), [
+    ("a-b", True), ("0", True), ("a b", True), ("é", True), ("print", True), ("x", True),
+    ("class", False), ("None", False), ('a"b', False), ("a\\nb", False), ("a\nb", False),
+])  # fmt: skip
+def test_odd_names_of_children(name, works):
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 1), Residual(name)), torch.randn(2, 3, 10, 10)
+    expected = model(x)
+    if works:
+        se_inject.inject(model, input_size=(3, 10, 10))
+        nn.init.ones_(model[1].se.fc2.bias)
+        assert not torch.equal(model(x), expected)
+    else:
+        with pytest.raises(SEInjectError, match="has a name that cannot be written as code"):
+            se_inject.inject(model, input_size=(3, 10, 10))
+        assert torch.equal(model(x), expected) and type(model[1]) is Residual
+
+
+def test_a_forward_that_is_no_function_is_skipped():
+    class Property(Residual):
+        @property
+        def forward(self):
+            return lambda x: x + self.f(x)
+
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 1), Property(), Residual()), torch.randn(2, 3, 10, 10)
+    expected = model(x)
+    assert se_inject.block_paths(se_inject.inject(model, input_size=(3, 10, 10))) == ["2.se"]
+    assert torch.equal(model(x), expected)
+    (skipped,) = se_inject.plan(nn.Sequential(nn.Conv2d(3, 8, 1), Property()), input_size=(3, 10, 10)).skipped
+    assert skipped.owner == "1" and "has no signature" in skipped.reason
