@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 
 @dataclasses.dataclass(eq=False)
@@ -21,7 +22,7 @@ class Call:
         begin, end: Moments of the run: `a.begin < b.begin < a.end` says that call `b` is inside call `a`.
         changes_list: Whether it changed a list among its arguments.
         operators: How many operators ran inside.
-        own_trail: The operators that its own forward, and not a child's, ran.
+        own_trail: The operators that its own forward ran, and the calls of its children; see `trail`.
         writes: The storages of its arguments that were written into.
         own_writes: The storages that its own forward, and not a child's, wrote into.
     """
@@ -38,7 +39,7 @@ class Call:
     operators: int = 0
     writes: frozenset[int] = frozenset()
     own_writes: tuple[torch.UntypedStorage, ...] = ()
-    own_trail: tuple[int, ...] = ()
+    own_trail: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = dataclasses.field(default_factory=list)
     children: list[Call] = dataclasses.field(default_factory=list)
 
     def walk(self) -> Iterator[Call]:
@@ -72,3 +73,11 @@ def alike(a: Any, b: Any) -> bool:
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(map(alike, a, b))
     return True
+
+
+def leaves(args: Any, kwargs: Any) -> list[Any]:
+    """The values in the arguments of a call, tensors and others."""
+    if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor):  # as most calls have; the walk is slow
+        return [args[0]]
+    found: list[Any] = tree_leaves((args, kwargs))
+    return found

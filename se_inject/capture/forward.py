@@ -9,21 +9,22 @@ import dataclasses
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from ..errors import Refusal
 from .arguments import STARS, Unpacked, bound, signature_of
-from .calls import Call, alike
+from .calls import Call, alike, leaves
 from .graphs import compute, evaluate, subgraph
-from .meta_ops import MetaOps, first_difference, storage
+from .meta_ops import MetaOps, storage
 from .side_effects import Draws, may_draw, modes, other_modes, packing, random_state, state_of
 from .snapshot import kept_globals, restored
 from .tracer import IN_PLACE, READ_AGAIN, QuickTracer
+from .trail import called, first_difference, related
 
 _T = TypeVar("_T")
 
@@ -177,7 +178,7 @@ class Forward:
         constants: The arguments that are no tensors.
         marker: Name of the empty slot that was filled with a `Marker`.
         decisions: The outcomes of the conditions on sizes, in order.
-        trail: The operators that it runs.
+        trail: The operators that it runs, and the calls of its children, `related`.
         memo: What is known about the forward, for all modules that share it.
     """
 
@@ -185,7 +186,7 @@ class Forward:
     constants: dict[str, Any]
     marker: str | None = None
     decisions: tuple[bool, ...] = ()
-    trail: tuple[int, ...] = ()
+    trail: tuple[tuple[int, ...], ...] = ()
     memo: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
 
     def shared(self, what: Hashable, find: Callable[[], _T]) -> _T:
@@ -240,7 +241,7 @@ def own_forward(call: Call, marker: str | None = None, reading: bool = False) ->
                 child = calls[node] = _child_call(call, node, args, kwargs, children, marker)
                 ran = len(ops.trail)
                 value, writes = _in_memory_of(child, args, kwargs)
-                del ops.trail[ran:]  # of ours, and not of the forward
+                ops.trail[ran:] = [called(leaves(args, kwargs), leaves((value,), {}))]  # for ours, and not of the forward
             elif node.op == "output":
                 value = args[0]
             else:
@@ -253,9 +254,10 @@ def own_forward(call: Call, marker: str | None = None, reading: bool = False) ->
             node.meta["writes"] = writes if node.op == "call_module" else frozenset(s._cdata for s in ops.written[before:])
     _no_more(call, children)
     _check_writes(graph, call)
+    trail = related(ops.trail, leaves(call.args, call.kwargs), call.module)
     if marker is None:  # a filled slot may bring a factor
-        _check_operators(call, ops.trail)
-    return Forward(graph, constants, marker, tuple(decisions), tuple(ops.trail)), calls
+        _check_operators(call, trail)
+    return Forward(graph, constants, marker, tuple(decisions), trail), calls
 
 
 def _in_memory_of(call: Call, args: Any, kwargs: Any) -> tuple[Any, frozenset[int]]:
@@ -263,13 +265,15 @@ def _in_memory_of(call: Call, args: Any, kwargs: Any) -> tuple[Any, frozenset[in
 
     The trace has computed the arguments again, in other memory than the recorded run.
     """
-    pairs = zip(_leaves(call.args, call.kwargs), _leaves(args, kwargs))
-    memory = {storage(a): b for a, b in pairs if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and (
-        storage(a) != storage(b))}
-    if not memory:
+    pairs = [(a, b) for a, b in zip(leaves(call.args, call.kwargs), leaves(args, kwargs)) if isinstance(a, torch.Tensor)]
+    given = {id(a): b for a, b in pairs if a is not b}
+    if not given:
         return call.output, call.writes
+    memory = {storage(a): b for a, b in pairs if isinstance(b, torch.Tensor) and storage(a) != storage(b)}
 
     def moved(t: Any) -> Any:
+        if id(t) in given:
+            return given[id(t)]
         if not isinstance(t, torch.Tensor) or storage(t) not in memory:
             return t
         new = memory[storage(t)].as_strided(t.shape, t.stride(), t.storage_offset())
@@ -279,14 +283,8 @@ def _in_memory_of(call: Call, args: Any, kwargs: Any) -> tuple[Any, frozenset[in
     return tree_map(moved, call.output), frozenset(storage(memory[w]) if w in memory else w for w in call.writes)
 
 
-def _leaves(args: Any, kwargs: Any) -> list[Any]:
-    if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor):  # as most calls have; the walk is slow
-        return [args[0]]
-    return tree_leaves((args, kwargs))
-
-
-def _check_operators(call: Call, trail: Sequence[int]) -> None:
-    """Check that a trace, evaluated, runs the operators that the module's own forward ran.
+def _check_operators(call: Call, trail: tuple[tuple[int, ...], ...]) -> None:
+    """Check that a trace, evaluated, runs the operators that the module's own forward ran, on the same tensors.
 
     A forward may ask what a trace cannot see: ``isinstance(x, torch.Tensor)``, ``x.dtype is ...``, a table or a flag. The
     trace then holds another branch or another number.
@@ -294,7 +292,7 @@ def _check_operators(call: Call, trail: Sequence[int]) -> None:
     Raises:
         Refusal: It runs others.
     """
-    found = first_difference(call.own_trail, tuple(trail))
+    found = first_difference(related(call.own_trail, leaves(call.args, call.kwargs), call.module), trail)
     if found is not None:
         raise Refusal(
             f"{type(call.module).__name__}.forward does something else when traced: {found[1]}, where the model runs "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from .channels import follow
+from .trail import Step, begin, end
 
 _aten = torch.ops.aten
 _LIKE_FIRST = {
@@ -46,7 +47,7 @@ class MetaOps(TorchDispatchMode):
     Attributes:
         macs: Multiply-adds so far.
         written: The storages of the tensors that were written into, in order.
-        trail: A number for each operator with its arguments, in order; see `first_difference`.
+        trail: The operators that ran, in order.
         fast: The switch of the fast paths; tests turn it off to compare.
     """
 
@@ -55,7 +56,7 @@ class MetaOps(TorchDispatchMode):
     def __init__(self, *, factories: bool = False) -> None:
         super().__init__()
         self.macs = 0
-        self.trail: list[int] = []
+        self.trail: list[Step] = []
         self.written: list[torch.UntypedStorage] = []  # held, so that no other gets its address
         self.factories = factories
 
@@ -65,8 +66,8 @@ class MetaOps(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        self.trail.append(_digest(func, args, kwargs))
         op = _about(func)
+        begun = begin(func, args, kwargs)
         for i in op.writes:
             if i < len(args) and isinstance(args[i], torch.Tensor):
                 self.written.append(args[i].untyped_storage())
@@ -86,6 +87,7 @@ class MetaOps(TorchDispatchMode):
         if op.formula is not None:
             self.macs += _flops(op.formula, args, kwargs, out) // 2
         follow(op.packet, args, out)
+        self.trail.append(end(begun, out))
         return out
 
 
@@ -240,35 +242,3 @@ def _flops(formula: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) 
     named = {k: a.shape if isinstance(a, torch.Tensor) else a for k, a in kwargs.items()}
     flops = of_shapes(*shapes, **named, out_shape=out.shape)
     return flops
-
-
-def _digest(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> int:
-    """A number for an operator and its arguments: the same for equal plain arguments, and tensors of equal shape and dtype.
-
-    Numbers are kept rather than the arguments: so many objects would make Python's collector run.
-    """
-    number = hash((func, *map(_plain, args), *map(_plain, kwargs.items())))
-    if number not in _words:
-        if len(_words) > 20_000:
-            _words.clear()
-        _words[number] = str(func).removeprefix("aten.")
-    return number
-
-
-_words: dict[int, str] = {}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.shape, value.dtype
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_plain, value))
-    return value if isinstance(value, Hashable) else repr(value)
-
-
-def first_difference(a: Sequence[int], b: Sequence[int]) -> tuple[str, str] | None:
-    """The first operators in which two trails differ, by name; None where the trails are the same."""
-    if a == b:
-        return None
-    x, y = next((x, y) for x, y in itertools.zip_longest(a, b) if x != y)
-    return _words.get(x, "nothing"), _words.get(y, "nothing")

@@ -16,9 +16,10 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import TraceError
-from .calls import Call, alike
+from .calls import Call, alike, leaves
 from .meta_ops import MetaOps, storage
 from .snapshot import kept_globals, restored, surgery_lock
+from .trail import Step, called
 
 
 def _as_given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -64,7 +65,7 @@ def record(model: nn.Module, inputs: torch.Tensor) -> tuple[Call, int]:
     count = 0
     ops = MetaOps(factories=True)
     written: list[int] = []
-    own: list[tuple[list[torch.UntypedStorage], list[int]]] = []
+    own: list[tuple[list[torch.UntypedStorage], list[Step]]] = []
     taken = (0, 0)
 
     def take_own() -> None:
@@ -98,7 +99,9 @@ def record(model: nn.Module, inputs: torch.Tensor) -> tuple[Call, int]:
             call.writes = frozenset(s._cdata for s in since) & given
         take_own()
         writes, trail = own.pop()
-        call.own_writes, call.own_trail = tuple(writes), tuple(trail)
+        call.own_writes, call.own_trail = tuple(writes), trail
+        if own:
+            own[-1][1].append(called(leaves(args, kwargs), leaves((output,), {})))
         call.changes_list = call.args is not args and not alike((args, kwargs), (call.args, call.kwargs))
         count += 1
 

@@ -1,0 +1,110 @@
+"""The trail of a forward: the operators that ran, with their numbers, and which tensors went into which.
+
+Two runs of a forward do the same where their trails are the same. Numbers are kept rather than the arguments: so many objects
+would make Python's collector run.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+_NUMBER = "_se_number"  # in the dict of a tensor that an operator made
+_numbers = itertools.count(1)
+Step = tuple[int, tuple[int, ...], tuple[int, ...]]  # the digest of an operator, and the keys of what it reads and returns
+CALL = -1  # stands for the digest where a child was called
+_words: dict[int, str] = {}
+
+
+def begin(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, tuple[int, ...]]:
+    """The first two parts of an operator's step, to be taken before it runs, as it may change its arguments."""
+    return _digest(func, args, kwargs), _keys((*args, *kwargs.values()) if kwargs else args)
+
+
+def end(begun: tuple[int, tuple[int, ...]], out: Any) -> Step:
+    """The step of an operator that returned `out`; new tensors get a number."""
+    results = (out,) if isinstance(out, torch.Tensor) else out if isinstance(out, (list, tuple)) else ()
+    for t in results:
+        if isinstance(t, torch.Tensor) and _NUMBER not in t.__dict__:
+            t.__dict__[_NUMBER] = next(_numbers)
+    return (*begun, _keys(results))
+
+
+def _digest(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """A number for an operator and its arguments: the same for equal plain arguments, and tensors of equal shape and dtype."""
+    number = hash((func, *map(_plain, args), *map(_plain, kwargs.items())))
+    if number not in _words:
+        if len(_words) > 20_000:
+            _words.clear()
+        _words[number] = str(func).removeprefix("aten.")
+    return number
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.dtype
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_plain, value))
+    return value if isinstance(value, Hashable) else repr(value)
+
+
+def key(t: torch.Tensor) -> int:
+    """The identity of a tensor: by its number, or where no operator made it by its address, as it lives on."""
+    number: int = t.__dict__.get(_NUMBER) or -id(t)
+    return number
+
+
+def _keys(values: Iterable[Any]) -> tuple[int, ...]:
+    found: list[int] = []
+    for v in values:
+        if isinstance(v, torch.Tensor):
+            found.append(key(v))
+        elif isinstance(v, (list, tuple)):
+            found.extend(key(w) for w in v if isinstance(w, torch.Tensor))
+    return tuple(found)
+
+
+def called(given: Iterable[Any], output: Iterable[Any]) -> Step:
+    """The step of a forward that calls a child, from the values that the child gets and returns."""
+    return CALL, _keys(given), _keys(output)
+
+
+def related(trail: Iterable[Step], given: Iterable[Any], module: nn.Module) -> tuple[tuple[int, ...], ...]:
+    """The steps of a forward with its tensors numbered as they appear, so that two runs of it can be compared.
+
+    Args:
+        trail: The steps of one run.
+        given: The arguments of that run.
+        module: Its parameters and buffers have numbers of their own.
+    """
+    numbers: dict[int, int] = {}
+    for k in _keys(given):
+        numbers.setdefault(k, len(numbers))
+    weights: dict[int, int] | None = None
+    steps = []
+    for digest, sources, results in trail:
+        for k in (*sources, *results):
+            if k not in numbers:
+                if weights is None:
+                    weights = {key(t): -1 - i for i, t in enumerate((*module.parameters(), *module.buffers()))}
+                numbers[k] = weights[k] if k in weights else len(numbers)
+        steps.append((digest, *map(numbers.__getitem__, (*sources, *results))))
+    return tuple(steps)
+
+
+def first_difference(a: Sequence[tuple[int, ...]], b: Sequence[tuple[int, ...]]) -> tuple[str, str] | None:
+    """The first operators in which two runs differ, by name; None where the runs are the same."""
+    if a == b:
+        return None
+    x, y = next((x, y) for x, y in itertools.zip_longest(a, b) if x != y)
+    if x is not None and y is not None and x[0] == y[0]:
+        return _word(x), f"{_word(y)} of another tensor"
+    return _word(x), _word(y)
+
+
+def _word(step: tuple[int, ...] | None) -> str:
+    return "nothing" if step is None else "a layer" if step[0] == CALL else _words.get(step[0], "an operator")
