@@ -136,7 +136,7 @@ def _sums(tensor: torch.Tensor) -> tuple[list[float], float]:
                 total += torch.dot(torch.mv(body, columns.float()).double(), _signs(f"rows {i}", rows))
             sums.append(float(total))
         norm = float(torch.linalg.vector_norm(flat))
-    return [float(s) for s in torch.tensor(sums, dtype=torch.float32)], norm
+    return torch.tensor(sums, dtype=torch.float32, device="cpu").tolist(), norm
 
 
 def _signs(name: str, count: int) -> torch.Tensor:

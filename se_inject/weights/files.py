@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError, WeightsError
-from ..surgery.parts import Parts
+from ..surgery.parts import Parts, own_tensors
 from ..surgery.pipeline import eject
 from ..surgery.refusals import refuse_optimized
 from ..surgery.state import injections_of
@@ -81,7 +81,7 @@ def save(
     if only is not None and (not wanted or any(name not in [*PARTS] for name in wanted)):
         raise ConfigError(f"only={only!r}: expected 'se' (the blocks), 'head' (the classifier), 'stats' (the statistics of "
                           "norms), several of them, or None (everything)")
-    tensors = dict(model.state_dict())
+    tensors = own_tensors(model)
     parts = Parts.of(model)
     header: dict[str, str] = {}
     if wanted:

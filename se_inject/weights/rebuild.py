@@ -202,7 +202,7 @@ def inject_as_said(
         raise WeightsError(
             f"{str(path)!r}: its options lead to {len(here)} blocks in {type(net).__name__}, and it names {len(there)} "
             f"({', '.join(differ[:3])} {'are' if len(differ) > 1 else 'is'} in only one of the two): load it with the "
-            "versions of timm and se_inject that saved it, or into the model that it was saved from")
+            "versions of timm and se_inject that saved it, or into the model that it was saved from: load(path, model=...)")
 
 
 def said_blocks(found: Checkpoint, path: object) -> tuple[tuple[str, ...], tuple[SEConfig, ...]]:

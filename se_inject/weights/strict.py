@@ -75,9 +75,9 @@ def load_strictly(
                 torch._foreach_copy_(list(into.values()), [tensors[k] for k in into])
             return
         head_alone = parts.is_partial(tensors) and not parts.is_adapter(tensors)  # for which the hooks fill nothing in
-        before = {k: t.detach().clone() for k, t in own.items()} if given else {}
+        before = {k: t.detach().clone() for k, t in own.items() if has_memory(t)} if given else {}
         try:
-            model.load_state_dict(dict(tensors), strict=not head_alone)
+            model.load_state_dict({k: t if k in into else own[k] for k, t in tensors.items()}, strict=not head_alone)
         except BaseException as error:
             for k, t in before.items():
                 if not torch.equal(t, own[k]):

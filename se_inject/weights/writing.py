@@ -123,11 +123,11 @@ def _stem(target: Path) -> str:
 
 
 def has_memory(tensor: torch.Tensor) -> bool:
-    """Whether a tensor has values: not so a fake tensor, or one whose storage was freed."""
+    """Whether a tensor has values: not so a lazy or a fake tensor, or one whose storage was freed."""
     try:
         storage = tensor.untyped_storage()
         return tensor.numel() == 0 or (storage.nbytes() > 0 and storage.data_ptr() != 0)
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         return False
 
 
