@@ -124,6 +124,8 @@ def _stem(target: Path) -> str:
 
 def has_memory(tensor: torch.Tensor) -> bool:
     """Whether a tensor has values: not so a lazy or a fake tensor, or one whose storage was freed."""
+    if is_traceable_wrapper_subclass(tensor):  # its memory is that of other tensors
+        return True
     try:
         storage = tensor.untyped_storage()
         return tensor.numel() == 0 or (storage.nbytes() > 0 and storage.data_ptr() != 0)
