@@ -13,7 +13,7 @@ from ..capture.inputs import input_sizes
 from ..capture.snapshot import evaluating
 from ..errors import ConfigError, SEInjectError
 from ..surgery.refusals import refuse
-from ..weights.writing import write_atomically
+from ..weights.replacing import write_atomically
 
 FORMATS = (".pt2", ".onnx")
 

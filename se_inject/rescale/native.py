@@ -22,7 +22,7 @@ from ..surgery.refusals import refuse, refuse_plain
 from ..surgery.session import traced
 from ..surgery.state import block_paths, injections_of
 from ..timm_names import PREFIX
-from ..weights.recipe import Recipe
+from ..weights.recipe import FULL, Recipe
 from ..weights.writing import write_safetensors
 from .absorb import Absorber
 from .gates import absorb_gain
@@ -93,7 +93,7 @@ def to_native(model: nn.Module, path: str | os.PathLike[str] | None = None) -> N
     """
     refuse(model, "to_native", values=True)
     refuse_plain(model, "to_native")
-    recipe = Recipe.of(model, injections_of(model), "full")
+    recipe = Recipe.of(model, injections_of(model), FULL)
     if recipe.architecture is None:
         raise SEInjectError(
             f"to_native({type(model).__name__}): this model was not made by timm.create_model, so timm has no twin of it; "

@@ -33,7 +33,7 @@ def keep_absent_base(
     model: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
     missing: list[str], unexpected: list[str], errors: list[str],
 ) -> None:  # fmt: skip
-    """Hook of an injected model: if all keys belong to blocks, or to blocks and the head, the base keeps its values."""
+    """Hook of an injected model: if all keys belong to blocks, head and statistics, the rest keeps its values."""
     parts = Parts.of(model)
     found = {key[len(prefix):]: t for key, t in state_dict.items() if key.startswith(prefix)}
     if parts.is_adapter(found):

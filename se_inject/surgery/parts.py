@@ -10,6 +10,8 @@ from torch import nn
 
 from .state import block_paths, head_paths
 
+_COUNTER = "num_batches_tracked"  # of a batch norm; its outputs do not depend on it
+
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
@@ -19,6 +21,7 @@ class Parts:
         base: Tensors of neither the head nor a block.
         head: Tensors of the classifier.
         se: Tensors of the blocks.
+        stats: Those of base and head that a forward in train mode may write: their buffers, such as running means.
         blocks: Names of the tensors of each block, by the path of the block.
     """
 
@@ -26,10 +29,12 @@ class Parts:
     head: dict[str, torch.Tensor]
     se: dict[str, torch.Tensor]
     blocks: dict[str, list[str]]
+    stats: dict[str, torch.Tensor]
 
     @classmethod
     def of(cls, model: nn.Module) -> Parts:
-        parts = cls({}, {}, {}, {path: [] for path in block_paths(model)})
+        parts = cls({}, {}, {}, {path: [] for path in block_paths(model)}, {})
+        buffers = {name for name, b in model.named_buffers(remove_duplicate=False) if b.is_floating_point()}
         heads = dict.fromkeys(head_paths(model))
         for key, tensor in own_tensors(model).items():
             path = _module_of(key, parts.blocks)
@@ -38,15 +43,22 @@ class Parts:
                 parts.se[key] = tensor
             else:
                 (parts.base if _module_of(key, heads) is None else parts.head)[key] = tensor
+                if key in buffers or key.endswith(_COUNTER):
+                    parts.stats[key] = tensor
         return parts
 
     def everything(self) -> dict[str, torch.Tensor]:
         return {**self.base, **self.head, **self.se}
 
     def is_partial(self, keys: Collection[str]) -> bool:
-        """Whether `keys` are tensors of blocks, of the whole head, or of both alone, to be loaded over a base."""
+        """Whether `keys` are tensors of blocks, of the whole head or of all statistics alone, to be loaded over a base.
+
+        Counters of batches may be absent, as everywhere.
+        """
         others = {key for key in keys if key not in self.se}
-        return bool(keys) and (not others or others == self.head.keys())
+        wholes: list[set[str]] = [set(), {*self.head}, {*self.stats}, {*self.head, *self.stats}]
+        return bool(keys) and any(
+            others <= whole and all(key.endswith(_COUNTER) for key in whole - others) for whole in wholes)
 
     def is_adapter(self, keys: Collection[str]) -> bool:
         """Whether `keys` are partial and have some of a block. A head alone may also be the rest of a broken file."""

@@ -9,7 +9,7 @@ import os
 from typing import Any
 
 from ..errors import SEInjectError
-from ..weights.writing import write_atomically
+from ..weights.replacing import write_atomically
 
 _TYPES = {"str": str, "int": int, "float": float}
 

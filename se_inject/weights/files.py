@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,16 +12,19 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError, WeightsError
-from ..surgery.parts import Parts
+from ..surgery.parts import Parts, own_tensors
 from ..surgery.pipeline import eject
 from ..surgery.refusals import refuse_optimized
 from ..surgery.state import injections_of
 from ..timm_names import base_name
+from . import digest
 from .reading import Checkpoint, read_checkpoint
-from .rebuild import base_architecture, base_of, check_blocks, infer_model_args, inject_as_said
-from .recipe import CONTENTS, KEY, PARTS, Recipe
+from .rebuild import base_architecture, base_of, check_blocks, infer_model_args, inject_as_said, why_not_rebuilt
+from .recipe import FULL, KEY, PARTS, Recipe, content_of, parts_in_words
 from .strict import load_strictly
 from .writing import gathered, is_sharded, write_safetensors
+
+_logger = logging.getLogger("se_inject")
 
 
 def save(
@@ -29,22 +33,26 @@ def save(
 ) -> None:  # fmt: skip
     """Write the weights and the recipe of an injected model to a safetensors file. Does not change the model.
 
-    The file is written beside `path` and then renamed, so that an interrupted save loses nothing. A model larger than
+    The file is written beside `path` and then renamed, so that an interrupted save loses nothing. A link is followed, and a
+    file that is there keeps its mode and owner. A model larger than
     `max_shard_size` becomes several files with Hugging Face's index, ``<path without suffix>.safetensors.index.json``;
     `load` also finds them by `path`. The weights of a model that ``fully_shard`` has sharded are gathered: call `save` on
     all ranks; the first rank writes.
 
+    A file of blocks alone has a digest of each tensor of the base, and `load` logs a warning if the base is another one.
+    A model that `load` cannot build by itself, such as one whose head has several layers, is written with a warning.
+
     Args:
         model: An injected model, which DDP or `torch.compile` may wrap.
         path: The file to write, by convention ``*.safetensors``.
-        only: ``"se"`` writes the blocks alone, ``"head"`` the classifier, ``("se", "head")`` both. `load` puts them on top
-            of any base weights.
+        only: ``"se"`` writes the blocks alone, ``"head"`` the classifier, ``"stats"`` the statistics of norms, which move
+            in train mode; ``("se", "head")`` writes both. `load` puts them on top of any base weights.
         metadata: More strings for the header of the file; not changed.
         max_shard_size: A number of bytes, or a size such as ``"5GB"``.
 
     Raises:
-        WeightsError: The model has no blocks or no head, its recipe has a value that is not JSON, or `path` cannot be
-            written.
+        WeightsError: The model has no blocks or no head, its recipe has a value that is not JSON, `path` cannot be
+            written, or a tensor has no values or is of a kind that safetensors does not know.
         ConfigError: `only`, `metadata` or `max_shard_size` has a bad value.
 
     Example:
@@ -70,22 +78,32 @@ def save(
             f"save({type(model).__name__}): this model has no blocks; inject() it first, "
             "or write it with safetensors.torch.save_file(model.state_dict(), path)")
     wanted = [only] if isinstance(only, str) else list(only) if isinstance(only, (list, tuple, set, frozenset)) else []
-    if only is not None and (not wanted or any(name not in PARTS for name in wanted)):
-        raise ConfigError(f"only={only!r}: expected 'se' (the blocks), 'head' (the classifier), both, or None (everything)")
-    tensors = dict(model.state_dict())
+    if only is not None and (not wanted or any(name not in [*PARTS] for name in wanted)):
+        raise ConfigError(f"only={only!r}: expected 'se' (the blocks), 'head' (the classifier), 'stats' (the statistics of "
+                          "norms), several of them, or None (everything)")
+    tensors = own_tensors(model)
+    parts = Parts.of(model)
+    header: dict[str, str] = {}
     if wanted:
-        parts = Parts.of(model)
         kept = {key for name in wanted for key in getattr(parts, name)}
         tensors = {key: t for key, t in tensors.items() if key in kept}
     if not tensors:
-        raise WeightsError(f"save({type(model).__name__}, only={only!r}): this model has no classifier; write only='se'")
-    recipe = Recipe.of(model, injections, "+".join(name for name in PARTS if name in wanted) or "full")
+        lacks = "classifier" if "head" in wanted else "statistics"
+        raise WeightsError(f"save({type(model).__name__}, only={only!r}): this model has no {lacks}; write only='se'")
+    recipe = Recipe.of(model, injections, content_of(wanted))
+    why = why_not_rebuilt(recipe, parts)
+    if why:
+        _logger.log(
+            logging.INFO if recipe.architecture is None else logging.WARNING, "load(%r) cannot build this model by itself, "
+            "because %s: load(%r, model=...) takes a model that your code has made", str(path), why, str(path))
+    if "se" in wanted:
+        header[digest.KEY] = digest.digests({k: t for k, t in digest.of_the_base(parts).items() if k not in tensors})
     if any(is_sharded(t) for t in tensors.values()):
         first = torch.distributed.get_rank() == 0
         tensors = gathered(tensors, keep=first)
         if not first:
             return
-    write_safetensors(path, tensors, {**(metadata or {}), KEY: recipe.to_json()}, max_shard_size)
+    write_safetensors(path, tensors, {**(metadata or {}), **header, KEY: recipe.to_json()}, max_shard_size)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -108,8 +126,10 @@ def load(
 ) -> nn.Module:  # fmt: skip
     """Build an injected model from files of weights, or load them into a given model, in place.
 
+    A warning in the log names the tensors that differ if the file was saved over another base.
+
     Args:
-        path: A file of `save` (the whole model, blocks or head), or any checkpoint of the base weights.
+        path: A file of `save` (the whole model or parts), or any checkpoint of the base weights.
         model: A timm name, for a file that does not say it. Or a model: it is injected, unless it has blocks already, and
             the files are loaded into it.
         base: A second file with the base weights, if `path` lacks them.
@@ -154,7 +174,8 @@ def load_found(
     found = dataclasses.replace(found, model_args={**found.model_args, **(model_args or {})})
     _check_request(found, path, model, base, pretrained, model_args, options)
     below = None if base is None else _read_base(base, found, path, model)
-    top = {} if head is None else read_checkpoint(head).tensors
+    over = None if head is None else read_checkpoint(head)
+    top = {} if over is None else over.tensors
     given = isinstance(model, nn.Module)
     if isinstance(model, nn.Module):
         net = model
@@ -178,11 +199,15 @@ def load_found(
             raise WeightsError(
                 f"there are no weights of the base in {files}, only weights of blocks or head: add base=FILE with them, "
                 "pretrained=True, or model=a model with weights")
-        load_strictly(net, parts, tensors, path)
+        load_strictly(net, parts, tensors, path, given)
     except BaseException:
         if given and injected_here and injections_of(net):
             eject(net)
         raise
+    for file, source in ((found, path), (below, base), (over, head)):
+        if file is not None and digest.KEY in file.metadata:
+            chosen = parts.head if top and file is not over else {}  # the user asked for this head
+            digest.warn_of_another_base(file.metadata[digest.KEY], parts, tensors, source, chosen)
     return net if given else net.eval()
 
 
@@ -207,9 +232,9 @@ def _check_request(
             raise ConfigError(
                 f"load({str(path)!r}, model={type(model).__name__}): {', '.join(k for k, v in unused.items() if v)} cannot "
                 "be set for a model that is already made: create the model with them, or give its timm name")
-    elif recipe is not None and recipe.content != "full" and base is None and not pretrained:
+    elif recipe is not None and recipe.content != FULL and base is None and not pretrained:
         raise WeightsError(
-            f"{str(path)!r} holds the {CONTENTS[recipe.content]} alone: add base=FILE, pretrained=True, or model=a model "
+            f"{str(path)!r} holds the {parts_in_words(recipe.content)} alone: add base=FILE, pretrained=True, or model=a model "
             f"with weights; in the command, `se-inject merge {path} --base FILE -o FULL`")
 
 

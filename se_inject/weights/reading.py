@@ -51,8 +51,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         return _read_folder(file)
     if file.name.endswith(INDEX):
         return _read_shards(file)
-    if not file.is_file() and index_of(file).is_file():
-        return _read_shards(index_of(file))
+    for index in (index_of(file), index_of(Path(os.path.realpath(file)))):  # `save` follows a link
+        if not file.is_file() and index.is_file():
+            return _read_shards(index)
     if not file.is_file():
         raise WeightsError(
             f"there is no file {str(path)!r}: give a .safetensors file, a .pth file, or a folder with config.json")

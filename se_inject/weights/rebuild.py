@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,15 +12,17 @@ from torch import nn
 
 from ..capture.inputs import without_values
 from ..config import SEConfig
-from ..errors import WeightsError
-from ..surgery.pipeline import inject
+from ..errors import SEInjectError, WeightsError
+from ..surgery.parts import Parts
+from ..surgery.pipeline import apply, inject, prepare
 from ..surgery.state import block_paths, injections_of
 from ..timm_names import base_name, skeleton, split_options, unknown_model_message
 from .reading import Checkpoint
-from .recipe import Recipe
+from .recipe import FULL, Recipe
 
 # Options that change the function of a block, but not the shapes of its tensors.
 _BY_FUNCTION = ("block", "placement", "init", "act_layer", "gate_layer")
+_SMALL = 2**24  # values that a model may have beyond those of its files: less memory than torch takes itself
 
 
 def base_of(
@@ -35,7 +39,7 @@ def base_of(
 
     Raises:
         WeightsError: Neither says the architecture, or timm does not have it, or timm rejects the arguments that the file
-            says.
+            says; or the model is much larger than the weights.
     """
     import timm
 
@@ -45,13 +49,85 @@ def base_of(
     try:
         if meta:
             return without_values(lambda: timm.create_model(bare, **args))
+        if not pretrained:
+            _check_size(base_parts(bare, args), found.tensors, path, bare)
         return timm.create_model(bare, pretrained=pretrained, **args)
+    except SEInjectError:
+        raise
     except Exception as error:
         if pretrained or not said:
             raise
         raise WeightsError(
             f"{str(path)!r}: timm cannot create {bare!r} with the arguments that the file says, {said} ({error!r}): "
             "save the model again, with the timm that created it") from error
+
+
+def base_parts(name: str, args: dict[str, Any]) -> Parts:
+    """The tensors of a plain timm model, without memory."""
+    import timm
+
+    try:
+        text = json.dumps(args, sort_keys=True)
+        plain = json.loads(text) == args
+    except (TypeError, ValueError):
+        plain = False
+    return _json_parts(name, timm.model_entrypoint(name), text) if plain else _parts_of(name, args)
+
+
+@functools.lru_cache(maxsize=8)
+def _json_parts(name: str, entrypoint: object, args: str) -> Parts:
+    """`base_parts` of arguments in JSON, which a training that saves often asks for again and again."""
+    return _parts_of(name, json.loads(args))
+
+
+def _parts_of(name: str, args: dict[str, Any]) -> Parts:
+    import timm
+
+    with torch.random.fork_rng(devices=()):  # where the constructor needs values, it draws weights
+        net = without_values(lambda: timm.create_model(name, **args))
+    return Parts.of(net.to("meta"))
+
+
+def _check_size(parts: Parts, tensors: Mapping[str, torch.Tensor], path: object, name: str) -> None:
+    """Refuse to take memory for a model that is much larger than the weights for it, which would not fit anyway.
+
+    Raises:
+        WeightsError: It is.
+    """
+    own = {**parts.base, **parts.head}
+    asked, there = (sum(t.numel() for t in each.values()) for each in (own, tensors))
+    if asked > 2 * there + _SMALL:
+        differ = _differ(own, tensors)
+        raise WeightsError(
+            f"{str(path)!r} asks for {name} with {asked:,} values, and the files have {there:,}, so that no memory was taken: "
+            f"{', '.join(differ[:3])}; check the architecture and its arguments, or give a file with all weights")
+
+
+def _differ(own: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]) -> list[str]:
+    """What `others` lacks of `own`, or has in another shape."""
+    return [
+        f"{k} {tuple(t.shape)} is {tuple(others[k].shape) if k in others else 'not'} there" for k, t in own.items()
+        if not k.endswith("num_batches_tracked") and (k not in others or others[k].shape != t.shape)]
+
+
+def why_not_rebuilt(recipe: Recipe, parts: Parts) -> str:
+    """Why `load` cannot build the model that has these parts from its file; empty where it can."""
+    if recipe.architecture is None:
+        return "it was not made by timm.create_model"
+    args = json.loads(json.dumps(recipe.model_args))
+    try:
+        timms = base_parts(recipe.architecture, args)
+    except Exception as error:
+        return f"timm cannot create {recipe.architecture!r} with {args} ({error!r})"
+    has_head = recipe.content == FULL or "head" in recipe.content.split("+")  # otherwise, that of the base is taken
+    ours, theirs = ({**p.base, **(p.head if has_head else {})} for p in (parts, timms))
+    ours = {k: t for k, t in ours.items() if isinstance(t, torch.Tensor)}
+    gone = any(c.existing == "replace" for c in recipe.configs)
+    lacks = [] if gone else [k for k in theirs if k not in ours and not k.endswith("num_batches_tracked")]
+    differ = [k for k, t in ours.items() if k not in theirs or theirs[k].shape != t.shape] + lacks
+    if not differ:
+        return ""
+    return f"timm's {recipe.architecture} with {args} has other tensors ({', '.join(differ[:3])}{', ...' * (len(differ) > 3)})"
 
 
 def base_architecture(found: Checkpoint, name: str | None, path: object) -> str:
@@ -66,7 +142,7 @@ def base_architecture(found: Checkpoint, name: str | None, path: object) -> str:
     if not said:
         raise WeightsError(
             f"{str(path)!r} does not say its architecture: give it a timm name, as in model='resnet50' "
-            "or --model resnet50")
+            "or --model resnet50; a model that is not timm's goes in itself, as in model=net")
     bare = base_name(said)
     if not timm.is_model(bare):
         raise WeightsError(f"{str(path)!r}: {unknown_model_message(said, bare)}")
@@ -112,14 +188,21 @@ def inject_as_said(
             inject(net, config, verify=verify)
         return
     for config, size in zip(found.recipe.configs, found.recipe.input_sizes):
-        inject(net, config, input_size=size, verify=verify)
+        prepared = prepare(net, config, size, type(net).__name__)
+        for site in prepared.plan.sites:
+            held = sum(t.numel() for k, t in found.tensors.items() if k.startswith(f"{site.path}."))
+            if held and site.params > held + _SMALL:
+                raise WeightsError(
+                    f"{str(path)!r}: its recipe asks for {site.params:,} values in the block {site.path!r}, and the file has "
+                    f"{held:,}, so that no memory was taken: save the model again")
+        apply(net, prepared, verify=verify)
     here, there = {s.path for i in injections_of(net) for s in i.sites}, set(found.recipe.sites)
     if here != there:
         differ = sorted(here ^ there)
         raise WeightsError(
             f"{str(path)!r}: its options lead to {len(here)} blocks in {type(net).__name__}, and it names {len(there)} "
             f"({', '.join(differ[:3])} {'are' if len(differ) > 1 else 'is'} in only one of the two): load it with the "
-            "versions of timm and se_inject that saved it, or into the model that it was saved from")
+            "versions of timm and se_inject that saved it, or into the model that it was saved from: load(path, model=...)")
 
 
 def said_blocks(found: Checkpoint, path: object) -> tuple[tuple[str, ...], tuple[SEConfig, ...]]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
@@ -19,8 +19,8 @@ from ..timm_names import architecture_of, base_name, model_args
 
 KEY = "se_inject"  # of the recipe in the header of a file
 VERSION = 1
-PARTS = ("se", "head")  # of a model, which a file may hold alone
-CONTENTS = {"full": "whole model", "se": "blocks", "head": "head", "se+head": "blocks and the head"}
+PARTS = {"se": "blocks", "head": "head", "stats": "statistics"}  # of a model, which a file may hold alone
+FULL = "full"  # the content of a file that holds all parts and the base
 _FIELDS = {
     "version": int, "architecture": (str, type(None)), "model_args": dict, "configs": list, "input_sizes": list,
     "sites": list, "content": str,
@@ -40,7 +40,7 @@ class Recipe:
         configs: The options of the injections, in order.
         input_sizes: The `input_size` argument of each injection, (C, H, W) or None.
         sites: Paths of the blocks.
-        content: ``full``, or the parts that the file holds: ``se``, ``head``, ``se+head``.
+        content: ``full``, or the parts that the file holds, such as ``se`` or ``se+head+stats``.
     """
 
     architecture: str | None
@@ -90,7 +90,7 @@ class Recipe:
             if key not in said or not isinstance(said[key], kind):  # type: ignore[arg-type]
                 raise WeightsError(f"{source}: its recipe has no valid {key!r} ({said.get(key)!r}); save the model again")
         unknown = sorted(said.keys() - _FIELDS.keys())
-        if unknown or said["content"] not in CONTENTS:
+        if unknown or not _is_content(said["content"]):
             raise WeightsError(
                 f"{source}: its recipe says {unknown or said['content']!r}, which this se_inject does not know: "
                 "install the se_inject that wrote the file")
@@ -105,6 +105,21 @@ class Recipe:
         return cls(
             said["architecture"], checked_args(said["model_args"], source), configs, sizes,
             tuple(map(str, said["sites"])), said["content"])
+
+
+def content_of(parts: Collection[str]) -> str:
+    """The content of a file with these parts; with none, it is the whole model."""
+    return "+".join(name for name in PARTS if name in parts) or FULL
+
+
+def _is_content(text: str) -> bool:
+    return text == content_of([] if text == FULL else text.split("+"))
+
+
+def parts_in_words(content: str) -> str:
+    """The parts that a file holds, such as ``blocks and the head``."""
+    *first, last = (PARTS[name] for name in content.split("+"))
+    return f"{', the '.join(first)} and the {last}" if first else last
 
 
 def parsed(text: str) -> Any:

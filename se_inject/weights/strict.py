@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from ..errors import WeightsError
 from ..surgery.load_hooks import has_other_hooks, log_load
 from ..surgery.parts import Parts
+from .writing import has_memory
 
 
 def around_blocks(filter_fn: Callable[..., Any] | None) -> Callable[..., Any]:
@@ -42,7 +43,9 @@ def around_blocks(filter_fn: Callable[..., Any] | None) -> Callable[..., Any]:
     return filtered
 
 
-def load_strictly(model: nn.Module, parts: Parts, tensors: Mapping[str, torch.Tensor], source: object) -> None:
+def load_strictly(
+    model: nn.Module, parts: Parts, tensors: Mapping[str, torch.Tensor], source: object, given: bool = True
+) -> None:
     """Load all of `tensors` into `model`, in place, or raise and leave the model unchanged.
 
     Args:
@@ -50,31 +53,61 @@ def load_strictly(model: nn.Module, parts: Parts, tensors: Mapping[str, torch.Te
         parts: Its parts.
         tensors: All of a model, or the parts to be loaded over its weights: blocks, head, or both.
         source: The file, for the messages.
+        given: Whether the model is the user's; else it was built for the file.
 
     Raises:
-        WeightsError: Keys are missing or unknown, shapes differ, a tensor begins with NaN, or the model has no memory.
+        WeightsError: Keys are missing or unknown, shapes differ, a tensor begins with NaN, or the model has no memory or
+            cannot be written to.
     """
-    own = parts.everything()
-    _check_fit(model, parts, own, tensors, source)
-    if _loads_plainly(model, own):
-        log_load(model, parts, tensors)
-        with torch.no_grad():
-            for key, tensor in own.items():
-                if key in tensors:
-                    tensor.copy_(tensors[key])
-    else:
+    own = {k: t for k, t in parts.everything().items() if isinstance(t, torch.Tensor)}
+    _check_fit(model, parts, own, tensors, source, given)
+    into = {k: t for k, t in own.items() if k in tensors and not _is_expanded_to(t, tensors[k])}
+    fixed = [k for k, t in into.items() if _is_expanded(t) or not has_memory(t)]
+    if fixed:
+        raise WeightsError(
+            f"{source} cannot be loaded into {type(model).__name__}: in {len(fixed)} of its tensors several values are one in "
+            f"memory, as expand() makes them, or have no memory ({', '.join(fixed[:3])}): replace them by their clone()")
+    # An inference tensor can only be written in inference mode, in which other tensors can be written as well.
+    with torch.inference_mode() if any(t.is_inference() for t in into.values()) else torch.no_grad():
+        if _loads_plainly(model, parts.everything()):
+            log_load(model, parts, tensors)
+            if into:  # one call, which no signal interrupts
+                torch._foreach_copy_(list(into.values()), [tensors[k] for k in into])
+            return
         head_alone = parts.is_partial(tensors) and not parts.is_adapter(tensors)  # for which the hooks fill nothing in
-        model.load_state_dict(dict(tensors), strict=not head_alone)
+        before = {k: t.detach().clone() for k, t in own.items() if has_memory(t)} if given else {}
+        try:
+            model.load_state_dict({k: t if k in into else own[k] for k, t in tensors.items()}, strict=not head_alone)
+        except BaseException as error:
+            for k, t in before.items():
+                if not torch.equal(t, own[k]):
+                    own[k].copy_(t)
+            if isinstance(error, RuntimeError):
+                raise WeightsError(f"{source} cannot be loaded into {type(model).__name__}: {error}") from error
+            raise
+
+
+def _is_expanded(tensor: torch.Tensor) -> bool:
+    """Whether several of its values are one in memory."""
+    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride()))
+
+
+def _is_expanded_to(tensor: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether it is expanded and has this value, so that nothing needs to be written."""
+    return _is_expanded(tensor) and torch.equal(tensor, value.to(tensor))
 
 
 def _check_fit(
-    model: nn.Module, parts: Parts, own: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], source: object
-) -> None:
+    model: nn.Module, parts: Parts, own: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], source: object,
+    given: bool,
+) -> None:  # fmt: skip
     """Refuse tensors that do not fit; `own` are those of the model.
 
     Raises:
         WeightsError: See `load_strictly`.
     """
+    check = "check the architecture, num_classes, in_chans and the options of the injection"
+    check += "" if given else "; a model that timm does not build is loaded by load(path, model=...)"
     on_meta = [k for k, t in own.items() if t.is_meta]
     if on_meta:
         raise WeightsError(
@@ -85,8 +118,7 @@ def _check_fit(
         for k, t in tensors.items() if k in own and own[k].shape != t.shape]
     if wrong:
         raise WeightsError(
-            f"{source}: {len(wrong)} of {len(tensors)} tensors have another shape ({'; '.join(wrong[:3])}): "
-            "check the architecture, num_classes, in_chans and the options of the injection")
+            f"{source}: {len(wrong)} of {len(tensors)} tensors have another shape ({'; '.join(wrong[:3])}): {check}")
     missing = [] if parts.is_partial(tensors) else [
         k for k in (*parts.base, *parts.head)
         if k not in tensors and not k.endswith("num_batches_tracked")]  # torch does not need it
@@ -96,8 +128,7 @@ def _check_fit(
         said = [f"{len(keys)} {word} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
                 for word, keys in (("missing", missing), ("unknown", unknown)) if keys]
         raise WeightsError(
-            f"{source} does not fit {type(model).__name__}: {' and '.join(said)} of its {len(own)} tensors; "
-            "check the architecture, num_classes and the options of the injection")
+            f"{source} does not fit {type(model).__name__}: {' and '.join(said)} of its {len(own)} tensors; {check}")
     integers = [k for k, t in tensors.items() if own[k].is_floating_point() and not t.is_floating_point()]
     if integers:
         first = integers[0]

@@ -1,4 +1,4 @@
-"""Write weights without losing the old ones: beside the target, then renamed; large models in shards."""
+"""Write tensors to a safetensors file; large models in shards."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import functools
 import json
 import os
 import re
-import tempfile
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import ConfigError, WeightsError
+from .replacing import destination, replace_files, status_of
 
 INDEX = ".safetensors.index.json"
 
@@ -33,63 +36,101 @@ def write_safetensors(
     removed after that.
 
     Raises:
-        WeightsError: The folder does not exist or cannot be written, or an entry is no tensor or has no values.
+        WeightsError: The file cannot be written, or an entry is no tensor, has no values, or is of a kind that safetensors
+            does not know.
         ConfigError: `metadata` or `max_shard_size` has a bad value.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
-    other = [k for k, t in tensors.items() if not isinstance(t, torch.Tensor)]
-    if other:
-        raise WeightsError(f"{len(other)} entries of the state dict are no tensors ({', '.join(other[:3])}), and a safetensors "
-                           "file takes only tensors: save the object with torch.save(model, path)")
+    _check_tensors(tensors)
     strange = [k for k, v in metadata.items() if not (isinstance(k, str) and isinstance(v, str))]
     if strange:
         raise ConfigError(
             f"metadata[{strange[0]!r}] is {metadata[strange[0]]!r}, and the header takes only strings: write str(...)")
-    on_meta = [k for k, t in tensors.items() if t.is_meta]
-    if on_meta:
-        raise WeightsError(f"{len(on_meta)} tensors are on the meta device and have no values ({', '.join(on_meta[:3])}): "
-                           "load weights into the model first")
     header = {**metadata, "format": "pt"}
-    target = Path(path)
-    if target.is_dir():
-        raise WeightsError(f"cannot write {str(path)!r}, which is a folder: give a file in it, such as model.safetensors")
+    target = destination(path)
     index = index_of(target)
+    shard_names = re.compile(re.escape(_stem(target)) + r"-[0-9a-f]{16}-\d{5}-of-\d{5}\.safetensors")
+    names = "|".join((re.escape(target.name), re.escape(index.name), shard_names.pattern))
     plain = unshared(tensors)
     try:
         split = split_torch_state_dict_into_shards(plain, max_shard_size=max_shard_size)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"max_shard_size={max_shard_size!r}: expected a number of bytes, or a size such as '5GB'") from error
-    if not split.is_sharded:
-        write_atomically(target, functools.partial(save_file, plain, metadata=header))
-        index.unlink(missing_ok=True)
-        _remove_shards(target, keep=())
-        return
-    save, count = os.urandom(8).hex(), len(split.filename_to_tensors)
-    names = {name: f"{_stem(target)}-{save}-{i:05}-of-{count:05}.safetensors"
-             for i, name in enumerate(split.filename_to_tensors, 1)}
-    for name, keys in split.filename_to_tensors.items():
-        shard = {key: plain[key] for key in keys}
-        write_atomically(target.with_name(names[name]), functools.partial(save_file, shard, metadata=header))
-    text = json.dumps({
-        "metadata": {**split.metadata, **header},
-        "weight_map": {key: names[name] for key, name in split.tensor_to_filename.items()}}, indent=2)
-    write_atomically(index, lambda file: Path(file).write_text(text))
-    target.unlink(missing_ok=True)  # the single file of an earlier save, which `load` would prefer to the index
-    _remove_shards(target, keep=names.values())
+    files: list[tuple[Path, Callable[[str], object]]] = [(target, functools.partial(save_file, plain, metadata=header))]
+    kept: Collection[str] = ()
+    obsolete = index
+    if split.is_sharded:
+        save, count = os.urandom(8).hex(), len(split.filename_to_tensors)
+        shards = {name: f"{_stem(target)}-{save}-{i:05}-of-{count:05}.safetensors"
+                  for i, name in enumerate(split.filename_to_tensors, 1)}
+        files = [
+            (target.with_name(shards[name]), functools.partial(save_file, {k: plain[k] for k in keys}, metadata=header))
+            for name, keys in split.filename_to_tensors.items()]
+        text = json.dumps({
+            "metadata": {**split.metadata, **header},
+            "weight_map": {key: shards[name] for key, name in split.tensor_to_filename.items()}}, indent=2)
+        files.append((index, lambda file: Path(file).write_text(text)))
+        kept = shards.values()
+        obsolete = target  # the single file of an earlier save, which `load` would prefer to the index
+
+    def clean_up() -> None:
+        obsolete.unlink(missing_ok=True)
+        for file in target.parent.iterdir():  # shards of earlier saves, also of interrupted ones
+            if shard_names.fullmatch(file.name) and file.name not in kept:
+                file.unlink(missing_ok=True)
+
+    replace_files(files, path, names, status_of(target, index), clean_up)
+
+
+def _check_tensors(tensors: Mapping[str, Any]) -> None:
+    """Refuse what a safetensors file cannot hold.
+
+    Raises:
+        WeightsError: There is such an entry; the message names it.
+    """
+    from safetensors.torch import _SIZE
+
+    pickled = "save the object with torch.save(model, path)"
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for key, t in tensors.items():
+        why = None
+        if not isinstance(t, torch.Tensor):
+            why = f"no tensors, but {type(t).__name__}", pickled
+        elif is_lazy(t):
+            why = "lazy and have no values", "run the model once first"
+        elif t.is_meta:
+            why = "on the meta device and have no values", "load weights into the model first"
+        elif t.is_nested or t.layout is not torch.strided or t.is_quantized:
+            why = "nested, sparse or quantized tensors", f"{pickled}, or make them dense"
+        elif is_traceable_wrapper_subclass(t):
+            why = f"{type(t).__name__}s, which keep their values in other tensors", pickled
+        elif t.dtype not in _SIZE:
+            why = f"of {t.dtype}", f"{pickled}, or convert them"
+        elif not has_memory(t):
+            why = "without memory and have no values", "load weights into the model first"
+        if why is not None:
+            kinds.setdefault(why, []).append(key)
+    for (what, instead), keys in kinds.items():
+        raise WeightsError(
+            f"{len(keys)} of {len(tensors)} entries of the state dict are {what} ({', '.join(map(str, keys[:3]))}), and a "
+            f"safetensors file does not hold such: {instead}")
 
 
 def _stem(target: Path) -> str:
     return target.name.removesuffix(".safetensors")
 
 
-def _remove_shards(target: Path, keep: Collection[str]) -> None:
-    """Remove the shards of earlier saves under this name, also of interrupted ones."""
-    ours = re.compile(re.escape(_stem(target)) + r"-[0-9a-f]{16}-\d{5}-of-\d{5}\.safetensors")
-    for file in target.parent.iterdir():
-        if ours.fullmatch(file.name) and file.name not in keep:
-            file.unlink(missing_ok=True)
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has values: not so a lazy or a fake tensor, or one whose storage was freed."""
+    if is_traceable_wrapper_subclass(tensor):  # its memory is that of other tensors
+        return True
+    try:
+        storage = tensor.untyped_storage()
+        return tensor.numel() == 0 or (storage.nbytes() > 0 and storage.data_ptr() != 0)
+    except (RuntimeError, ValueError):
+        return False
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
@@ -108,38 +149,12 @@ def gathered(tensors: Mapping[str, torch.Tensor], keep: bool) -> dict[str, torch
 
 
 def unshared(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same tensors, contiguous and without shared memory, as safetensors requires."""
+    """The same tensors, contiguous and without shared memory or pending signs, as safetensors requires."""
     seen: set[int] = set()
     out = {}
     for key, tensor in tensors.items():
-        tensor = tensor.detach().contiguous()
+        tensor = tensor.detach().resolve_conj().resolve_neg().contiguous()
         pointer = tensor.untyped_storage().data_ptr()
         out[key] = tensor.clone() if pointer in seen else tensor
         seen.add(pointer)
     return out
-
-
-def write_atomically(path: str | os.PathLike[str], write: Callable[[str], object]) -> None:
-    """Call `write` with a temporary name beside `path`, then rename it to `path`.
-
-    Raises:
-        WeightsError: The folder does not exist or cannot be written.
-    """
-    target = Path(path)
-    try:
-        fd, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-        os.close(fd)
-    except OSError as error:
-        raise WeightsError(
-            f"cannot write {str(path)!r} ({error.strerror}): choose a folder that exists and is writable") from error
-    try:
-        write(temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp gives rights to the owner alone
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

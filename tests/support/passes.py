@@ -24,6 +24,8 @@ class Passes(TorchDispatchMode):
                     if isinstance(t, torch.Tensor) and not t.is_meta), default=0)
         if func is torch.ops.aten.copy_.default:
             self.copied += size if args[0] is not args[1] else 0
+        elif func is torch.ops.aten._foreach_copy_.default:
+            self.copied += sum(t.numel() * t.element_size() for t in args[0])
         elif not func.is_view and func not in _NO_PASS and not getattr(out, "is_meta", False):
             self.other += size
         return out

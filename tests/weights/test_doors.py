@@ -21,6 +21,7 @@ PAGE = pathlib.Path(__file__).parents[2] / "docs" / "doors.md"
 FAMILIES = {
     "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (16, 16, 32, 32)},
     "vit_tiny_patch16_224": {"img_size": 64, "depth": 1, "embed_dim": 48}}
+NORMED = {"test_resnet": {}}  # with statistics, which the others lack
 SIZES = {"num_classes": 3, "in_chans": 1}
 FORMATS = {".safetensors": save_file, ".pth": torch.save}
 
@@ -38,14 +39,16 @@ def out(model):
 class Kind:
     """A kind of file: its name in the table, how it is written, and the outputs that it must give."""
 
-    def __init__(self, content: str, suffix: str, dtype: torch.dtype | None = None, wrap: str = "", sizes: bool = False):
+    def __init__(self, content: str, suffix: str, dtype: torch.dtype | None = None, wrap: str = "", sizes: bool = False,
+                 families: dict[str, dict] = FAMILIES):
+        self.families = families
         self.content, self.suffix, self.dtype, self.wrap, self.sizes = content, suffix, dtype, wrap, sizes
         notes = (wrap, str(dtype).removeprefix("torch.") if dtype else "", "3 classes, 1 channel" if sizes else "")
         self.title = ", ".join(filter(None, (f"{content} {suffix}", *notes)))
 
     def write(self, folder, name):
         """Write the file; return its path, the weights of the base, and the outputs of the model."""
-        args = {**FAMILIES[name], **(SIZES if self.sizes else {})}
+        args = {**self.families[name], **(SIZES if self.sizes else {})}
         model = randomise(timm.create_model(f"se_inject/{name}", se_ratio=0.25, **args))
         if self.dtype is not None:
             model = model.to(self.dtype)
@@ -54,12 +57,15 @@ class Kind:
         full = load_file(folder / "full.safetensors")
         plain = timm.create_model(name, **args)
         base = {k: full[k] for k in plain.state_dict()}
+        if "statistics" in self.content:  # which the file has
+            base = {k: torch.zeros_like(t) if k.rpartition(".")[2].startswith("running") else t for k, t in base.items()}
         save_file(base, folder / "base.safetensors")
         if self.content == "base":
             plain.load_state_dict(base)
         expected = out(plain if self.content == "base" else model)
         if self.suffix == ".safetensors" and self.content != "base":
-            only = {"full": None, "SE": "se", "SE and head": ("se", "head")}[self.content]
+            only = {"full": None, "SE": "se", "SE and head": ("se", "head"),
+                    "SE and statistics": ("se", "stats")}[self.content]
             se_inject.save(model.to(self.dtype), path, only=only)
             return path, base, expected
         state = base if self.content == "base" else full
@@ -74,6 +80,7 @@ KINDS = [
     Kind("full", ".pth", wrap="DDP"), Kind("full", ".pth", wrap="EMA, compile"),
     Kind("full", ".safetensors", torch.bfloat16), Kind("full", ".safetensors", torch.float16),
     Kind("full", ".safetensors", sizes=True), Kind("SE", ".safetensors"), Kind("SE and head", ".safetensors"),
+    Kind("SE and statistics", ".safetensors", families=NORMED),
 ]  # fmt: skip
 
 
@@ -151,7 +158,7 @@ class Create:
     """timm's `create_model` for one family, with blocks; without them (`twin=False`), to see what timm itself does."""
 
     def __init__(self, name, kind, twin=True):
-        self.name, self.twin, self.args = name, twin, {**FAMILIES[name], **(SIZES if kind.sizes else {})}
+        self.name, self.twin, self.args = name, twin, {**kind.families[name], **(SIZES if kind.sizes else {})}
 
     def __call__(self, **kwargs):
         if self.twin:
@@ -184,8 +191,9 @@ def cell(door, kind, name, folder, written):
             DOORS[door](Create(name, kind, twin=False), written(plain, name)[0], plain, folder / "plain")
         return "timm: no"
     if kind.content.startswith("SE") and DOORS[door] not in (se_load, command):
-        head = Parts.of(model).head
-        model.load_state_dict({**base, **(head if "head" in kind.content else {})})  # the blocks keep their weights
+        parts = Parts.of(model)
+        own = {"SE": {}, "SE and head": parts.head, "SE and statistics": parts.stats}[kind.content]
+        model.load_state_dict({**base, **own})  # the blocks keep their weights
     assert torch.equal(out(model), expected), f"{door}: {kind.title} of {name} gives other outputs"
     return "yes"
 
@@ -210,7 +218,7 @@ def test_a_door_loads_every_kind_of_file(door, written, tmp_path, request, monke
     cells = []
     for i, kind in enumerate(KINDS):
         found = set()
-        for name in FAMILIES:
+        for name in kind.families:
             folder = tmp_path / f"{i}-{name}"
             folder.mkdir()
             found.add(cell(door, kind, name, folder, written))
