@@ -41,6 +41,7 @@ def run(model: nn.Module, inputs: torch.Tensor, ops: MetaOps | None = None) -> i
         TraceError: The model's own forward raised on this input.
     """
     ops = ops or MetaOps(factories=True)
+    seed, state = torch.initial_seed(), torch.get_rng_state()
     try:
         modules = list(model.modules())
         with restored(modules), kept_globals({type(m) for m in modules}), torch.no_grad(), ops:
@@ -51,6 +52,9 @@ def run(model: nn.Module, inputs: torch.Tensor, ops: MetaOps | None = None) -> i
             f"{type(model).__name__} failed on an input of shape {tuple(inputs.shape)}: "
             f"{type(error).__name__}: {error}. If the model needs another size, pass input_size=(C, H, W)."
         ) from error
+    finally:
+        if torch.initial_seed() != seed:  # the model has seeded; draws alone take nothing on the meta device
+            torch.set_rng_state(state)
 
 
 def record(model: nn.Module, inputs: torch.Tensor) -> tuple[Call, int]:

@@ -232,6 +232,8 @@ _PATCHED: dict[tuple[Any, str], str] = {
     (builtins, "print"): "it prints",
     (logging.Logger, "handle"): "it writes to a log",
     (torch, "is_inference_mode_enabled"): "it asks for the inference mode",
+    **{(holder, name): "it seeds the random numbers"
+       for holder in (torch, torch.random) for name in ("manual_seed", "seed", "set_rng_state")},
 }
 _open: _Patches | None = None
 

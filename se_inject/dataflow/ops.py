@@ -279,6 +279,16 @@ def writes(node: fx.Node) -> bool:
         isinstance(exported, torch._ops.OpOverloadPacket) and str(exported).endswith("_"))
 
 
+def draws(node: fx.Node) -> bool:
+    """Whether a node's operator draws random numbers, in one of its overloads."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    packet = getattr(torch.ops.aten, name, None) if name.isidentifier() and not name.startswith("__") else None
+    return isinstance(packet, torch._ops.OpOverloadPacket) and any(
+        torch.Tag.nondeterministic_seeded in getattr(packet, overload).tags for overload in packet.overloads())
+
+
 def products(node: object) -> Iterator[tuple[fx.Node, Any]]:
     """Both readings of a product: a tensor, and what it is multiplied by. Nothing for other operators."""
     if isinstance(node, fx.Node) and name_of(node) == "mul":

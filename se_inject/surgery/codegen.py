@@ -17,6 +17,7 @@ from ..capture.graphs import same_graph, sources_of, subgraph
 from ..capture.snapshot import on_meta, set_class, surgery_lock
 from ..capture.tracer import IN_PLACE
 from ..dataflow.branches import Branch, known_branch, same_branches, trace_branches
+from ..dataflow.ops import draws, writes
 from ..errors import Refusal, TraceError
 from .edits import moved, put_in
 from .generated_class import ERROR_NAME, derived, generated, guards_for, new_of, with_guards
@@ -219,9 +220,11 @@ def _condition(node: fx.Node, base: type[nn.Module]) -> fx.Graph:
     """A graph that computes a condition from the arguments.
 
     Raises:
-        Refusal: It depends on what the owner's children compute.
+        Refusal: It depends on what the owner's children compute, or on operators that must not run twice.
     """
     needed = sources_of(node)
+    if any(writes(n) or draws(n) for n in needed):
+        raise Refusal(f"{base.__name__}.forward branches on a tensor that it has changed in place, or drawn")
     if any(n.op == "call_module" for n in needed):
         raise Refusal(f"{base.__name__}.forward branches on what its layers compute")
     graph = subgraph(node.graph, needed, node)

@@ -67,7 +67,15 @@ CASES = {
             self.ready = True
         return x + self.f(x)""",
     "child attribute": "self.f.scale = 2.0; return x + self.f(x)",
+    # the same operators on other tensors
+    "grad source": "y = x * 0.5; return x + self.f(y if torch.is_grad_enabled() else x)",
+    "grad operand": "y = x * 0.5; return self.f(x) + (x if torch.is_grad_enabled() else y)",
+    "weights": "return x + self.f(x) * (self.f[1].weight if torch.is_grad_enabled() else self.f[1].bias).view(1, -1, 1, 1)",
+    # conditions that must not be asked twice
+    "changed size": "y = x.mul_(2.0); return x + (self.f(x) if y.shape[2] == 10 else self.f(x) * 0.5)",
+    "drawn size": "y = torch.rand_like(x); return x + (self.f(x) if y.shape[2] == 10 else self.f(x) * 0.5) * y",
     # chance and time
+    "seed": "torch.manual_seed(3); return x + self.f(x)",
     "random": "return x + self.f(x) * random.random()",
     "numpy": "return x + self.f(x) * np.random.rand()",
     "own generator": "return x + self.f(x) * self.generator.random()",

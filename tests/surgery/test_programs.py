@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import random
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: F401 (the programs call it)
 
 import se_inject
-from se_inject.errors import SEInjectError
+from se_inject.errors import SEInjectError, TraceError
 
 STATEMENTS = {  # {a} and {b} are values of one shape, {v} is a new one
     "layers": [
@@ -65,6 +66,7 @@ STATEMENTS = {  # {a} and {b} are values of one shape, {v} is a new one
         "torch.manual_seed(1)", "self.conv.scale = 2.0", "{v} = {a} * getattr(self.conv, 'scale', 1.0)",
     ],
 }  # fmt: skip
+KINDS = ["layers"] * 6 + ["sums"] * 3 + ["views"] * 3 + ["writes"] * 2 + ["questions", "modes", "effects"]
 LOG: list[Any] = []
 
 
@@ -73,7 +75,7 @@ def programs(draw: Callable[..., Any]) -> str:
     names = ["x"]
     lines = []
     for _ in range(draw(st.integers(2, 7))):
-        text = draw(st.sampled_from(STATEMENTS[draw(st.sampled_from(sorted(STATEMENTS)))]))
+        text = draw(st.sampled_from(STATEMENTS[draw(st.sampled_from(KINDS))]))
         # mostly the newest value, so that few statements are without effect
         a, b = names[-1] if draw(st.booleans()) else draw(st.sampled_from(names)), draw(st.sampled_from(names))
         v = f"v{len(names)}"
@@ -81,7 +83,7 @@ def programs(draw: Callable[..., Any]) -> str:
         if "{v}" in text:
             names.append(v)
     lines.append(draw(st.sampled_from([
-        f"return x + {names[-1]}", f"x += {names[-1]}; return x", f"return {names[-1]} + x", f"return {names[-1]}"])))
+        f"return x + {names[-1]}", f"return x + self.f({names[-1]})", f"x += {names[-1]}; return x", f"return {names[-1]}"])))
     return "\n".join(f"    {line}" for line in lines)
 
 
@@ -161,10 +163,15 @@ def check(program: str) -> str:
         return "wrong program"
     model = copy.deepcopy(base)
     seeded()
-    se_inject.inject(model, input_size=(3, 10, 10))  # the last block has its site in any case
+    try:
+        se_inject.inject(model, input_size=(3, 10, 10))  # the last block has its site in any case
+    except TraceError as error:
+        assert "cannot be called on meta tensors" in str(error)
+        for mode, wanted in expected.items():
+            assert same(behavior(model, *mode), wanted), f"refused, {mode}"
+        return "refused"
     if se_inject.block_paths(model) == ["2.se"]:
-        (reason,) = {s.reason for s in se_inject.plan(base, input_size=(3, 10, 10)).skipped} or {"no site"}
-        assert reason
+        assert all(site.reason for site in se_inject.plan(base, input_size=(3, 10, 10)).skipped)
         kind = "left out"
     else:
         kind = "injected"
@@ -206,12 +213,16 @@ def run(examples: int, number: int) -> dict[str, int]:
     return counts
 
 
-def test_100_programs():
-    counts = run(100, 0)
-    assert counts["injected"] > 10 and counts["left out"] > 10, counts
+def test_20_programs():
+    counts = run(20, 0)
+    assert counts["injected"] > 1 and counts["left out"] > 1, counts
 
 
 @pytest.mark.contract
-def test_2000_programs():
-    counts = run(2000, 1)
-    assert counts["injected"] > 200 and counts["left out"] > 200, counts
+def test_200_programs():
+    counts = run(200, 1)
+    assert counts["injected"] > 20 and counts["left out"] > 20, counts
+
+
+if __name__ == "__main__":  # python -m tests.surgery.test_programs EXAMPLES SEED
+    print(run(*map(int, sys.argv[1:3])))
