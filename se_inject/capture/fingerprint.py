@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 _UNSEEN = {"_parameters", "_buffers", "_modules", "training"}
+_UNSEEN |= {"_apply", "reset_parameters", "init_non_persistent_buffers"}  # methods that give an instance values
 
 
 def frozen(value: Any) -> Hashable:
