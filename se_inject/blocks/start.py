@@ -16,22 +16,75 @@ import torch
 from torch import nn
 
 Make = Callable[[Any, Any], nn.Module]  # makes a block on a device, with a data type
-_DRAWN = "_is_hf_initialized"  # attribute of modules and tensors that transformers does not draw any more
+_DRAWN = "_is_hf_initialized"  # attribute by which transformers marks tensors, and modules whose tensors it has all drawn
 
 
 def remember_start(block: nn.Module, make: Make) -> nn.Module:
-    """Let a new block and its layers know how to get their values back. Changes the block, and returns it."""
+    """Let a new block and its layers know how to get their values back. Changes the block and its class, and returns it."""
     on_meta = is_on_meta(block)
     for path, m in block.named_modules():
         if not path or m._parameters or m._buffers:
             m.__dict__["reset_parameters"] = functools.partial(_reset, m, make, path)
             m.__dict__[_DRAWN] = not on_meta
-    # under this name, transformers and timm ask a module for the values that no file has
-    block.__dict__["init_non_persistent_buffers"] = functools.partial(_fill, block)
-    block.__dict__["_apply"] = functools.partial(_apply, block)
     if on_meta:
         block.register_forward_pre_hook(_before_call)
+    cls: Any = type(block)
+    object.__setattr__(block, "__class__", _starting(cls))
     return block
+
+
+class _Mark:
+    """`_is_hf_initialized` of a block. transformers sets it after it has drawn the layers: those that it has not loaded get
+    back their start."""
+
+    def __get__(self, block: nn.Module | None, cls: type[nn.Module]) -> Any:
+        return self if block is None else block.__dict__.get(_DRAWN, False)
+
+    def __set__(self, block: nn.Module, value: bool) -> None:
+        if is_on_meta(block):
+            return
+        if value and not block.__dict__.get(_DRAWN, False):
+            _copy(block, started(block, "cpu"), {name for name, t in _tensors(block) if not getattr(t, _DRAWN, False)})
+            settle(block)
+        block.__dict__[_DRAWN] = value
+
+
+class _Starting(nn.Module):
+    """What the class of a block has besides."""
+
+    _se_class: Any
+    _is_hf_initialized = _Mark()
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """A block that leaves the meta device has no values, and gets those of its start."""
+        if not is_on_meta(self):
+            return super()._apply(fn, recurse)
+        try:
+            super()._apply(fn, recurse)
+        except NotImplementedError:  # `to` has no values to copy
+            _leave_meta(self, "cpu")
+            return super()._apply(fn, recurse)
+        if not is_on_meta(self):  # `to_empty`
+            _copy(self, started(self, "cpu"))
+            settle(self)
+        return self
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle by the class that the block was made with: one made at run time has no name to import."""
+        made: Any = super().__reduce_ex__(protocol)
+        return _new, (self._se_class,), *made[2:]
+
+
+@functools.cache
+def _starting(cls: Any) -> Any:
+    """A subclass of a class of blocks, under its name."""
+    return type(cls.__name__, (_Starting, cls), {
+        "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, "_se_class": cls})  # fmt: skip
+
+
+def _new(cls: Any) -> Any:
+    made = _starting(cls)
+    return made.__new__(made)
 
 
 def is_on_meta(module: nn.Module) -> bool:
@@ -97,30 +150,6 @@ def _reset(module: nn.Module, make: Make, path: str) -> None:
         _copy(module, make("cpu", data_type(module)).get_submodule(path))
 
 
-def _fill(block: nn.Module) -> None:
-    """Give the tensors of a block their start that transformers has not loaded."""
-    if not is_on_meta(block):
-        _copy(block, started(block, "cpu"), {name for name, t in _tensors(block) if not getattr(t, _DRAWN, False)})
-        settle(block)
-
-
-def _apply(block: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-    """`Module._apply` of a block. One that leaves the meta device has no values, and gets those of its start."""
-    cls: Any = type(block)
-    if not is_on_meta(block):
-        return cls._apply(block, fn, recurse)  # type: ignore[no-any-return]
-    try:
-        cls._apply(block, fn, recurse)
-    except NotImplementedError:  # `to` has no values to copy
-        _leave_meta(block, "cpu")
-        cls._apply(block, fn, recurse)
-    else:
-        if not is_on_meta(block):  # `to_empty`
-            _copy(block, started(block, "cpu"))
-            settle(block)
-    return block
-
-
 def _leave_meta(block: nn.Module, device: Any, dtype: torch.dtype | None = None) -> None:
     """Give the tensors of a block that are on the meta device memory, and the values of their start."""
     names = {name for name, t in _tensors(block) if t.is_meta}
@@ -128,8 +157,7 @@ def _leave_meta(block: nn.Module, device: Any, dtype: torch.dtype | None = None)
     def real(t: torch.Tensor) -> torch.Tensor:
         return torch.empty_like(t, device=device, dtype=dtype if t.is_floating_point() else None) if t.is_meta else t
 
-    cls: Any = type(block)
-    cls._apply(block, real)
+    super(_Starting, block)._apply(real)  # type: ignore[misc]
     _copy(block, started(block, "cpu"), names)
     settle(block)
 

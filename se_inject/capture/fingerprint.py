@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-_UNSEEN = {"_parameters", "_buffers", "_modules", "training"}
-_UNSEEN |= {"_apply", "reset_parameters", "init_non_persistent_buffers"}  # methods that give an instance values
+_UNSEEN = {"_parameters", "_buffers", "_modules", "training", "reset_parameters"}
 
 
 def frozen(value: Any) -> Hashable:
