@@ -12,6 +12,14 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def uninitialized_is_nan():
+    """Memory without values holds NaN, and not what happens to be there."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def pytest_collection_finish():
     """Collect garbage rarely: imported objects live on, and a graph is many objects that are freed together."""
     gc.collect()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -17,6 +18,7 @@ from ..errors import ConfigError
 from .catalogue import OPTIONS, get_block, parameters_of
 from .identity import make_identity
 from .masks import WEIGHS
+from .start import is_on_meta, remember_start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,13 +85,16 @@ def make_block(
     arguments = {key: value for key, value in values.items() if key in taken}
     factory = {key: value for key, value in (("device", device), ("dtype", dtype)) if key in taken}
     try:
-        block = row.cls(spec.channels, **arguments, **factory)
+        with contextlib.nullcontext() if len(factory) == 2 else torch.device(device):
+            block = row.cls(spec.channels, **arguments, **factory)
     except (KeyError, AssertionError, TypeError, ValueError) as error:
         advice = ("give act_layer and gate_layer as names of timm.layers.create_act, such as 'relu', 'silu' or 'sigmoid'"
                   if arguments.keys() & {"act_layer", "gate_layer"} else "its class has to accept such a call")
         raise ConfigError(
             f"block={config.block!r} cannot be created for {spec.channels} channels with {arguments} ({error!r}): {advice}"
         ) from error
+    if is_on_meta(block) and torch.device(device).type != "meta":  # inside accelerate's init_empty_weights
+        block = _initialized(block.to_empty(device=device))
     if len(factory) < 2:
         block = block.to(device=device, dtype=dtype)
     if config.init == "identity":
@@ -97,7 +102,16 @@ def make_block(
     made = block if native else ChannelsLast(block, spec.layout)
     if row.weighs:
         made.__dict__[WEIGHS] = True
-    return made
+    config = dataclasses.replace(config, filter_fn=None)  # which a pickle could not hold
+    return remember_start(made, functools.partial(make_block, spec, config, act, outer_gain))
+
+
+def _initialized(block: nn.Module) -> nn.Module:
+    """A block with memory but no values, initialized in place as far as its layers can."""
+    for m in block.modules():
+        if callable(reset := getattr(m, "reset_parameters", None)):
+            reset()
+    return block
 
 
 def cost(spec: BlockSpec, config: SEConfig, size: tuple[int, ...]) -> tuple[int, int]:

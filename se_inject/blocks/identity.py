@@ -89,10 +89,10 @@ def make_identity(start: Start, block: nn.Module, outer_gain: float = 1.0) -> No
 
 
 def is_identity(block: nn.Module) -> bool:
-    """Whether a block is still the identity that it started as: the layers before its gates are zero."""
+    """Whether a block is still the identity that it started as: the layers before its gates are zero, or on the meta device."""
     zeroed = [m.get_submodule(path) for m in block.modules() for path in m.__dict__.get(_ZEROED, ())]
     weights = [p for layer in zeroed for p in layer.parameters()]
-    return bool(weights) and not any(p.is_meta or bool(p.any()) for p in weights)
+    return bool(weights) and not any(not p.is_meta and bool(p.any()) for p in weights)
 
 
 def gains(block: nn.Module) -> list[tuple[nn.Module, float]]:

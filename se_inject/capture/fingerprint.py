@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-_UNSEEN = {"_parameters", "_buffers", "_modules", "training"}
+_UNSEEN = {"_parameters", "_buffers", "_modules", "training", "reset_parameters"}
 
 
 def frozen(value: Any) -> Hashable:

@@ -44,13 +44,14 @@ def optimized_class(module: nn.Module, graph: fx.Graph, plain: fx.Graph, fixed: 
 
 
 def wants_plain(x: torch.Tensor) -> bool:
-    """Whether a forward runs the author's code: operators in place have no gradient, and under autocast values that share
-    memory may have different dtypes."""
+    """Whether a forward runs the author's code: operators in place have no gradient; under autocast values that share memory
+    may have different dtypes; and programs made from a trace, of torch.jit or of fx, have no operators with ``out=``, or other
+    dtypes (ONNX, OpenVINO, quantization)."""
     if torch.jit.is_scripting():  # TorchScript does not compile the other branch
         return False
     else:
-        return not isinstance(x, fx.Proxy) and (
-            (x.requires_grad and torch.is_grad_enabled()) or (not x.is_meta and torch.is_autocast_enabled(x.device.type)))
+        return isinstance(x, fx.Proxy) or torch.jit.is_tracing() or (x.requires_grad and torch.is_grad_enabled()) or (
+            not x.is_meta and torch.is_autocast_enabled(x.device.type))
 
 
 def _class_of(base: type[nn.Module], sources: Sequence[Source], has_blocks: bool) -> type[nn.Module]:

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import fx, nn
 
+from ..capture.arguments import Unpacked
 from ..capture.calls import Call
 from ..capture.graphs import subgraph
 from ..capture.meta_ops import storage
@@ -151,7 +152,8 @@ def _code(flow: ValueFlow, call: Call, graph: fx.Graph) -> type[nn.Module] | fx.
         return graph
     view = flow.traces.view(call.module)
     assert view is not None
-    constants = {k: v for k, v in view.forward.constants.items() if v is None or isinstance(v, (bool, int, float, str))}
+    constants = {
+        k: v for k, v in view.forward.constants.items() if v is None or isinstance(v, (bool, int, float, str, Unpacked))}
     return optimized_class(call.module, graph, subgraph(view.forward.graph), constants)
 
 

@@ -268,7 +268,8 @@ def _set_attribute(self: nn.Module, name: str, value: Any) -> None:
         set_class(self, _stale(cls))
 
 
-_OF_MODULES = {  # what torch sets on modules
+_OF_MODULES = {  # what torch and transformers set on modules
+    "_is_hf_initialized",
     "training", "_is_replica", "_former_parameters", "_is_full_backward_hook", "_compiled_call_impl",
     "_is_fsdp_managed_module", "_fsdp_use_orig_params", "_is_torch_compile"}
 

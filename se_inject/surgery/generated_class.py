@@ -68,7 +68,8 @@ def generated(
             # the source stays readable: for tracebacks, and for torch.jit.script
             linecache.cache[filename] = (len(text), None, text.splitlines(True), filename)
             namespace = dict(names)
-            exec(compile(text, filename, "exec"), namespace)
+            # annotations are types, and no strings, as a trace of the methods copies them
+            exec(compile(text, filename, "exec", dont_inherit=True), namespace)
             methods |= {k: v for k, v in namespace.items() if k not in names and k != "__builtins__"}
         found = _classes[base, texts, key] = derived(base, {**methods, **members})
     return found

@@ -14,18 +14,24 @@ import torch
 from torch import nn
 
 from ..blocks.identity import is_identity
+from ..blocks.start import fitted, is_on_meta, settle, started
 from .parts import Parts, own_tensors
 from .state import block_paths
 
 _logger = logging.getLogger("se_inject")
+_ASSIGN = "assign_to_params_buffers"  # what `load_state_dict(assign=True)` tells the hooks
 
 
 def keep_absent_block(
     block: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
     missing: list[str], unexpected: list[str], errors: list[str],
 ) -> None:  # fmt: skip
-    """Hook of a block: if no key of the block is there, it keeps its values."""
-    if not any(key.startswith(prefix) for key in state_dict):
+    """Hook of a block: if no key of the block is there, it keeps its values. If it has none, the keys are missing."""
+    assign = local_metadata.get(_ASSIGN, False)
+    if any(key.startswith(prefix) for key in state_dict):
+        if assign:
+            settle(block)
+    elif not (assign and is_on_meta(block)):
         state_dict.update({prefix + k: t for k, t in own_tensors(block).items()})
 
 
@@ -33,12 +39,40 @@ def keep_absent_base(
     model: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
     missing: list[str], unexpected: list[str], errors: list[str],
 ) -> None:  # fmt: skip
-    """Hook of an injected model: if all keys belong to blocks, head and statistics, the rest keeps its values."""
+    """Hook of an injected model: if all keys belong to blocks, head and statistics, the rest keeps its values.
+
+    With ``assign=True``, the blocks that are not there follow the base to the device and dtype of what is loaded.
+    """
     parts = Parts.of(model)
-    found = {key[len(prefix):]: t for key, t in state_dict.items() if key.startswith(prefix)}
+    assign = local_metadata.get(_ASSIGN, False)
+    found = {  # torch.distributed.checkpoint adds the model's own tensors for what a file lacks
+        key[len(prefix):]: t for key, t in state_dict.items() if key.startswith(prefix) and not (assign and t.is_meta)}
     if parts.is_adapter(found):
         state_dict.update({prefix + k: t for k, t in {**parts.base, **parts.head}.items() if k not in found})
     log_load(model, parts, found)
+    if assign:
+        for path, keys in parts.blocks.items():
+            if not any(k in found for k in keys):
+                new = _assigned(model.get_submodule(path), *_place(path, parts, found))
+                state_dict.update({f"{prefix}{path}.{k}": t for k, t in new.items()})
+
+
+def _place(path: str, parts: Parts, loaded: Mapping[str, torch.Tensor]) -> tuple[torch.device, torch.dtype]:
+    """The device and dtype of what is loaded around the block at `path`: of tensors that had its dtype, first in its owner."""
+    first = parts.se[parts.blocks[path][0]]
+    owner = "".join(path.rpartition(".")[:2])
+    own = {**parts.base, **parts.head}
+    near = sorted((k for k in own if k in loaded and own[k].is_floating_point()), key=lambda k: not k.startswith(owner))
+    same = next((loaded[k] for k in near if own[k].dtype == first.dtype), None)
+    device = loaded[near[0]].device if near else first.device
+    return (device, first.dtype) if same is None else (same.device, same.dtype)
+
+
+def _assigned(block: nn.Module, device: torch.device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The tensors of a block on a device and of a dtype; one without values gets those of its start."""
+    own = own_tensors(block)
+    new = own_tensors(started(block, device, dtype)) if is_on_meta(block) and device.type != "meta" else own
+    return {k: fitted(t, own[k]).to(device, dtype if t.is_floating_point() else None) for k, t in new.items()}
 
 
 def log_load(model: nn.Module, parts: Parts, found: Mapping[str, torch.Tensor]) -> None:
@@ -64,6 +98,7 @@ def register_hooks(model: nn.Module) -> None:
 def remove_hooks(model: nn.Module) -> None:
     """Take the hooks off a model and all its modules."""
     for m in model.modules():
+        settle(m)
         for key, h in list(m._load_state_dict_pre_hooks.items()):
             if _function_of(h) in (keep_absent_base, keep_absent_block):
                 del m._load_state_dict_pre_hooks[key]

@@ -22,6 +22,7 @@ from ..site import Site
 from ..timm_names import architecture_of, rename, skeleton
 from .edits import apply_edits, undo_edits
 from .freezing import unfreeze_base
+from .initializing import attach_initializer, detach_initializer
 from .jobs import Job, make_block_for, owner_jobs
 from .layer_decay import attach_matcher, detach_matcher
 from .load_hooks import register_hooks, remove_hooks
@@ -160,20 +161,18 @@ def apply(model: nn.Module, prepared: Prepared, *, verify: bool = False) -> nn.M
         for job, named in zip(prepared.jobs, blocks):
             done.append(job.module)
             apply_edits(job.module, job.edits, job.code, named)
-        register_hooks(model)
-        attach_matcher(model)
+        _attach(model)
         if base is not None:
             factors = {s.site.path: s.gain for job in prepared.jobs for s in job.found}
             check_outputs(base, copied(model, "inject(verify=True)"), factors, prepared.plan.input_size)
     except BaseException:
         remove_hooks(model)
-        detach_matcher(model)
+        _detach(model)
         for module in done:
             if edits_of(module) is not None:
                 undo_edits(module)
         if injections_of(model):  # earlier ones stay
-            register_hooks(model)
-            attach_matcher(model)
+            _attach(model)
         raise
     if replaced:
         _logger.info("%d base tensors replaced: %s", len(replaced), ", ".join(replaced))
@@ -186,6 +185,19 @@ def apply(model: nn.Module, prepared: Prepared, *, verify: bool = False) -> nn.M
             "the model has gradients: an optimizer made before the injection does not have the %d new parameters: "
             'optimizer.add_param_group({"params": se_inject.se_parameters(model, optimizer)})', len(added))
     return model
+
+
+def _attach(model: nn.Module) -> None:
+    """Let the methods of a model that read or write all its weights know the blocks."""
+    register_hooks(model)
+    attach_matcher(model)
+    attach_initializer(model)
+
+
+def _detach(model: nn.Module) -> None:
+    """Undo `_attach`, but for the hooks."""
+    detach_matcher(model)
+    detach_initializer(model)
 
 
 def eject(model: nn.Module) -> nn.Module:
@@ -231,7 +243,7 @@ def forget_injections(model: nn.Module) -> None:
     """Make a model whose blocks are gone a base again, also for timm, which writes its name into files."""
     remove_hooks(model)
     for m in model.modules():
-        detach_matcher(m)
+        _detach(m)
         unfreeze_base(m)
         if injections_of(m):
             set_injections(m, ())

@@ -170,7 +170,7 @@ def test_a_block_that_is_fitted_to_its_site_is_one_row(monkeypatch):
         check_identity(model, (3, 64, 64), block="film")
     model = se_inject.inject(timm.create_model("efficientnet_lite0"), block="film", ratio=0.5, act_layer="silu")
     blocks = [model.get_submodule(path) for path in block_paths(model)]
-    assert all(type(b) is Film and isinstance(b.act, nn.SiLU) for b in blocks)
+    assert all(isinstance(b, Film) and isinstance(b.act, nn.SiLU) for b in blocks)
     assert all(b.fc1.out_channels == s.rd_channels for b, s in zip(blocks, se_inject.plan(
         "efficientnet_lite0", block="film", ratio=0.5).sites, strict=True))
     model = se_inject.inject(timm.create_model("tiny_vit_5m_224", **SHORT), block="film")

@@ -173,3 +173,26 @@ def fsdp(model: nn.Module, x: torch.Tensor, path: str, parts: list[str]) -> Any:
         se_inject.save(model, path)
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return *found, output(model, x), state
+
+
+def meta_fsdp(x: torch.Tensor, state: dict[str, torch.Tensor], load: str) -> torch.Tensor:
+    """The output of an injected model that was sharded on the meta device, and then got the base's weights."""
+    import timm
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    with torch.device("meta"):
+        model = timm.create_model("se_inject/test_resnet").eval()
+    mesh = init_device_mesh("cpu", (2,))
+    for part in (model.layer1, model.layer2, model.layer3, model.layer4, model):
+        fully_shard(part, mesh=mesh)
+    if load in ("empty", "reset"):
+        model.to_empty(device="cpu")
+    if load == "reset":
+        for m in model.modules():
+            if hasattr(m, "reset_parameters"):
+                m.reset_parameters()
+    options = StateDictOptions(full_state_dict=True, strict=False, broadcast_from_rank0=load == "broadcast")
+    set_model_state_dict(model, dict(state) if load != "broadcast" or dist.get_rank() == 0 else {}, options=options)
+    return output(model, x)
