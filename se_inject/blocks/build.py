@@ -14,6 +14,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ..config import SEConfig
 from ..errors import ConfigError
+from ..undo import entered
 from .catalogue import OPTIONS, get_block, parameters_of
 from .identity import make_identity
 
@@ -106,7 +107,8 @@ def cost(spec: BlockSpec, config: SEConfig, size: tuple[int, ...]) -> tuple[int,
 def _measured(spec: BlockSpec, config: SEConfig, size: tuple[int, ...]) -> tuple[int, int]:
     block = make_block(spec, config, None, 1.0, torch.device("meta"), torch.float32).eval()
     shape = (1, spec.channels, *size) if spec.layout == "NCHW" else (1, *size, spec.channels)
-    with _MultiplyAdds() as counter, torch.no_grad():
+    counter = _MultiplyAdds()
+    with entered(counter, torch.no_grad()):
         block(torch.empty(shape, device="meta"))
     return sum(p.numel() for p in block.parameters()), counter.macs
 
@@ -156,7 +158,7 @@ def _identity_problem(config: SEConfig, outer_gain: float) -> str | None:
     """Try a small block: it has to return its input exactly, in both modes, and to have a gradient."""
     head = f"block={config.block!r} with init='identity'"
     advice = "use init='timm', or another block"
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with entered(torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.enable_grad()):
         torch.manual_seed(0)
         spec = BlockSpec(channels=16, rd_channels=8, layout="NCHW", style=config.block)
         block = make_block(spec, config, None, outer_gain, torch.device("cpu"), torch.float32)

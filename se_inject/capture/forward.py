@@ -17,6 +17,7 @@ from torch import fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import Refusal
+from ..undo import entered
 from .arguments import STARS, Unpacked, bound, signature_of
 from .graphs import compute, evaluate, subgraph
 from .meta_ops import MetaOps, first_difference, storage
@@ -142,7 +143,8 @@ def trace_forward(
     attempts = ATTEMPTS if may_draw(cls) else 1
     for attempt in range(attempts):
         state = random_state() if attempts > 1 else None
-        with restored([module]) as changed, kept_globals([cls]) as globals_changed, other_modes(), Draws() as draws:
+        draws = Draws()
+        with restored([module]) as changed, kept_globals([cls]) as globals_changed, other_modes(), entered(draws):
             before = state_of(module)
             tracer = _OwnTracer(constants, decide, reading)
             try:
@@ -218,7 +220,8 @@ def own_forward(call: Call, marker: str | None = None, reading: bool = False) ->
     env: dict[fx.Node, Any] = {}
     calls: dict[fx.Node, Call] = {}
     children = iter(call.children)
-    with torch.no_grad(), MetaOps(factories=True) as ops:
+    ops = MetaOps(factories=True)
+    with entered(torch.no_grad(), ops):
         for node in graph.nodes:
             before = len(ops.written)
             args = fx.map_arg(node.args, env.__getitem__)

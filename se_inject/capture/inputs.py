@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError, TraceError
+from ..undo import entered
 from .channels import BATCH_AXIS, CHANNEL_AXIS, mark
 from .meta_ops import MetaOps
 from .recording import Run, record, run
@@ -106,7 +107,7 @@ def without_values(make: Callable[[], nn.Module]) -> nn.Module:
     Older timm does, for its drop path rates, and torchvision's RegNet for its widths.
     """
     try:
-        with torch.device("meta"), MetaOps():
+        with entered(torch.device("meta"), MetaOps()):
             return make()
     except (NotImplementedError, RuntimeError):
         return make()

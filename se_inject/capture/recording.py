@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import TraceError
+from ..undo import entered, undone
 from .meta_ops import MetaOps, storage
 from .snapshot import kept_globals, restored, surgery_lock
 
@@ -96,7 +97,7 @@ def run(model: nn.Module, inputs: torch.Tensor, ops: MetaOps | None = None) -> i
     ops = ops or MetaOps(factories=True)
     try:
         modules = list(model.modules())
-        with restored(modules), kept_globals({type(m) for m in modules}), torch.no_grad(), ops:
+        with restored(modules), kept_globals({type(m) for m in modules}), entered(torch.no_grad(), ops):
             model(inputs)
             return ops.macs
     except Exception as error:
@@ -156,7 +157,7 @@ def record(model: nn.Module, inputs: torch.Tensor) -> tuple[Call, int]:
         call.changes_list = call.args is not args and not alike((args, kwargs), (call.args, call.kwargs))
         count += 1
 
-    with surgery_lock:
+    with entered(surgery_lock):
         original, thread = nn.Module.__call__, threading.get_ident()
 
         @functools.wraps(original)
@@ -168,11 +169,9 @@ def record(model: nn.Module, inputs: torch.Tensor) -> tuple[Call, int]:
             leave(module, args, kwargs, output)
             return output
 
-        try:
+        with undone(lambda: setattr(nn.Module, "__call__", original)):
             nn.Module.__call__ = recorded  # type: ignore[method-assign]
             macs = run(model, inputs, ops)
-        finally:
-            nn.Module.__call__ = original  # type: ignore[method-assign]
     return root[0], macs
 
 

@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
+
+from ..undo import entered, undone
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
@@ -83,6 +85,11 @@ def _put_back(holder: Any, items: Any) -> None:
         holder.update(items) if isinstance(holder, set) else holder.extend(items)
 
 
+def _put_all_back(kept: list[tuple[Any, Any]]) -> None:
+    for holder, items in kept:
+        _put_back(holder, items)
+
+
 def _differs(holder: Any, items: Any) -> bool:
     """Whether a container has other items. They are compared by identity, as a proxy that a trace left has no equality."""
     if isinstance(holder, dict):
@@ -100,11 +107,8 @@ def kept_globals(classes: Iterable[Any]) -> Iterator[Callable[[], bool]]:
     """
     named = [pair for cls in classes if not cls.__module__.startswith("torch.") for pair in _globals_of(cls)]
     kept = _kept([namespace[name] for namespace, name in named if name in namespace])
-    try:
+    with undone(lambda: _put_all_back(kept)):
         yield lambda: any(_differs(holder, items) for holder, items in kept)
-    finally:
-        for holder, items in kept:
-            _put_back(holder, items)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -144,7 +148,15 @@ def restored(modules: Iterable[nn.Module]) -> Iterator[Callable[[], bool]]:
                 items = value.values() if type(value) is dict else value if type(value) in (list, tuple) else (value,)
                 deeper += items if len(items) <= _LARGE else ()
     kept = _kept(deeper)
-    try:
+
+    def put_back() -> None:
+        for m, cls, attributes in saved:
+            set_class(m, cls)
+            m.__dict__.clear()
+            m.__dict__.update(attributes)
+        _put_all_back(kept)
+
+    with undone(put_back):
         for m, _, attributes in saved:
             for key, value in attributes.items():
                 cls: Any = type(value)
@@ -154,13 +166,37 @@ def restored(modules: Iterable[nn.Module]) -> Iterator[Callable[[], bool]]:
                     m.__dict__[key] = copy.copy(value)
         yield lambda: any(_has_changed(m, attributes) for m, _, attributes in saved) or any(
             _differs(holder, items) for holder, items in kept)
-    finally:
-        for m, cls, attributes in saved:
+
+
+@contextlib.contextmanager
+def all_or_nothing(model: nn.Module, tensors: Iterable[torch.Tensor] = ()) -> Iterator[None]:
+    """An error inside, an interrupt too, leaves `model` as it was: classes, attributes, children, hooks, `requires_grad`.
+
+    Nothing is left to do at the end of the body, so that a change is there in whole or not at all.
+
+    Args:
+        model: The model that is changed inside.
+        tensors: Parameters whose values change. A copy of them is kept.
+    """
+    modules = [(m, m.__class__) for m in model.modules()]
+    kept = _kept([m.__dict__ for m, _ in modules])
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    values = [(t, t.detach().clone()) for t in tensors]
+    try:
+        yield
+    except BaseException:
+        for m, cls in modules:
             set_class(m, cls)
-            m.__dict__.clear()
-            m.__dict__.update(attributes)
-        for holder, items in kept:
-            _put_back(holder, items)
+        _put_all_back(kept)
+        for m, _ in modules:
+            if isinstance(m, fx.GraphModule):
+                m.recompile()
+        for p, flag in flags:
+            p.requires_grad_(flag)
+        with torch.no_grad():
+            for t, value in values:
+                t.copy_(value)
+        raise
 
 
 @functools.cache
@@ -187,12 +223,14 @@ def _is_other(now: Any, value: Any) -> bool:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside, `model` is in eval mode. Afterwards each module's `training` flag is as before."""
     modes = [(m, m.training) for m in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
+
+    def put_back() -> None:
         for m, training in modes:
             m.training = training
+
+    with undone(put_back):
+        type(model).train(model, False)  # the class's method: that of a frozen base takes note of what it holds
+        yield
 
 
 @contextlib.contextmanager
@@ -201,7 +239,7 @@ def on_meta(model: nn.Module) -> Iterator[None]:
 
     Inference mode is off, as its tensors do not count writes.
     """
-    with surgery_lock, torch.inference_mode(False), _on_meta(model):
+    with entered(surgery_lock, torch.inference_mode(False)), _on_meta(model):
         yield
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..blocks.build import problem
+from ..capture.snapshot import all_or_nothing
 from ..capture.tracer import patched
 from ..config import SEConfig
 from ..dataflow.module_graph import TracedModel
@@ -20,6 +21,7 @@ from ..find.plan import Plan
 from ..find.sites import PlacedSite, find_sites
 from ..site import Site
 from ..timm_names import architecture_of, rename, skeleton
+from ..undo import entered
 from .edits import apply_edits, undo_edits
 from .freezing import unfreeze_base
 from .jobs import Job, make_block_for, owner_jobs
@@ -151,34 +153,22 @@ def apply(model: nn.Module, prepared: Prepared, *, verify: bool = False) -> nn.M
     if verify and replaced:
         raise ConfigError("verify=True with existing='replace': the outputs change with the attention that goes; leave out one")
     base = copied(model, "inject(verify=True)") if verify else None
-    with torch.inference_mode(False):  # whose tensors could not be trained or loaded into
+    with entered(torch.inference_mode(False)):  # whose tensors could not be trained or loaded into
         blocks: list[dict[str, nn.Module]] = [
             {s.site.slot: make_block_for(s, job.module, model, config) for s in job.found} for job in prepared.jobs
         ]
-    done: list[nn.Module] = []
-    try:
+    with all_or_nothing(model):
         for job, named in zip(prepared.jobs, blocks):
-            done.append(job.module)
             apply_edits(job.module, job.edits, job.code, named)
         register_hooks(model)
         attach_matcher(model)
         if base is not None:
             factors = {s.site.path: s.gain for job in prepared.jobs for s in job.found}
             check_outputs(base, copied(model, "inject(verify=True)"), factors, prepared.plan.input_size)
-    except BaseException:
-        remove_hooks(model)
-        detach_matcher(model)
-        for module in done:
-            if edits_of(module) is not None:
-                undo_edits(module)
-        if injections_of(model):  # earlier ones stay
-            register_hooks(model)
-            attach_matcher(model)
-        raise
+        set_injections(model, (*injections_of(model), Injection(config, prepared.plan.sites, prepared.input_size)))
+        rename(model, injected=True)
     if replaced:
         _logger.info("%d base tensors replaced: %s", len(replaced), ", ".join(replaced))
-    set_injections(model, (*injections_of(model), Injection(config, prepared.plan.sites, prepared.input_size)))
-    rename(model, injected=True)
     added = [p for named in blocks for block in named.values() for p in block.parameters()]
     _logger.info("%d blocks injected, with %s parameters", sum(map(len, blocks)), f"{sum(p.numel() for p in added):,}")
     if any(p.grad is not None for p in model.parameters()):
@@ -221,9 +211,10 @@ def eject(model: nn.Module) -> nn.Module:
             "nothing was changed")
     if not owners:
         raise SEInjectError(f"eject({_model_name(model)}): there are no injected blocks in this model; nothing was changed")
-    for owner in owners:
-        undo_edits(owner)
-    forget_injections(model)
+    with all_or_nothing(model):
+        for owner in owners:
+            undo_edits(owner)
+        forget_injections(model)
     return model
 
 
@@ -257,7 +248,7 @@ def prepare(
 def recorded(model: nn.Module, config: SEConfig, input_size: tuple[int, ...] | None = None) -> Iterator[TracedModel]:
     """Check model and options, and run the model on the meta device. Inside, its modules can be traced."""
     refuse(model, "inject")
-    with torch.inference_mode(False):  # a block is made to see whether it can be
+    with entered(torch.inference_mode(False)):  # a block is made to see whether it can be
         if (why := problem(config)) is not None:
             raise ConfigError(why)
     with traced(model, input_size) as t, patched():

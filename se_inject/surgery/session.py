@@ -12,6 +12,7 @@ from ..capture.inputs import record_model
 from ..capture.snapshot import on_meta, surgery_lock
 from ..dataflow.module_graph import TracedModel
 from ..errors import SEInjectError
+from ..undo import entered
 from .codegen import regenerate
 from .state import edited_owners
 
@@ -43,7 +44,7 @@ def copied(model: nn.Module, what: str) -> nn.Module:
         SEInjectError: Python cannot copy it.
     """
     try:
-        with surgery_lock:  # during another thread's injection its tensors may be on the meta device
+        with entered(surgery_lock):  # during another thread's injection its tensors may be on the meta device
             return copy.deepcopy(model)
     except Exception as error:
         raise SEInjectError(

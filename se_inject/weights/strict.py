@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from ..errors import WeightsError
 from ..surgery.load_hooks import has_other_hooks, log_load
 from ..surgery.parts import Parts
+from ..undo import entered
 
 
 def around_blocks(filter_fn: Callable[..., Any] | None) -> Callable[..., Any]:
@@ -58,7 +59,7 @@ def load_strictly(model: nn.Module, parts: Parts, tensors: Mapping[str, torch.Te
     _check_fit(model, parts, own, tensors, source)
     if _loads_plainly(model, own):
         log_load(model, parts, tensors)
-        with torch.no_grad():
+        with entered(torch.no_grad()):
             for key, tensor in own.items():
                 if key in tensors:
                     tensor.copy_(tensors[key])
