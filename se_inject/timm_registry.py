@@ -17,7 +17,7 @@ from typing import Any
 from .config import SEConfig
 from .errors import SEInjectError, TraceError
 from .timm_names import ALIAS, PREFIX, base_name, door_options, model_args, rename, split_options
-from .undo import entered, undone
+from .undo import entered, import_lock, undone
 
 _MODULE = "se_inject"
 _pending: contextvars.ContextVar[_Pending | None] = contextvars.ContextVar("se_inject_pending", default=None)
@@ -31,7 +31,8 @@ class _Pending:
     done: bool = False
 
     def inject(self, model: Any) -> None:
-        from .surgery.pipeline import inject
+        with entered(import_lock):
+            from .surgery.pipeline import inject
 
         for config in self.configs:
             inject(model, config)

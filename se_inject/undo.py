@@ -8,9 +8,17 @@ undone by a generator, through `undone` or `entered`, and twice where an interru
 from __future__ import annotations
 
 import contextlib
+import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
+
+import_lock = threading.RLock()  # for imports on first use: a child process could not import a half imported module
+surgery_lock = threading.RLock()  # all threads share `nn.Module`, which is patched, and models, whose tensors are swapped
+if hasattr(os, "register_at_fork"):  # a fork waits for what another thread does with a lock, the later of the two first
+    for _lock in (import_lock, surgery_lock):
+        os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
 
 @contextlib.contextmanager

@@ -149,6 +149,8 @@ def trace_forward(
             tracer = _OwnTracer(constants, decide, reading)
             try:
                 graph = tracer.trace(module)
+            except MemoryError:
+                raise
             except Exception as error:  # fx raises what the traced code raises
                 raise Refusal(f"{name}.forward cannot be traced: {tracer.refused or error}") from error
             if tracer.refused is not None:  # which the author's code may have caught
@@ -241,6 +243,8 @@ def own_forward(call: Call, marker: str | None = None, reading: bool = False) ->
                 try:
                     list_or_number = node.target in IN_PLACE and not isinstance(args[0], torch.Tensor)
                     value = IN_PLACE[node.target](*args) if list_or_number else compute(node, args, kwargs)
+                except MemoryError:
+                    raise
                 except Exception as error:
                     raise Refusal(f"{type(call.module).__name__}.forward, node {node}: {error}") from error
             env[node] = node.meta["val"] = value

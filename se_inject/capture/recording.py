@@ -18,9 +18,9 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import TraceError
-from ..undo import entered, undone
+from ..undo import entered, surgery_lock, undone
 from .meta_ops import MetaOps, storage
-from .snapshot import kept_globals, restored, surgery_lock
+from .snapshot import kept_globals, restored
 
 
 @dataclasses.dataclass(eq=False)
@@ -100,6 +100,8 @@ def run(model: nn.Module, inputs: torch.Tensor, ops: MetaOps | None = None) -> i
         with restored(modules), kept_globals({type(m) for m in modules}), entered(torch.no_grad(), ops):
             model(inputs)
             return ops.macs
+    except MemoryError:
+        raise
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} failed on an input of shape {tuple(inputs.shape)}: "

@@ -7,10 +7,8 @@ import copy
 import functools
 import inspect
 import operator
-import os
 import random
 import sys
-import threading
 import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -19,14 +17,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..undo import entered, undone
+from ..undo import entered, surgery_lock, undone
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
-surgery_lock = threading.RLock()  # all threads share `nn.Module`, which is patched, and models, whose tensors are swapped
-if hasattr(os, "register_at_fork"):  # a fork waits for an injection in another thread, else the child keeps its patches
-    os.register_at_fork(
-        before=surgery_lock.acquire, after_in_parent=surgery_lock.release, after_in_child=surgery_lock.release)
 _DEPTH = 5  # how far objects inside objects are followed from a module's attributes
 _LARGE = 1000  # a container with more items holds data, and its items are not followed
 _PLAIN = frozenset({type(None), bool, int, float, str})
@@ -172,7 +166,7 @@ def restored(modules: Iterable[nn.Module]) -> Iterator[Callable[[], bool]]:
 def all_or_nothing(model: nn.Module, tensors: Iterable[torch.Tensor] = ()) -> Iterator[None]:
     """An error inside, an interrupt too, leaves `model` as it was: classes, attributes, children, hooks, `requires_grad`.
 
-    Nothing is left to do at the end of the body, so that a change is there in whole or not at all.
+    So are torch's random numbers. Nothing is left to do after the body: a change is there in whole or not at all.
 
     Args:
         model: The model that is changed inside.
@@ -182,6 +176,7 @@ def all_or_nothing(model: nn.Module, tensors: Iterable[torch.Tensor] = ()) -> It
     kept = _kept([m.__dict__ for m, _ in modules])
     flags = [(p, p.requires_grad) for p in model.parameters()]
     values = [(t, t.detach().clone()) for t in tensors]
+    drawn = torch.get_rng_state()
     try:
         yield
     except BaseException:
@@ -196,6 +191,7 @@ def all_or_nothing(model: nn.Module, tensors: Iterable[torch.Tensor] = ()) -> It
         with torch.no_grad():
             for t, value in values:
                 t.copy_(value)
+        torch.set_rng_state(drawn)
         raise
 
 

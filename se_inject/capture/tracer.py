@@ -27,8 +27,7 @@ from torch import fx, nn
 from torch.fx import _symbolic_trace as _fx
 from torch.fx.proxy import Attribute
 
-from ..undo import entered, undone
-from .snapshot import surgery_lock
+from ..undo import entered, surgery_lock, undone
 
 _MISSING = object()
 READ_AGAIN = "read again"  # in the meta of an ``x + y`` that the author wrote as ``x += y``

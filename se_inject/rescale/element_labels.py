@@ -107,6 +107,8 @@ def moved(node: fx.Node, given: dict[fx.Node, Any]) -> Any:
             out = compute(node, args, kwargs)
     except Refusal:
         raise
+    except MemoryError:
+        raise
     except Exception as error:
         raise Refusal(str(error)) from error
     expected = node.meta["val"]

@@ -204,6 +204,8 @@ def _shapes_of(name: str, args: dict[str, Any]) -> Shapes | None:
 
     try:
         return {k: t.shape for k, t in without_values(lambda: timm.create_model(name, **args)).state_dict().items()}
+    except MemoryError:
+        raise
     except Exception:  # the arguments are another model's, and a constructor may raise anything
         return None
 

@@ -13,11 +13,11 @@ from torch import fx, nn
 
 from ..capture.arguments import is_plain, pinned
 from ..capture.graphs import same_graph, sources_of, subgraph
-from ..capture.snapshot import all_or_nothing, on_meta, set_class, surgery_lock
+from ..capture.snapshot import all_or_nothing, on_meta, set_class
 from ..capture.tracer import IN_PLACE
 from ..dataflow.branches import Branch, known_branch, same_branches, trace_branches
 from ..errors import Refusal, TraceError
-from ..undo import entered, undone
+from ..undo import entered, surgery_lock, undone
 from .edits import moved, put_in
 from .generated_class import ERROR_NAME, derived, generated, guards_for, new_of, with_guards
 from .sequential import sequential_class

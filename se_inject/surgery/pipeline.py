@@ -21,7 +21,7 @@ from ..find.plan import Plan
 from ..find.sites import PlacedSite, find_sites
 from ..site import Site
 from ..timm_names import architecture_of, rename, skeleton
-from ..undo import entered
+from ..undo import entered, surgery_lock
 from .edits import apply_edits, undo_edits
 from .freezing import unfreeze_base
 from .jobs import Job, make_block_for, owner_jobs
@@ -153,11 +153,11 @@ def apply(model: nn.Module, prepared: Prepared, *, verify: bool = False) -> nn.M
     if verify and replaced:
         raise ConfigError("verify=True with existing='replace': the outputs change with the attention that goes; leave out one")
     base = copied(model, "inject(verify=True)") if verify else None
-    with entered(torch.inference_mode(False)):  # whose tensors could not be trained or loaded into
-        blocks: list[dict[str, nn.Module]] = [
-            {s.site.slot: make_block_for(s, job.module, model, config) for s in job.found} for job in prepared.jobs
-        ]
-    with all_or_nothing(model):
+    with entered(surgery_lock), all_or_nothing(model):  # the lock, as a fork waits until the random numbers are drawn
+        with entered(torch.inference_mode(False)):  # whose tensors could not be trained or loaded into
+            blocks: list[dict[str, nn.Module]] = [
+                {s.site.slot: make_block_for(s, job.module, model, config) for s in job.found} for job in prepared.jobs
+            ]
         for job, named in zip(prepared.jobs, blocks):
             apply_edits(job.module, job.edits, job.code, named)
         register_hooks(model)

@@ -21,7 +21,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import se_inject
-from se_inject.capture.snapshot import surgery_lock
+from se_inject.undo import surgery_lock
 
 FOLDER = os.path.dirname(se_inject.__file__)
 Action = Callable[[nn.Module], object]
@@ -129,7 +129,7 @@ def process_state() -> list[Any]:
         logging.Logger.handle, torch.is_inference_mode_enabled, torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
         [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")],
         len(_get_current_dispatch_mode_stack()), len(_get_current_function_mode_stack()), torch.get_default_dtype(),
-        _symbolic_trace._get_is_fx_tracing(), random.getstate(), torch.get_rng_state().tolist(),
+        _symbolic_trace._get_is_fx_tracing(), random.getstate(),
         {(name, k): v for name in _PATCHED for k, v in vars(sys.modules[name]).items() if callable(v)}]
 
 
@@ -156,17 +156,16 @@ class Case:
     def stopped_at(self, point: Point, error: type[BaseException] = KeyboardInterrupt) -> str | None:
         """Stop the action at a point; returns what is half done, or None where nothing is."""
         model = copy.deepcopy(self.model)
-        shared = process_state()
+        shared, drawn = process_state(), torch.get_rng_state()
         raised = _Lines(point, error).run(self.action, model)  # held, as a console holds the last error
-        now = process_state()
-        if now != shared:
-            return f"shared: {[i for i, (a, b) in enumerate(zip(shared, now)) if a != b]}"
-        if not isinstance(raised, error):
-            if raised is None and self.after.is_of(model, self.x):
-                return None
-            return f"another outcome: {raised!r}"
-        if self.before.is_of(model, self.x) or self.after.is_of(model, self.x):
+        if (now := process_state()) != shared:
+            return f"shared: {[a for a, b in zip(now, shared) if a != b]}"
+        if self.after.is_of(model, self.x):
             return None
+        if raised is None:
+            return "something else is done, without an error"
+        if self.before.is_of(model, self.x):
+            return None if torch.equal(torch.get_rng_state(), drawn) else "random numbers are drawn"
         try:
             self.action(model)
         except Exception as again:
