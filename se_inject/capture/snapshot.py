@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from ..undo import entered, surgery_lock, undone
 
@@ -172,23 +172,23 @@ def all_or_nothing(model: nn.Module, tensors: Iterable[torch.Tensor] = ()) -> It
         model: The model that is changed inside.
         tensors: Parameters whose values change. A copy of them is kept.
     """
-    modules = [(m, m.__class__) for m in model.modules()]
-    kept = _kept([m.__dict__ for m, _ in modules])
+    modules = [(m, m.__class__, m.__class__.forward) for m in model.modules()]
+    kept = _kept([m.__dict__ for m, _, _ in modules])
     flags = [(p, p.requires_grad) for p in model.parameters()]
     values = [(t, t.detach().clone()) for t in tensors]
     drawn = torch.get_rng_state()
     try:
         yield
     except BaseException:
-        for m, cls in modules:
+        for m, cls, _ in modules:
             set_class(m, cls)
         _put_all_back(kept)
-        for m, _ in modules:
-            if isinstance(m, fx.GraphModule):
-                m.recompile()
+        for m, cls, forward in modules:
+            if cls.forward is not forward:  # a GraphModule's class is its own
+                m.recompile()  # type: ignore[operator]
         for p, flag in flags:
             p.requires_grad_(flag)
-        with torch.no_grad():
+        with entered(torch.no_grad()):
             for t, value in values:
                 t.copy_(value)
         torch.set_rng_state(drawn)

@@ -11,7 +11,7 @@ import random
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ import se_inject
 from se_inject.undo import surgery_lock
 
 FOLDER = os.path.dirname(se_inject.__file__)
-Action = Callable[[nn.Module], object]
+Action = Callable[..., object]  # of a model
 Point = tuple[str, int, int]  # a file, a line, and which of its executions
 
 
@@ -61,12 +61,18 @@ class _Lines:
         return None
 
 
-def points(action: Action, model: nn.Module) -> list[Point]:
-    """Each line that `action` executes on a copy of `model`, at its first and at its last execution."""
+def points(action: Action, model: nn.Module, within: str = "") -> list[Point]:
+    """Each line that `action` executes on a copy of `model`, at its first and at its last execution, in files of this name."""
     lines = _Lines()
     error = lines.run(action, copy.deepcopy(model))
     assert error is None, error
-    return [(*where, n) for where, count in lines.seen.items() for n in dict.fromkeys((1, count))]
+    found = [(*where, n) for where, count in lines.seen.items() for n in dict.fromkeys((1, count))]
+    return [point for point in found if point[0].endswith(within)]
+
+
+def interrupted_call(action: Action, point: Point) -> BaseException | None:
+    """Stop a call that needs no model at a point; returns the error."""
+    return _Lines(point).run(action, nn.Identity())
 
 
 def _described(model: nn.Module) -> list[Any]:
@@ -138,9 +144,11 @@ _PATCHED = ("math", "torch.nn.functional", "timm.models.resnet", "timm.models.vi
 
 @dataclasses.dataclass
 class Case:
-    """An action on a model, its input, and what the model is before and after."""
+    """An action on a model, its input, and what the model is before and after.
 
-    name: str
+    An action is stopped by `sys.settrace`: at each line there is one event, also at the way out of a `with`.
+    """
+
     make: Callable[[], nn.Module]
     action: Action
     x: torch.Tensor
@@ -171,17 +179,3 @@ class Case:
         except Exception as again:
             return f"half done, and a second call raises {again!r}"
         return None if self.after.is_of(model, self.x) else "half done, also after a second call"
-
-    def half_done(
-        self, chosen: list[Point] | None = None, error: type[BaseException] = KeyboardInterrupt
-    ) -> Iterator[tuple[Point, str]]:
-        for point in self.points if chosen is None else chosen:
-            what = self.stopped_at(point, error)
-            if what is not None:
-                yield point, what
-
-
-def sample(cases: list[Case], count: int, seed: int = 0) -> list[tuple[Case, Point]]:
-    """Points of all cases, as many of each."""
-    rng = random.Random(seed)
-    return [(c, p) for c in cases for p in rng.sample(c.points, min(count, len(c.points)))]
