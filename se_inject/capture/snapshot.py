@@ -164,16 +164,18 @@ def restored(modules: Iterable[nn.Module]) -> Iterator[Callable[[], bool]]:
 
 @contextlib.contextmanager
 def all_or_nothing(model: nn.Module, tensors: Iterable[torch.Tensor] = ()) -> Iterator[None]:
-    """An error inside, an interrupt too, leaves `model` as it was: classes, attributes, children, hooks, `requires_grad`.
+    """An error inside, an interrupt too, leaves `model` as it was: classes, attributes, children, hooks of loading, modes.
 
-    So are torch's random numbers. Nothing is left to do after the body: a change is there in whole or not at all.
+    So are `requires_grad` and torch's random numbers. Nothing is left to do after the body: a change is there in whole or not
+    at all.
 
     Args:
         model: The model that is changed inside.
         tensors: Parameters whose values change. A copy of them is kept.
     """
     modules = [(m, m.__class__, m.__class__.forward) for m in model.modules()]
-    kept = _kept([m.__dict__ for m, _, _ in modules])
+    kept: list[tuple[Any, Any]] = [  # what this package changes, and no more, as a model has many modules
+        (d, dict(d)) for m, _, _ in modules for d in (m.__dict__, m._modules, m._load_state_dict_pre_hooks)]
     flags = [(p, p.requires_grad) for p in model.parameters()]
     values = [(t, t.detach().clone()) for t in tensors]
     drawn = torch.get_rng_state()
@@ -187,7 +189,8 @@ def all_or_nothing(model: nn.Module, tensors: Iterable[torch.Tensor] = ()) -> It
             if cls.forward is not forward:  # a GraphModule's class is its own
                 m.recompile()  # type: ignore[operator]
         for p, flag in flags:
-            p.requires_grad_(flag)
+            if p.requires_grad != flag:  # a tensor of inference mode refuses to be set
+                p.requires_grad_(flag)
         with entered(torch.no_grad()):
             for t, value in values:
                 t.copy_(value)

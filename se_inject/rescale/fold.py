@@ -75,11 +75,12 @@ def fold(model: nn.Module, loader: Iterable[Any], *, max_variation: float | None
             b.reason = _reason_to_keep(b, max_variation)
         folded = [b for b in blocks if b.reason is None]
         before = copy.deepcopy(model)
-        with all_or_nothing(model, [model.get_parameter(s.key) for b in folded for s in b.scalings]):
-            replace_blocks(model, folded)
+    with all_or_nothing(model, [model.get_parameter(s.key) for b in folded for s in b.scalings]):
+        replace_blocks(model, folded)
+        with evaluating(model):
             outputs = compare(before, model, _images(loader, model), folded)
-            if folded:
-                forget_blocks(model, [b.site.path for b in blocks if b.reason is not None])
+        if folded:
+            forget_blocks(model, [b.site.path for b in blocks if b.reason is not None])
     return FoldReport(tuple(map(_folded_site, blocks)), *outputs)
 
 
