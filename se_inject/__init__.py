@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import wrapt
 
+from .undo import entered as _entered
+from .undo import import_lock as _import_lock
+
 if TYPE_CHECKING:
     from .blocks.catalogue import register_block as register_block
     from .capture.inputs import input_sizes as input_sizes
@@ -49,7 +52,8 @@ __all__ = ["__version__", *_HOMES]
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'se_inject' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    with _entered(_import_lock):
+        value = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
     globals()[name] = value
     return value
 

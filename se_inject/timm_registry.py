@@ -10,12 +10,14 @@ import contextvars
 import dataclasses
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from .config import SEConfig
 from .errors import SEInjectError, TraceError
 from .timm_names import ALIAS, PREFIX, base_name, door_options, model_args, rename, split_options
+from .undo import entered, import_lock, undone
 
 _MODULE = "se_inject"
 _pending: contextvars.ContextVar[_Pending | None] = contextvars.ContextVar("se_inject_pending", default=None)
@@ -29,7 +31,8 @@ class _Pending:
     done: bool = False
 
     def inject(self, model: Any) -> None:
-        from .surgery.pipeline import inject
+        with entered(import_lock):
+            from .surgery.pipeline import inject
 
         for config in self.configs:
             inject(model, config)
@@ -46,6 +49,7 @@ class TwinEntrypoints(dict[str, Callable[..., Any]]):
     def __init__(self, registry: Any, entrypoints: dict[str, Callable[..., Any]]) -> None:
         super().__init__(entrypoints)
         self._registry = registry
+        self._lock = threading.RLock()
         self._waiting = [n for n in entrypoints if n not in registry._deprecated_models]
         for name in self._waiting:
             for twin in (PREFIX + name, ALIAS + name):
@@ -90,11 +94,16 @@ class TwinEntrypoints(dict[str, Callable[..., Any]]):
         return super().keys()
 
     def _flush(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        for name in waiting:
-            if name not in self._registry._deprecated_models:
-                super().__setitem__(PREFIX + name, _twin_entrypoint(name))
-                _copy_tags(self._registry, name)
+        """Add the twins of the names that wait. A name waits until its twin is whole: other threads wait for it, too."""
+        if not self._waiting:
+            return
+        with entered(self._lock):
+            while self._waiting:
+                name = self._waiting[-1]
+                if name not in self._registry._deprecated_models:
+                    super().__setitem__(PREFIX + name, _twin_entrypoint(name))
+                    _copy_tags(self._registry, name)
+                self._waiting.remove(name)
 
 
 def _copy_tags(registry: Any, name: str) -> None:
@@ -134,11 +143,10 @@ def create(name: str, pretrained: bool = False, **kwargs: Any) -> Any:
 
     configs, rest = split_options(kwargs)
     pending = _Pending(configs)
-    token = _pending.set(pending)
-    try:
+    outer = _pending.get()
+    with undone(lambda: _pending.set(outer)):
+        _pending.set(pending)
         model = registry._model_entrypoints[name](pretrained=pretrained, **rest)
-    finally:
-        _pending.reset(token)
     if not pending.done:
         try:
             pending.inject(model)
@@ -190,11 +198,9 @@ def _describe_twins(save_config: Callable[..., Any]) -> Callable[..., Any]:
         ours = {**model_args(model), **door_options([i.written() for i in injections])}
         call.arguments["model_args"] = {**ours, **(call.arguments.get("model_args") or {})}
         given = getattr(model, "_model_args", {})
-        try:
+        with undone(lambda: model.__dict__.update(_model_args=given)):
             model.__dict__["_model_args"] = {k: v for k, v in given.items() if not k.startswith("se_")}
             return save_config(*call.args, **call.kwargs)
-        finally:
-            model.__dict__["_model_args"] = given
 
     return wrapper
 
@@ -227,7 +233,7 @@ def register() -> None:
             f"this timm has no {gone[0]} for se_inject to wrap, and would build or save plain models "
             "for 'se_inject/...' names: use timm 1.0.15 to 1.0.31, or se_inject.inject(model)")
     entrypoints: Any = TwinEntrypoints(_registry, _registry._model_entrypoints)
-    _registry._model_entrypoints = entrypoints
-    _factory.parse_model_name = _parse_prefix(_factory.parse_model_name)  # type: ignore[assignment]
-    _builder.load_pretrained = _inject_before(_builder.load_pretrained)
-    _hub.save_config_for_hf = _describe_twins(_hub.save_config_for_hf)
+    wrappers: Any = _parse_prefix(_factory.parse_model_name), _inject_before(_builder.load_pretrained), _describe_twins(
+        _hub.save_config_for_hf)
+    (_factory.parse_model_name, _builder.load_pretrained, _hub.save_config_for_hf), _registry._model_entrypoints = (
+        wrappers, entrypoints)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -15,6 +14,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ..config import SEConfig
 from ..errors import ConfigError
+from ..undo import entered
 from .catalogue import OPTIONS, get_block, parameters_of
 from .identity import make_identity
 from .masks import WEIGHS
@@ -85,7 +85,7 @@ def make_block(
     arguments = {key: value for key, value in values.items() if key in taken}
     factory = {key: value for key, value in (("device", device), ("dtype", dtype)) if key in taken}
     try:
-        with contextlib.nullcontext() if len(factory) == 2 else torch.device(device):
+        with entered(*() if len(factory) == 2 else (torch.device(device),)):
             block = row.cls(spec.channels, **arguments, **factory)
     except (KeyError, AssertionError, TypeError, ValueError) as error:
         advice = ("give act_layer and gate_layer as names of timm.layers.create_act, such as 'relu', 'silu' or 'sigmoid'"
@@ -124,7 +124,8 @@ def cost(spec: BlockSpec, config: SEConfig, size: tuple[int, ...]) -> tuple[int,
 def _measured(spec: BlockSpec, config: SEConfig, size: tuple[int, ...]) -> tuple[int, int]:
     block = make_block(spec, config, None, 1.0, torch.device("meta"), torch.float32).eval()
     shape = (1, spec.channels, *size) if spec.layout == "NCHW" else (1, *size, spec.channels)
-    with _MultiplyAdds() as counter, torch.no_grad():
+    counter = _MultiplyAdds()
+    with entered(counter, torch.no_grad()):
         block(torch.empty(shape, device="meta"))
     return sum(p.numel() for p in block.parameters()), counter.macs
 
@@ -174,7 +175,7 @@ def _identity_problem(config: SEConfig, outer_gain: float) -> str | None:
     """Try a small block: it has to return its input exactly, in both modes, and to have a gradient."""
     head = f"block={config.block!r} with init='identity'"
     advice = "use init='timm', or another block"
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with entered(torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.enable_grad()):
         torch.manual_seed(0)
         spec = BlockSpec(channels=16, rd_channels=8, layout="NCHW", style=config.block)
         block = make_block(spec, config, None, outer_gain, torch.device("cpu"), torch.float32)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
+from ..undo import entered
 
 _NO_STATE = vars(nn.Module())
 _ZEROED = "_se_zeroed"  # attribute of a block that started as an identity: names of the layers that `make_identity` zeroed
@@ -134,7 +135,7 @@ def _unit_gain(gate: nn.Module, block: nn.Module) -> float:
 
 def _at_zero(gate: nn.Module) -> tuple[float, float]:
     """The value and the slope of a gate function at 0."""
-    with torch.enable_grad(), torch.device("cpu"):
+    with entered(torch.enable_grad(), torch.device("cpu")):
         zero = torch.zeros(1, requires_grad=True)
         value = gate(zero * 1.0)
         (slope,) = torch.autograd.grad(value.sum(), zero)

@@ -17,6 +17,7 @@ from torch import fx, nn
 from torch.utils._pytree import tree_map
 
 from ..errors import Refusal
+from ..undo import entered
 from .arguments import STARS, Unpacked, bound, signature_of
 from .calls import Call, alike, leaves
 from .graphs import compute, evaluate, subgraph
@@ -145,11 +146,14 @@ def trace_forward(
     attempts = ATTEMPTS if may_draw(cls) else 1
     for attempt in range(attempts):
         state = random_state() if attempts > 1 else None
-        with restored([module]) as changed, kept_globals([cls]) as globals_changed, other_modes(), Draws() as draws:
+        draws = Draws()
+        with restored([module]) as changed, kept_globals([cls]) as globals_changed, other_modes(), entered(draws):
             before = state_of(module)
             tracer = _OwnTracer(constants, decide, reading)
             try:
                 graph = tracer.trace(module)
+            except MemoryError:
+                raise
             except Exception as error:  # fx raises what the traced code raises
                 raise Refusal(f"{name}.forward cannot be traced: {tracer.refused or error}") from error
             if tracer.refused is not None:  # which the author's code may have caught
@@ -228,7 +232,8 @@ def own_forward(call: Call, marker: str | None = None, reading: bool = False) ->
     env: dict[fx.Node, Any] = {}
     calls: dict[fx.Node, Call] = {}
     children = iter(call.children)
-    with torch.no_grad(), MetaOps(factories=True) as ops:
+    ops = MetaOps(factories=True)
+    with entered(torch.no_grad(), ops):
         for node in graph.nodes:
             before = len(ops.written)
             args = fx.map_arg(node.args, env.__getitem__)
@@ -248,6 +253,8 @@ def own_forward(call: Call, marker: str | None = None, reading: bool = False) ->
                 try:
                     list_or_number = node.target in IN_PLACE and not isinstance(args[0], torch.Tensor)
                     value = IN_PLACE[node.target](*args) if list_or_number else compute(node, args, kwargs)
+                except MemoryError:
+                    raise
                 except Exception as error:
                     raise Refusal(f"{type(call.module).__name__}.forward, node {node}: {error}") from error
             env[node] = node.meta["val"] = value

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError, TraceError
+from ..undo import entered
 from .calls import Run
 from .channels import BATCH_AXIS, CHANNEL_AXIS, mark
 from .meta_ops import MetaOps
@@ -107,7 +108,7 @@ def without_values(make: Callable[[], nn.Module]) -> nn.Module:
     Older timm does, for its drop path rates, and torchvision's RegNet for its widths.
     """
     try:
-        with torch.device("meta"), MetaOps():
+        with entered(torch.device("meta"), MetaOps()):
             return make()
     except (NotImplementedError, RuntimeError):
         return make()

@@ -16,9 +16,10 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import TraceError
+from ..undo import entered, surgery_lock, undone
 from .calls import Call, alike, leaves
 from .meta_ops import MetaOps, storage
-from .snapshot import kept_globals, restored, surgery_lock
+from .snapshot import kept_globals, restored
 from .trail import Step, called
 
 
@@ -42,19 +43,23 @@ def run(model: nn.Module, inputs: torch.Tensor, ops: MetaOps | None = None) -> i
     """
     ops = ops or MetaOps(factories=True)
     seed, state = torch.initial_seed(), torch.get_rng_state()
+
+    def unseed() -> None:
+        if torch.initial_seed() != seed:  # the model has seeded; draws alone take nothing on the meta device
+            torch.set_rng_state(state)
+
     try:
         modules = list(model.modules())
-        with restored(modules), kept_globals({type(m) for m in modules}), torch.no_grad(), ops:
+        with undone(unseed), restored(modules), kept_globals({type(m) for m in modules}), entered(torch.no_grad(), ops):
             model(inputs)
             return ops.macs
+    except MemoryError:
+        raise
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} failed on an input of shape {tuple(inputs.shape)}: "
             f"{type(error).__name__}: {error}. If the model needs another size, pass input_size=(C, H, W)."
         ) from error
-    finally:
-        if torch.initial_seed() != seed:  # the model has seeded; draws alone take nothing on the meta device
-            torch.set_rng_state(state)
 
 
 def record(model: nn.Module, inputs: torch.Tensor) -> tuple[Call, int]:
@@ -109,7 +114,7 @@ def record(model: nn.Module, inputs: torch.Tensor) -> tuple[Call, int]:
         call.changes_list = call.args is not args and not alike((args, kwargs), (call.args, call.kwargs))
         count += 1
 
-    with surgery_lock:
+    with entered(surgery_lock):
         original, thread = nn.Module.__call__, threading.get_ident()
 
         @functools.wraps(original)
@@ -121,9 +126,7 @@ def record(model: nn.Module, inputs: torch.Tensor) -> tuple[Call, int]:
             leave(module, args, kwargs, output)
             return output
 
-        try:
+        with undone(lambda: setattr(nn.Module, "__call__", original)):
             nn.Module.__call__ = recorded  # type: ignore[method-assign]
             macs = run(model, inputs, ops)
-        finally:
-            nn.Module.__call__ = original  # type: ignore[method-assign]
     return root[0], macs

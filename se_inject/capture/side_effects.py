@@ -15,6 +15,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
+from ..undo import entered, undone
+
 
 def modes() -> tuple[object, ...]:
     return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *(
@@ -31,16 +33,17 @@ def packing() -> Callable[..., object] | None:
 def other_modes() -> Iterator[None]:
     """Inside, grad is on, and autocast to a dtype that no forward asks for: a forward that sets a mode is then seen."""
     was = {d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")}
-    with torch.enable_grad():
-        try:
-            for d in was:
-                torch.set_autocast_enabled(d, True)
-                torch.set_autocast_dtype(d, torch.float64)
-            yield
-        finally:
-            for d, (enabled, dtype) in was.items():
-                torch.set_autocast_enabled(d, enabled)
-                torch.set_autocast_dtype(d, dtype)
+
+    def put_back() -> None:
+        for d, (enabled, dtype) in was.items():
+            torch.set_autocast_enabled(d, enabled)
+            torch.set_autocast_dtype(d, dtype)
+
+    with entered(torch.enable_grad()), undone(put_back):
+        for d in was:
+            torch.set_autocast_enabled(d, True)
+            torch.set_autocast_dtype(d, torch.float64)
+        yield
 
 
 def state_of(module: nn.Module) -> tuple[object, ...]:

@@ -7,10 +7,8 @@ import copy
 import functools
 import inspect
 import operator
-import os
 import random
 import sys
-import threading
 import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -19,12 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..undo import entered, surgery_lock, undone
+
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
-surgery_lock = threading.RLock()  # all threads share `nn.Module`, which is patched, and models, whose tensors are swapped
-if hasattr(os, "register_at_fork"):  # a fork waits for an injection in another thread, else the child keeps its patches
-    os.register_at_fork(
-        before=surgery_lock.acquire, after_in_parent=surgery_lock.release, after_in_child=surgery_lock.release)
 _DEPTH = 5  # how far objects inside objects are followed from a module's attributes
 _LARGE = 1000  # a container with more items holds data, and its items are not followed
 _PLAIN = frozenset({type(None), bool, int, float, str})
@@ -83,6 +79,11 @@ def _put_back(holder: Any, items: Any) -> None:
         holder.update(items) if isinstance(holder, set) else holder.extend(items)
 
 
+def _put_all_back(kept: list[tuple[Any, Any]]) -> None:
+    for holder, items in kept:
+        _put_back(holder, items)
+
+
 def _differs(holder: Any, items: Any) -> bool:
     """Whether a container has other items. They are compared by identity, as a proxy that a trace left has no equality."""
     if isinstance(holder, dict):
@@ -100,11 +101,8 @@ def kept_globals(classes: Iterable[Any]) -> Iterator[Callable[[], bool]]:
     """
     named = [pair for cls in classes if not cls.__module__.startswith("torch.") for pair in _globals_of(cls)]
     kept = _kept([namespace[name] for namespace, name in named if name in namespace])
-    try:
+    with undone(lambda: _put_all_back(kept)):
         yield lambda: any(_differs(holder, items) for holder, items in kept)
-    finally:
-        for holder, items in kept:
-            _put_back(holder, items)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -144,7 +142,15 @@ def restored(modules: Iterable[nn.Module]) -> Iterator[Callable[[], bool]]:
                 items = value.values() if type(value) is dict else value if type(value) in (list, tuple) else (value,)
                 deeper += items if len(items) <= _LARGE else ()
     kept = _kept(deeper)
-    try:
+
+    def put_back() -> None:
+        for m, cls, attributes in saved:
+            set_class(m, cls)
+            m.__dict__.clear()
+            m.__dict__.update(attributes)
+        _put_all_back(kept)
+
+    with undone(put_back):
         for m, _, attributes in saved:
             for key, value in attributes.items():
                 cls: Any = type(value)
@@ -154,13 +160,42 @@ def restored(modules: Iterable[nn.Module]) -> Iterator[Callable[[], bool]]:
                     m.__dict__[key] = copy.copy(value)
         yield lambda: any(_has_changed(m, attributes) for m, _, attributes in saved) or any(
             _differs(holder, items) for holder, items in kept)
-    finally:
-        for m, cls, attributes in saved:
+
+
+@contextlib.contextmanager
+def all_or_nothing(model: nn.Module, tensors: Iterable[torch.Tensor] = ()) -> Iterator[None]:
+    """An error inside, an interrupt too, leaves `model` as it was: classes, attributes, children, hooks of loading, modes.
+
+    So are `requires_grad` and torch's random numbers. Nothing is left to do after the body: a change is there in whole or not
+    at all.
+
+    Args:
+        model: The model that is changed inside.
+        tensors: Parameters whose values change. A copy of them is kept.
+    """
+    modules = [(m, m.__class__, m.__class__.forward) for m in model.modules()]
+    kept: list[tuple[Any, Any]] = [  # what this package changes, and no more, as a model has many modules
+        (d, dict(d)) for m, _, _ in modules for d in (m.__dict__, m._modules, m._load_state_dict_pre_hooks)]
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    values = [(t, t.detach().clone()) for t in tensors]
+    drawn = torch.get_rng_state()
+    try:
+        yield
+    except BaseException:
+        for m, cls, _ in modules:
             set_class(m, cls)
-            m.__dict__.clear()
-            m.__dict__.update(attributes)
-        for holder, items in kept:
-            _put_back(holder, items)
+        _put_all_back(kept)
+        for m, cls, forward in modules:
+            if cls.forward is not forward:  # a GraphModule's class is its own
+                m.recompile()  # type: ignore[operator]
+        for p, flag in flags:
+            if p.requires_grad != flag:  # a tensor of inference mode refuses to be set
+                p.requires_grad_(flag)
+        with entered(torch.no_grad()):
+            for t, value in values:
+                t.copy_(value)
+        torch.set_rng_state(drawn)
+        raise
 
 
 @functools.cache
@@ -187,12 +222,14 @@ def _is_other(now: Any, value: Any) -> bool:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside, `model` is in eval mode. Afterwards each module's `training` flag is as before."""
     modes = [(m, m.training) for m in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
+
+    def put_back() -> None:
         for m, training in modes:
             m.training = training
+
+    with undone(put_back):
+        type(model).train(model, False)  # the class's method: that of a frozen base takes note of what it holds
+        yield
 
 
 @contextlib.contextmanager
@@ -201,7 +238,7 @@ def on_meta(model: nn.Module) -> Iterator[None]:
 
     Inference mode is off, as its tensors do not count writes.
     """
-    with surgery_lock, torch.inference_mode(False), _on_meta(model):
+    with entered(surgery_lock, torch.inference_mode(False)), _on_meta(model):
         yield
 
 

@@ -27,7 +27,7 @@ from torch import fx, nn
 from torch.fx import _symbolic_trace as _fx
 from torch.fx.proxy import Attribute
 
-from .snapshot import surgery_lock
+from ..undo import entered, surgery_lock, undone
 
 _MISSING = object()
 READ_AGAIN = "read again"  # in the meta of an ``x + y`` that the author wrote as ``x += y``
@@ -58,8 +58,8 @@ class QuickTracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         was_tracing = _fx._get_is_fx_tracing()
-        _fx._set_is_fx_tracing(True)
-        try:
+        with undone(lambda: _fx._set_is_fx_tracing(was_tracing)):
+            _fx._set_is_fx_tracing(True)
             self.root = root
             self.root_module_name = root._get_name()
             self.submodule_paths = {m: name for name, m in root.named_modules()}
@@ -76,8 +76,6 @@ class QuickTracer(fx.Tracer):
                 self.create_node("output", "output", (self.create_arg(forward(*args)),), {}, type_expr=returns)
             _where_read_again(self.graph)
             self.submodule_paths = None
-        finally:
-            _fx._set_is_fx_tracing(was_tracing)
         return self.graph
 
     @functools.cached_property
@@ -190,19 +188,22 @@ class _Patches:
     def tracing(self, tracer: QuickTracer) -> Iterator[None]:
         """Inside, calls of modules go to `tracer`, and the functions that fx wraps are wrapped."""
         outer = self.tracer, self._parameters, self._visited, self._replaced
-        self.tracer, self._parameters, self._visited, self._replaced = tracer, {}, set(), []
-        try:
+        replaced: list[tuple[dict[str, Any], str, Any]] = []
+
+        def put_back() -> None:
+            for namespace, name, was in reversed(replaced):
+                if was is _MISSING:
+                    namespace.pop(name, None)
+                else:
+                    namespace[name] = was
+            self.tracer, self._parameters, self._visited, self._replaced = outer
+
+        with undone(put_back):
+            self.tracer, self._parameters, self._visited, self._replaced = tracer, {}, set(), replaced
             for (_, name), namespace in _fx._wrapped_fns_to_patch.items():
                 self._put(namespace, name, namespace[name] if name in namespace else getattr(builtins, name))
             self.wrap_in(math.__dict__)
             yield
-        finally:
-            for namespace, name, was in reversed(self._replaced):
-                if was is _MISSING:
-                    del namespace[name]
-                else:
-                    namespace[name] = was
-            self.tracer, self._parameters, self._visited, self._replaced = outer
 
     def wrap_in(self, namespace: dict[str, Any]) -> None:
         """Wrap the functions in a Python module's namespace that become one node."""
@@ -244,7 +245,7 @@ def patched() -> Iterator[_Patches]:
 
     Another thread that traces waits; one that runs a model does not see the patches.
     """
-    with surgery_lock:
+    with entered(surgery_lock):
         if _open is not None:
             yield _open
         else:
@@ -285,13 +286,15 @@ def _patched() -> Iterator[_Patches]:
 
         return wrapper
 
-    try:
+    def put_back() -> None:
+        global _open
+        _open = None
+        for holder, name, original in was:
+            setattr(holder, name, original)
+
+    with undone(put_back):
         for holder, name, original in was:
             setattr(holder, name, refusing(original, _PATCHED[holder, name]))
         module.__getattr__, module.__call__ = get, call
         _open = patches
         yield patches
-    finally:
-        _open = None
-        for holder, name, original in was:
-            setattr(holder, name, original)

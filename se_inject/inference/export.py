@@ -13,6 +13,7 @@ from ..capture.inputs import input_sizes
 from ..capture.snapshot import evaluating
 from ..errors import ConfigError, SEInjectError
 from ..surgery.refusals import refuse
+from ..undo import entered
 from ..weights.replacing import write_atomically
 
 FORMATS = (".pt2", ".onnx")
@@ -58,7 +59,7 @@ def export(
     images = torch.zeros(size, dtype=weight.dtype, device=weight.device)
     shapes: Any = ({0: torch.export.Dim("batch")},) if dynamic_batch else None
     try:
-        with torch.no_grad(), evaluating(model):
+        with entered(torch.no_grad()), evaluating(model):
             program = torch.export.export(model, (images,), dynamic_shapes=shapes)
             write_atomically(path, lambda temporary: _write(program, kind, temporary))
     except SEInjectError:

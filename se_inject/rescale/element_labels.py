@@ -19,6 +19,7 @@ from ..capture.graphs import compute
 from ..dataflow.module_graph import spelled
 from ..dataflow.ops import is_tensor, shape
 from ..errors import Refusal
+from ..undo import entered
 
 ONE = -1.0  # the factor is 1
 FREE = -2.0  # any factor will do: the element is 0, or nothing reads it
@@ -103,9 +104,11 @@ def moved(node: fx.Node, given: dict[fx.Node, Any]) -> Any:
 
     args, kwargs = fx.map_arg((node.args, node.kwargs), value)
     try:
-        with _MovesOnly():
+        with entered(_MovesOnly()):
             out = compute(node, args, kwargs)
     except Refusal:
+        raise
+    except MemoryError:
         raise
     except Exception as error:
         raise Refusal(str(error)) from error

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..capture.snapshot import evaluating
+from ..capture.snapshot import all_or_nothing, evaluating
 from ..errors import ConfigError, SEInjectError, TraceError
 from ..surgery.refusals import refuse, refuse_plain
 from .gate_statistics import measure
 from .gates import GatedBlock, find_blocks
 from .proof import compare
-from .replacement import forget_blocks, replace_blocks, undone_on_error
+from .replacement import forget_blocks, replace_blocks
 from .report import FoldedSite, FoldReport
 
 
@@ -75,8 +75,9 @@ def fold(model: nn.Module, loader: Iterable[Any], *, max_variation: float | None
             b.reason = _reason_to_keep(b, max_variation)
         folded = [b for b in blocks if b.reason is None]
         before = copy.deepcopy(model)
-        with undone_on_error(model, folded):
-            replace_blocks(model, folded)
+    with all_or_nothing(model, [model.get_parameter(s.key) for b in folded for s in b.scalings]):
+        replace_blocks(model, folded)
+        with evaluating(model):
             outputs = compare(before, model, _images(loader, model), folded)
         if folded:
             forget_blocks(model, [b.site.path for b in blocks if b.reason is not None])

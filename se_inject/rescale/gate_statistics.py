@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..find.attention import Gate
+from ..undo import undone
 
 
 class GateStatistics:
@@ -70,13 +72,10 @@ def measure(model: nn.Module, batches: Iterable[torch.Tensor], gates: Iterable[t
     def hook(function: nn.Module, statistics: GateStatistics) -> Any:
         return lambda module, args: statistics.add(function(*args))
 
-    handles = []
-    try:
+    handles: list[RemovableHandle] = []
+    with undone(lambda: [*map(RemovableHandle.remove, handles)]):
         for gate, statistics in gates:
             owner = gate.view.module
             handles.append(owner.register_forward_pre_hook(hook(gate.function().eval(), statistics)))
         for images in batches:
             model(images)
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -22,6 +22,7 @@ from ..surgery.refusals import refuse, refuse_plain
 from ..surgery.session import traced
 from ..surgery.state import block_paths, injections_of
 from ..timm_names import PREFIX
+from ..undo import undone
 from ..weights.recipe import FULL, Recipe
 from ..weights.writing import write_safetensors
 from .absorb import Absorber
@@ -203,6 +204,8 @@ def _shapes_of(name: str, args: dict[str, Any]) -> Shapes | None:
 
     try:
         return {k: t.shape for k, t in without_values(lambda: timm.create_model(name, **args)).state_dict().items()}
+    except MemoryError:
+        raise
     except Exception:  # the arguments are another model's, and a constructor may raise anything
         return None
 
@@ -257,9 +260,10 @@ def _equal(model: nn.Module, native: nn.Module) -> bool:
 def _unchanged(model: nn.Module) -> Iterator[None]:
     """Afterwards the model's `training` flags, its attributes and the values of its buffers are as before."""
     buffers = [(t, t.clone()) for t in model.buffers()]
-    with restored(list(model.modules())):
-        try:
-            yield
-        finally:
-            for t, values in buffers:
-                t.copy_(values)
+
+    def put_back() -> None:
+        for t, values in buffers:
+            t.copy_(values)
+
+    with restored(list(model.modules())), undone(put_back):
+        yield

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..capture.values import tensors
 from ..errors import SEInjectError
+from ..undo import undone
 from .gates import GatedBlock
 
 
@@ -95,8 +97,5 @@ def _constant_gates(model: nn.Module, blocks: Iterable[GatedBlock]) -> Iterator[
         return output
 
     handles = [model.get_submodule(b.site.path).register_forward_hook(hook(b)) for b in blocks]
-    try:
+    with undone(lambda: [*map(RemovableHandle.remove, handles)]):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

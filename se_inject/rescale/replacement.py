@@ -1,37 +1,17 @@
-"""Blocks replaced by constant factors: parameters scaled, blocks taken out, and all of it undone on an error."""
+"""Blocks replaced by constant factors: parameters scaled, and blocks taken out."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 
 from torch import nn
 
-from ..capture.snapshot import set_class
 from ..surgery.codegen import generate
 from ..surgery.edits import apply_edits, undo_edits
 from ..surgery.pipeline import forget_injections
-from ..surgery.state import base_class, edited_owners, edits_of, injections_of, set_injections, slots_of
+from ..surgery.state import base_class, edits_of, injections_of, set_injections, slots_of
 from .gates import GatedBlock
-
-
-@contextlib.contextmanager
-def undone_on_error(model: nn.Module, blocks: Collection[GatedBlock]) -> Iterator[None]:
-    """An error inside leaves the model as it was: the parameters that take in the gates of `blocks`, and all owners."""
-    parameters = dict(model.named_parameters())
-    values = {s.key: parameters[s.key].detach().clone() for b in blocks for s in b.scalings}
-    owners = [(m, type(m), {**m.__dict__, "_modules": dict(m._modules)}) for m in edited_owners(model)]
-    try:
-        yield
-    except BaseException:
-        for key, tensor in values.items():
-            parameters[key].copy_(tensor)
-        for m, cls, attributes in owners:
-            set_class(m, cls)
-            m.__dict__.clear()
-            m.__dict__.update(attributes)
-        raise
 
 
 def replace_blocks(model: nn.Module, blocks: Collection[GatedBlock]) -> None:

@@ -14,11 +14,12 @@ from torch import fx, nn
 from ..blocks.masks import MASKS
 from ..capture.arguments import is_plain, pinned
 from ..capture.graphs import same_graph, sources_of, subgraph
-from ..capture.snapshot import on_meta, set_class, surgery_lock
+from ..capture.snapshot import all_or_nothing, on_meta, set_class
 from ..capture.tracer import IN_PLACE
 from ..dataflow.branches import Branch, known_branch, same_branches, trace_branches
 from ..dataflow.ops import draws, writes
 from ..errors import Refusal, TraceError
+from ..undo import entered, surgery_lock, undone
 from .edits import moved, put_in
 from .generated_class import ERROR_NAME, derived, generated, guards_for, new_of, with_guards
 from .sequential import sequential_class
@@ -99,9 +100,9 @@ def regenerate(module: nn.Module) -> None:
     Raises:
         TraceError: The place of a block is not in the forward as it is now.
     """
-    with surgery_lock:
+    with entered(surgery_lock):
         if "_se_stale" in type(module).__dict__:
-            with told_to_user(module):
+            with told_to_user(module), all_or_nothing(module):
                 _regenerate(module)
         elif hasattr(type(module), "_se_stale"):
             raise TraceError(
@@ -139,16 +140,18 @@ def _trace_without_blocks(
 ) -> tuple[list[Branch], dict[str, Any]]:
     """Trace the author's own forward with the blocks taken out, as an owner may iterate its children."""
     children, cls = dict(module._modules), type(module)
-    try:
+
+    def put_back() -> None:
+        set_class(module, cls)
+        module._modules.clear()
+        module._modules.update(children)
+
+    with undone(put_back):
         for edit in edits.edits:
             module._modules.pop(edit.slot, None)
         set_class(module, base_class(module))
         with on_meta(module):
             return trace_modes(module, dict(edits.constants), None if known is None else known_branch(known))
-    finally:
-        set_class(module, cls)
-        module._modules.clear()
-        module._modules.update(children)
 
 
 def _generate(
@@ -261,11 +264,11 @@ def _set_attribute(self: nn.Module, name: str, value: Any) -> None:
     """Set the attribute and mark the owner stale: the generated forward has the old value baked in, so it is regenerated
     before the next call."""
     cls: Any = type(self)
-    old = getattr(self, name, None)
-    base_class(self).__setattr__(self, name, value)
     of_module = name in _OF_MODULES or (name.startswith("__") and name.endswith("__"))  # torch.jit.script: __overloads__
-    if "_se_graph" in cls.__dict__ and not of_module and not _traces_alike(old, value):
-        set_class(self, _stale(cls))
+    if "_se_graph" in cls.__dict__ and not of_module and not _traces_alike(
+            getattr(self, name, None), value):
+        set_class(self, _stale(cls))  # first, so that an interrupt leaves no forward with the old value
+    base_class(self).__setattr__(self, name, value)
 
 
 _OF_MODULES = {  # what torch and transformers set on modules

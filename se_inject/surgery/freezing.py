@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from ..capture.snapshot import all_or_nothing
 from ..errors import ConfigError, SEInjectError
 from .state import block_paths, head_paths
 
@@ -82,14 +83,15 @@ def freeze_base(model: nn.Module, head: bool | nn.Module = True) -> nn.Module:
     """
     _paths(model, "freeze_base")
     names = _head_names(model, head)
-    unfreeze_base(model)
-    learns = _learning(model, names)
-    frozen = {name: p for name, p in model.named_parameters() if not _inside(name, learns) and p.requires_grad}
-    for p in frozen.values():
-        p.requires_grad_(False)
-    model.__dict__[_FROZEN] = _Frozen(names, frozenset(frozen))
-    model.__dict__["train"] = functools.partial(_train, model)
-    _hold_statistics(model)
+    with all_or_nothing(model):
+        unfreeze_base(model)
+        learns = _learning(model, names)
+        frozen = {name: p for name, p in model.named_parameters() if not _inside(name, learns) and p.requires_grad}
+        for p in frozen.values():
+            p.requires_grad_(False)
+        model.__dict__[_FROZEN] = _Frozen(names, frozenset(frozen))
+        model.__dict__["train"] = functools.partial(_train, model)
+        _hold_statistics(model)
     return model
 
 
@@ -114,16 +116,18 @@ def unfreeze_base(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"unfreeze_base({model!r}) needs a model, such as timm.create_model(...) returns")
-    state: _Frozen | None = model.__dict__.pop(_FROZEN, None)
+    state: _Frozen | None = model.__dict__.get(_FROZEN)
     if state is None:
         return model
-    model.__dict__.pop("train", None)
-    for name, p in model.named_parameters():
-        if name in state.parameters:
-            p.requires_grad_(True)
-    for name, m in model.named_modules():
-        if name in state.held:
-            m.training = True
+    with all_or_nothing(model):
+        del model.__dict__[_FROZEN]
+        model.__dict__.pop("train", None)
+        for name, p in model.named_parameters():
+            if name in state.parameters:
+                p.requires_grad_(True)
+        for name, m in model.named_modules():
+            if name in state.held:
+                m.training = True
     return model
 
 

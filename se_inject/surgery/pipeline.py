@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..blocks.build import problem
+from ..capture.snapshot import all_or_nothing
 from ..config import SEConfig
 from ..dataflow.module_graph import TracedModel
 from ..errors import ConfigError, SEInjectError
@@ -20,6 +21,7 @@ from ..find.plan import Plan
 from ..find.sites import find_sites
 from ..site import Site
 from ..timm_names import architecture_of, rename, skeleton
+from ..undo import entered, surgery_lock
 from .edits import apply_edits, undo_edits
 from .freezing import unfreeze_base
 from .initializing import attach_initializer, detach_initializer
@@ -152,32 +154,21 @@ def apply(model: nn.Module, prepared: Prepared, *, verify: bool = False) -> nn.M
     if verify and replaced:
         raise ConfigError("verify=True with existing='replace': the outputs change with the attention that goes; leave out one")
     base = copied(model, "inject(verify=True)") if verify else None
-    with torch.inference_mode(False):  # whose tensors could not be trained or loaded into
-        blocks: list[dict[str, nn.Module]] = [
-            {s.site.slot: make_block_for(s, job.module, model, config) for s in job.found} for job in prepared.jobs
-        ]
-    done: list[nn.Module] = []
-    try:
+    with entered(surgery_lock), all_or_nothing(model):  # the lock, as a fork waits until the random numbers are drawn
+        with entered(torch.inference_mode(False)):  # whose tensors could not be trained or loaded into
+            blocks: list[dict[str, nn.Module]] = [
+                {s.site.slot: make_block_for(s, job.module, model, config) for s in job.found} for job in prepared.jobs
+            ]
         for job, named in zip(prepared.jobs, blocks):
-            done.append(job.module)
             apply_edits(job.module, job.edits, job.code, named)
         _attach(model)
         if base is not None:
             factors = {s.site.path: s.gain for job in prepared.jobs for s in job.found}
             check_outputs(base, copied(model, "inject(verify=True)"), factors, prepared.plan.input_size)
-    except BaseException:
-        remove_hooks(model)
-        _detach(model)
-        for module in done:
-            if edits_of(module) is not None:
-                undo_edits(module)
-        if injections_of(model):  # earlier ones stay
-            _attach(model)
-        raise
+        set_injections(model, (*injections_of(model), Injection(config, prepared.plan.sites, prepared.input_size)))
+        rename(model, injected=True)
     if replaced:
         _logger.info("%d base tensors replaced: %s", len(replaced), ", ".join(replaced))
-    set_injections(model, (*injections_of(model), Injection(config, prepared.plan.sites, prepared.input_size)))
-    rename(model, injected=True)
     added = [p for named in blocks for block in named.values() for p in block.parameters()]
     _logger.info("%d blocks injected, with %s parameters", sum(map(len, blocks)), f"{sum(p.numel() for p in added):,}")
     if any(p.grad is not None for p in model.parameters()):
@@ -233,9 +224,10 @@ def eject(model: nn.Module) -> nn.Module:
             "nothing was changed")
     if not owners:
         raise SEInjectError(f"eject({_model_name(model)}): there are no injected blocks in this model; nothing was changed")
-    for owner in owners:
-        undo_edits(owner)
-    forget_injections(model)
+    with all_or_nothing(model):
+        for owner in owners:
+            undo_edits(owner)
+        forget_injections(model)
     return model
 
 
@@ -269,7 +261,7 @@ def prepare(
 def recorded(model: nn.Module, config: SEConfig, input_size: tuple[int, ...] | None = None) -> Iterator[TracedModel]:
     """Check model and options, and run the model on the meta device. Inside, its modules can be traced."""
     refuse(model, "inject")
-    with torch.inference_mode(False):  # a block is made to see whether it can be
+    with entered(torch.inference_mode(False)):  # a block is made to see whether it can be
         if (why := problem(config)) is not None:
             raise ConfigError(why)
     with traced(model, input_size) as t:

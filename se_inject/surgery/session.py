@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from torch import nn
 
 from ..capture.inputs import record_model
-from ..capture.snapshot import on_meta, surgery_lock
+from ..capture.snapshot import on_meta
 from ..capture.tracer import patched
 from ..dataflow.module_graph import TracedModel
 from ..errors import SEInjectError
+from ..undo import entered, surgery_lock
 from .codegen import regenerate
 from .state import edited_owners
 
@@ -46,8 +47,10 @@ def copied(model: nn.Module, what: str) -> nn.Module:
         SEInjectError: Python cannot copy it.
     """
     try:
-        with surgery_lock:  # during another thread's injection its tensors may be on the meta device
+        with entered(surgery_lock):  # during another thread's injection its tensors may be on the meta device
             return copy.deepcopy(model)
+    except MemoryError:
+        raise
     except Exception as error:
         raise SEInjectError(
             f"{what}: {type(model).__name__} cannot be copied ({type(error).__name__}: {error}): remove what it holds besides "

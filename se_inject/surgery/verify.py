@@ -11,6 +11,7 @@ from torch import nn
 from ..capture.inputs import BATCH, dtype_of
 from ..capture.values import equal
 from ..errors import SEInjectError
+from ..undo import entered
 
 
 def check_outputs(base: nn.Module, model: nn.Module, blocks: Mapping[str, float], size: tuple[int, ...]) -> None:
@@ -40,7 +41,7 @@ def check_outputs(base: nn.Module, model: nn.Module, blocks: Mapping[str, float]
             handles = [
                 child.register_forward_hook(lambda _, args, y, path=path, seen=seen: seen.append((path, _detached(y))))
                 for path, child in m.named_modules() if path in modules]
-            with torch.no_grad(), torch.random.fork_rng(range(torch.cuda.device_count())):
+            with entered(torch.no_grad()), torch.random.fork_rng(range(torch.cuda.device_count())):
                 torch.manual_seed(0)
                 m(images)
             for handle in handles:

@@ -18,6 +18,7 @@ from collections.abc import Collection, Mapping
 import torch
 
 from ..surgery.parts import Parts
+from ..undo import entered
 from .writing import has_memory, is_sharded
 
 KEY = "se_inject_base"  # of the digests in the header of a file
@@ -124,7 +125,7 @@ def _sums(tensor: torch.Tensor) -> tuple[list[float], float]:
     """The sums of a tensor's values with signs, in the precision of a digest, and its norm."""
     flat = (tensor.full_tensor() if is_sharded(tensor) else tensor).detach()  # type: ignore[attr-defined]
     flat = torch.view_as_real(flat.resolve_conj()) if flat.is_complex() else flat
-    with torch.autocast("cpu", enabled=False):
+    with entered(torch.autocast("cpu", enabled=False)):
         flat = flat.to("cpu", torch.float32).reshape(-1)
         rows = flat.numel() // _COLUMNS
         body, tail = flat[:rows * _COLUMNS].view(rows, _COLUMNS), flat[rows * _COLUMNS:].double()

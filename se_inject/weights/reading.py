@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..errors import WeightsError
+from ..undo import entered
 from .recipe import KEY, Recipe, checked_args, described_args, parsed
 from .writing import INDEX, index_of
 
@@ -131,7 +132,7 @@ def _read_pickle(file: Path) -> Checkpoint:
         WeightsError: It holds neither, or needs code to be run.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's train.py saves its arguments
+        with entered(torch.serialization.safe_globals([argparse.Namespace])):  # timm's train.py saves its arguments
             loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:
         raise WeightsError(

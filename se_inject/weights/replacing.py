@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ..errors import WeightsError
+from ..undo import undone
 
 try:
     import fcntl
@@ -84,7 +85,8 @@ def replace_files(
     renamed: list[Path] = []
     try:
         _remove_abandoned(folder, names)
-        with contextlib.ExitStack() as stack:
+        stack = contextlib.ExitStack()
+        with undone(stack.close):
             written = []
             for target, write in files:
                 file = stack.enter_context(_temporary(target))
@@ -125,13 +127,13 @@ def _temporary(target: Path) -> Iterator[Path]:
         if folder.exists():  # else another process took it for abandoned, before it was locked
             break
         _unlock(lock)
-    try:
+    stack = contextlib.ExitStack()
+    stack.callback(_unlock, lock)
+    stack.callback(shutil.rmtree, folder, ignore_errors=True)
+    with undone(stack.close):
         file = folder / target.name
         file.touch()
         yield file
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        _unlock(lock)
 
 
 def _finish(file: Path, mode: int, like: os.stat_result | None) -> None:
@@ -159,11 +161,10 @@ def _remove_abandoned(folder: Path, names: str) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    lock = _lock(folder)
-    try:
+    stack = contextlib.ExitStack()
+    stack.callback(_unlock, _lock(folder))
+    with undone(stack.close):
         yield
-    finally:
-        _unlock(lock)
 
 
 def _lock(file: Path, wait: bool = True) -> int | None:

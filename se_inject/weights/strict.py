@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from ..errors import WeightsError
 from ..surgery.load_hooks import has_other_hooks, log_load
 from ..surgery.parts import Parts
+from ..undo import entered
 from .writing import has_memory
 
 
@@ -68,7 +69,7 @@ def load_strictly(
             f"{source} cannot be loaded into {type(model).__name__}: in {len(fixed)} of its tensors several values are one in "
             f"memory, as expand() makes them, or have no memory ({', '.join(fixed[:3])}): replace them by their clone()")
     # An inference tensor can only be written in inference mode, in which other tensors can be written as well.
-    with torch.inference_mode() if any(t.is_inference() for t in into.values()) else torch.no_grad():
+    with entered(torch.inference_mode() if any(t.is_inference() for t in into.values()) else torch.no_grad()):
         if _loads_plainly(model, parts.everything()):
             log_load(model, parts, tensors)
             if into:  # one call, which no signal interrupts

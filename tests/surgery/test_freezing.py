@@ -207,3 +207,13 @@ def test_what_cannot_be_asked(call, message):
     with pytest.raises(se_inject.SEInjectError, match=message):
         call(model)
     assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_fold_of_a_frozen_model_gives_back_what_it_held(kept):
+    """`fold` runs the model in eval mode for a while; without blocks, the base is frozen no more."""
+    model = se_inject.inject(timm.create_model("test_resnet"), input_size=(3, 64, 64))
+    se_inject.freeze_base(randomise(model) if kept else model)
+    report = se_inject.fold(model, [torch.randn(2, 3, 64, 64)], max_variation=0)
+    assert model.training and len(report.kept) == 4 * kept and model.bn1.training is not kept
+    assert se_inject.unfreeze_base(model).bn1.training
