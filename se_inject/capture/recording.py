@@ -110,7 +110,7 @@ def record(model: nn.Module, inputs: torch.Tensor) -> tuple[Call, int]:
         writes, trail = own.pop()
         call.own_writes, call.own_trail = tuple(writes), trail
         if own:
-            own[-1][1].append(called(leaves(args, kwargs), leaves((output,), {})))
+            own[-1][1].append(called(leaves(call.args, call.kwargs), leaves((output,), {})))
         call.changes_list = call.args is not args and not alike((args, kwargs), (call.args, call.kwargs))
         count += 1
 

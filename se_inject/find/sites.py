@@ -174,7 +174,7 @@ def _masked_by(place: Place) -> str | None:
         with contextlib.suppress(Refusal):  # no forward to read, so none that gives a mask on
             name = next((p for p in signature_of(type(call.module).forward).parameters if p in MASKS), None)
         if name is not None:
-            if call is place.view.call and place.fill is None and not isinstance(call.module, fx.GraphModule):
+            if call is place.view.call and place.fill is None:
                 return None
             return f"{call.path or type(call.module).__name__}.forward takes {name}, which the block would not get"
         call = call.parent

@@ -248,7 +248,7 @@ def generate_graphs(module: fx.GraphModule, edits: OwnerEdits) -> dict[str, fx.G
         if not same_graph(module.graph, graph, {}):
             raise Refusal("this GraphModule has graphs for train and eval mode that differ")
         if graph not in new:
-            new[graph] = put_in(subgraph(graph), edits.edits)
+            new[graph] = put_in(subgraph(graph), edits.edits, tuple(MASKS))
     return {key: new[graph] for key, graph in kept.items()}
 
 
