@@ -25,7 +25,7 @@ from .meta_ops import MetaOps, storage
 from .side_effects import Draws, may_draw, modes, other_modes, packing, random_state, state_of
 from .snapshot import kept_globals, restored
 from .tracer import IN_PLACE, READ_AGAIN, QuickTracer
-from .trail import called, first_difference, related
+from .trail import called, first_difference, related, returned
 
 _T = TypeVar("_T")
 
@@ -249,6 +249,7 @@ def own_forward(call: Call, marker: str | None = None, reading: bool = False) ->
                 ops.trail[ran:] = [called(leaves(args, kwargs), leaves((value,), {}))]  # for ours, and not of the forward
             elif node.op == "output":
                 value = args[0]
+                ops.trail.append(returned(leaves((value,), {})))
             else:
                 try:
                     list_or_number = node.target in IN_PLACE and not isinstance(args[0], torch.Tensor)

@@ -20,7 +20,7 @@ from ..undo import entered, surgery_lock, undone
 from .calls import Call, alike, leaves
 from .meta_ops import MetaOps, storage
 from .snapshot import kept_globals, restored
-from .trail import Step, called
+from .trail import Step, called, returned
 
 
 def _as_given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -108,7 +108,7 @@ def record(model: nn.Module, inputs: torch.Tensor) -> tuple[Call, int]:
             call.writes = frozenset(s._cdata for s in since) & given
         take_own()
         writes, trail = own.pop()
-        call.own_writes, call.own_trail = tuple(writes), trail
+        call.own_writes, call.own_trail = tuple(writes), [*trail, returned(leaves((output,), {}))]
         if own:
             own[-1][1].append(called(leaves(call.args, call.kwargs), leaves((output,), {})))
         call.changes_list = call.args is not args and not alike((args, kwargs), (call.args, call.kwargs))

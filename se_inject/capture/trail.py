@@ -16,7 +16,7 @@ from torch import nn
 _NUMBER = "_se_number"  # in the dict of a tensor that an operator made
 _numbers = itertools.count(1)
 Step = tuple[int, tuple[int, ...], tuple[int, ...]]  # the digest of an operator, and the keys of what it reads and returns
-CALL = -1  # stands for the digest where a child was called
+CALL, RETURN = -1, -2  # stand for the digest where a child was called, and at the end
 _words: dict[int, str] = {}
 
 
@@ -73,6 +73,11 @@ def called(given: Iterable[Any], output: Iterable[Any]) -> Step:
     return CALL, _keys(given), _keys(output)
 
 
+def returned(output: Iterable[Any]) -> Step:
+    """The last step of a forward: the values that it returns."""
+    return RETURN, _keys(output), ()
+
+
 def related(trail: Iterable[Step], given: Iterable[Any], module: nn.Module) -> tuple[tuple[int, ...], ...]:
     """The steps of a forward with its tensors numbered as they appear, so that two runs of it can be compared.
 
@@ -102,9 +107,11 @@ def first_difference(a: Sequence[tuple[int, ...]], b: Sequence[tuple[int, ...]])
         return None
     x, y = next((x, y) for x, y in itertools.zip_longest(a, b) if x != y)
     if x is not None and y is not None and x[0] == y[0]:
-        return _word(x), f"{_word(y)} of another tensor"
+        return _word(x), f"{_word(y)} of other tensors"
     return _word(x), _word(y)
 
 
 def _word(step: tuple[int, ...] | None) -> str:
-    return "nothing" if step is None else "a layer" if step[0] == CALL else _words.get(step[0], "an operator")
+    if step is None:
+        return "nothing"
+    return {CALL: "a layer", RETURN: "the output"}.get(step[0]) or _words.get(step[0], "an operator")

@@ -70,6 +70,7 @@ CASES = {
     # the same operators on other tensors
     "grad source": "y = x * 0.5; return x + self.f(y if torch.is_grad_enabled() else x)",
     "grad operand": "y = x * 0.5; return self.f(x) + (x if torch.is_grad_enabled() else y)",
+    "grad result": "y = x + self.f(x); return y if torch.is_grad_enabled() else x * 0.5",
     "weights": "return x + self.f(x) * (self.f[1].weight if torch.is_grad_enabled() else self.f[1].bias).view(1, -1, 1, 1)",
     # conditions that must not be asked twice
     "changed size": "y = x.mul_(2.0); return x + (self.f(x) if y.shape[2] == 10 else self.f(x) * 0.5)",
