@@ -145,7 +145,8 @@ def restored(modules: Iterable[nn.Module]) -> Iterator[Callable[[], bool]]:
 
     def put_back() -> None:
         for m, cls, attributes in saved:
-            set_class(m, cls)
+            if m.__class__ is not cls:
+                set_class(m, cls)
             m.__dict__.clear()
             m.__dict__.update(attributes)
         _put_all_back(kept)

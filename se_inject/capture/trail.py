@@ -28,10 +28,7 @@ def begin(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[in
 def end(begun: tuple[int, tuple[int, ...]], out: Any) -> Step:
     """The step of an operator that returned `out`; new tensors get a number."""
     results = (out,) if isinstance(out, torch.Tensor) else out if isinstance(out, (list, tuple)) else ()
-    for t in results:
-        if isinstance(t, torch.Tensor) and _NUMBER not in t.__dict__:
-            t.__dict__[_NUMBER] = next(_numbers)
-    return (*begun, _keys(results))
+    return (*begun, numbered(results))
 
 
 def _digest(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
@@ -52,6 +49,14 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, Hashable) else repr(value)
 
 
+UNKNOWN: Step = (0, (), ())  # an operator of a layer whose trail nobody asks for
+
+
+def is_trusted(module: nn.Module) -> bool:
+    """Whether a module is a single layer of torch's own, whose forward deceives no trace."""
+    return not module._modules and type(module).__module__.startswith("torch.nn.modules.")
+
+
 def key(t: torch.Tensor) -> int:
     """The identity of a tensor: by its number, or where no operator made it by its address, as it lives on."""
     number: int = t.__dict__.get(_NUMBER) or -id(t)
@@ -68,9 +73,21 @@ def _keys(values: Iterable[Any]) -> tuple[int, ...]:
     return tuple(found)
 
 
+def numbered(results: Iterable[Any]) -> tuple[int, ...]:
+    """The keys of tensors that an operator or a child returned, or that a run begins with: they get a number."""
+    found: list[int] = []
+    for t in results:
+        if isinstance(t, torch.Tensor):
+            number = t.__dict__.get(_NUMBER)
+            if number is None:
+                number = t.__dict__[_NUMBER] = next(_numbers)
+            found.append(number)
+    return tuple(found)
+
+
 def called(given: Iterable[Any], output: Iterable[Any]) -> Step:
     """The step of a forward that calls a child, from the values that the child gets and returns."""
-    return CALL, _keys(given), _keys(output)
+    return CALL, _keys(given), numbered(output)
 
 
 def returned(output: Iterable[Any]) -> Step:
@@ -89,13 +106,15 @@ def related(trail: Iterable[Step], given: Iterable[Any], module: nn.Module) -> t
     numbers: dict[int, int] = {}
     for k in _keys(given):
         numbers.setdefault(k, len(numbers))
-    weights: dict[int, int] | None = None
     steps = []
+    own = itertools.chain(module._parameters.values(), module._buffers.values())
+    weights = {key(t): -1 - i for i, t in enumerate(own) if t is not None}
     for digest, sources, results in trail:
         for k in (*sources, *results):
             if k not in numbers:
-                if weights is None:
-                    weights = {key(t): -1 - i for i, t in enumerate((*module.parameters(), *module.buffers()))}
+                if k < 0 and k not in weights:  # of a child, perhaps; a rare walk
+                    for t in itertools.chain(module.parameters(), module.buffers()):
+                        weights.setdefault(key(t), -1 - len(weights))
                 numbers[k] = weights[k] if k in weights else len(numbers)
         steps.append((digest, *map(numbers.__getitem__, (*sources, *results))))
     return tuple(steps)
