@@ -48,7 +48,7 @@ def _norm_of(x: torch.Tensor) -> tuple[Any, ...] | None:
     """
     fn: Any = x.grad_fn
     if type(fn).__name__ != "NativeBatchNormBackward0" or x._version or not fn._saved_training or (
-            torch._C._autograd._top_saved_tensors_default_hooks(True) is not None):
+            getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: 1)(True) is not None):
         return None
     bias = getattr(fn.next_functions[2][0], "variable", None)  # None unless it is a leaf
     norm = (fn._saved_input, fn._saved_weight, bias, fn._saved_result1, fn._saved_result2)

@@ -23,12 +23,6 @@ def modes() -> tuple[object, ...]:
         (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")))
 
 
-def packing() -> Callable[..., object] | None:
-    """The function that autograd calls on each tensor that it saves; None is the default."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return None if hooks is None else hooks[0]
-
-
 @contextlib.contextmanager
 def other_modes() -> Iterator[None]:
     """Inside, grad is on, and autocast to a dtype that no forward asks for: a forward that sets a mode is then seen."""

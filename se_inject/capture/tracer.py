@@ -40,6 +40,15 @@ IN_PLACE: dict[Any, Any] = {
 _PLAIN = {type(None), bool, int, float, str}
 
 
+def set_fx_tracing(tracing: bool) -> bool:
+    if hasattr(_fx, "_set_is_fx_tracing"):
+        was = _fx._get_is_fx_tracing()
+        _fx._set_is_fx_tracing(tracing)
+    else:
+        was, _fx._is_fx_tracing_flag = _fx._is_fx_tracing_flag, tracing
+    return was
+
+
 class QuickTracer(fx.Tracer):
     """An `fx.Tracer` for modules that gives the same graphs in less time; traces inside one `patched` share its cost."""
 
@@ -57,9 +66,9 @@ class QuickTracer(fx.Tracer):
         return TypeError(reason)
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        was_tracing = _fx._get_is_fx_tracing()
-        with undone(lambda: _fx._set_is_fx_tracing(was_tracing)):
-            _fx._set_is_fx_tracing(True)
+        was_tracing = fx_is_tracing()
+        with undone(lambda: set_fx_tracing(was_tracing)):
+            set_fx_tracing(True)
             self.root = root
             self.root_module_name = root._get_name()
             self.submodule_paths = {m: name for name, m in root.named_modules()}
@@ -233,6 +242,9 @@ _PATCHED: dict[tuple[Any, str], str] = {
     (builtins, "print"): "it prints",
     (logging.Logger, "handle"): "it writes to a log",
     (torch, "is_inference_mode_enabled"): "it asks for the inference mode",
+    (torch.autograd.graph.saved_tensors_hooks, "__enter__"): (
+        "it checkpoints a part of itself, or changes what autograd saves, which a trace does not hold: turn its gradient "
+        "checkpointing off"),
     **{(holder, name): "it seeds the random numbers"
        for holder in (torch, torch.random) for name in ("manual_seed", "seed", "set_rng_state")},
 }
