@@ -1,0 +1,61 @@
+"""What the oldest torch and timm of the supported range lack: the tests of it are skipped there, with the reason."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+from se_inject.blocks.catalogue import get_block
+from se_inject.errors import ConfigError
+from se_inject.private import SEES_SAVED_TENSORS_HOOKS
+
+TORCH = tuple(map(int, torch.__version__.split("+")[0].split(".")[:2]))
+TIMM = tuple(map(int, timm.__version__.split(".")[:3]))
+NEWEST = TORCH >= (2, 14) and TIMM >= (1, 0, 31)
+
+
+def needs(has: bool, reason: str) -> pytest.MarkDecorator:
+    """Skip a test where torch or timm has not what the test is about. The newest versions have all of it.
+
+    Raises:
+        AssertionError: `has` is false with the newest versions, where no test may be skipped for its version.
+    """
+    assert has or not NEWEST, f"torch {torch.__version__} and timm {timm.__version__}: {reason}"
+    return pytest.mark.skipif(not has, reason=f"torch {torch.__version__}, timm {timm.__version__}: {reason}")
+
+
+def needs_model(name: str, *values: Any, **options: Any) -> Any:
+    """A parameter of a test: the name of a timm model, and further values. Skipped where timm has no such model."""
+    return pytest.param(name, *values, marks=needs(timm.is_model(name), f"timm has no model {name}"), **options)
+
+
+def _has_coordinate_attention() -> bool:
+    try:
+        get_block("coord")
+    except ConfigError:
+        return False
+    return True
+
+
+def _creates_on_meta() -> bool:
+    try:
+        with torch.device("meta"):
+            timm.create_model("test_vit")
+    except RuntimeError:
+        return False
+    return True
+
+
+needs_norms_computed_again = needs(
+    SEES_SAVED_TENSORS_HOOKS, "torch does not tell whether hooks change what autograd saves, so the output of a norm is saved")
+needs_models_on_meta = needs(_creates_on_meta(), "timm reads values while it creates a model, and so creates none on meta")
+needs_masks = needs(
+    "attn_mask" in inspect.signature(timm.models.vision_transformer.Block.forward).parameters,
+    "a Block of timm's ViT takes no mask")
+needs_intermediates = needs(
+    hasattr(timm.models.VGG, "forward_intermediates"), "timm's VGG and Xception have no forward_intermediates")
+needs_coordinate_attention = needs(_has_coordinate_attention(), "timm has no coordinate attention")
