@@ -82,7 +82,9 @@ def names_to_wrap() -> list[tuple[dict[str, Any], str]]:
 
 def fx_is_tracing() -> bool:
     """Whether fx traces; in older torch, whether it does in one of the threads."""
-    return bool(_fx._get_is_fx_tracing() if hasattr(_fx, "_get_is_fx_tracing") else _fx._is_fx_tracing_flag)
+    if hasattr(_fx, "_get_is_fx_tracing"):
+        return bool(_fx._get_is_fx_tracing())
+    return bool(_fx._is_fx_tracing_flag)  # type: ignore[attr-defined]
 
 
 def set_fx_tracing(tracing: bool) -> None:
