@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import timm
 import torch
+from torch import fx
 
 from se_inject.blocks.catalogue import get_block
 from se_inject.errors import ConfigError
@@ -33,29 +35,29 @@ def needs_model(name: str, *values: Any, **options: Any) -> Any:
     return pytest.param(name, *values, marks=needs(timm.is_model(name), f"timm has no model {name}"), **options)
 
 
-def _has_coordinate_attention() -> bool:
+def _raises(call: Callable[[], object]) -> bool:
     try:
-        get_block("coord")
-    except ConfigError:
-        return False
-    return True
+        call()
+    except (ConfigError, RuntimeError, TypeError):
+        return True
+    return False
 
 
-def _creates_on_meta() -> bool:
-    try:
-        with torch.device("meta"):
-            timm.create_model("test_vit")
-    except RuntimeError:
-        return False
-    return True
+def _on_meta() -> None:
+    with torch.device("meta"):
+        timm.create_model("test_vit")
 
 
 needs_norms_computed_again = needs(
     SEES_SAVED_TENSORS_HOOKS, "torch does not tell whether hooks change what autograd saves, so the output of a norm is saved")
-needs_models_on_meta = needs(_creates_on_meta(), "timm reads values while it creates a model, and so creates none on meta")
+needs_models_on_meta = needs(not _raises(_on_meta), "timm reads values while it creates a model, and so creates none on meta")
 needs_masks = needs(
     "attn_mask" in inspect.signature(timm.models.vision_transformer.Block.forward).parameters,
     "a Block of timm's ViT takes no mask")
 needs_intermediates = needs(
     hasattr(timm.models.VGG, "forward_intermediates"), "timm's VGG and Xception have no forward_intermediates")
-needs_coordinate_attention = needs(_has_coordinate_attention(), "timm has no coordinate attention")
+needs_coordinate_attention = needs(not _raises(lambda: get_block("coord")), "timm has no coordinate attention")
+needs_model_args = needs(
+    hasattr(timm.models, "get_model_args"), "timm keeps no arguments of create_model, so a file has those of the injection alone")
+needs_arange_in_traces = needs(
+    not _raises(lambda: fx.symbolic_trace(lambda x: torch.arange(x.shape[0]))), "fx cannot trace torch.arange of a traced size")

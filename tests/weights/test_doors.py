@@ -95,7 +95,7 @@ def overlay(create, path, kind, folder):
 
 def as_folder(create, path, kind, folder):
     where = folder / "hub"
-    timm.models.save_for_hf(create(), where)
+    timm.models._hub.save_for_hf(create(), where)
     (where / "pytorch_model.bin").unlink()
     shutil.copy(path, where / {".safetensors": "model.safetensors", ".pth": "pytorch_model.bin"}[path.suffix])
     return where

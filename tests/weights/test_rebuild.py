@@ -51,7 +51,7 @@ def test_a_new_process_rebuilds(tmp_path):
         with torch.no_grad():
             y = model(x)
         se_inject.save(model, tmp_path / f"{i}.safetensors")
-        timm.models.save_for_hf(model, tmp_path / f"{i}", safe_serialization=True)
+        timm.models._hub.save_for_hf(model, tmp_path / f"{i}", safe_serialization=True)
         save_file({"x": x, "y": y}, tmp_path / f"{i}.io")
     code = """
 import pathlib, sys, timm, torch, se_inject
@@ -70,12 +70,12 @@ for path in sorted(pathlib.Path(sys.argv[1]).glob("*.io")):
 def test_the_folder_of_either_door_names_the_twin(tmp_path):
     model = se_inject.inject(timm.create_model("test_resnet"), stages=(1, 2))
     args = dict(model._model_args)
-    timm.models.save_for_hf(model, tmp_path / "a")
+    timm.models._hub.save_for_hf(model, tmp_path / "a")
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     assert config["architecture"] == "se_inject/test_resnet" and config["model_args"]["se_stages"] == [1, 2]
     assert model._model_args == args
     se_inject.eject(model)
-    timm.models.save_for_hf(model, tmp_path / "b")
+    timm.models._hub.save_for_hf(model, tmp_path / "b")
     config = json.loads((tmp_path / "b" / "config.json").read_text())
     assert config["architecture"] == "test_resnet" and not any(k.startswith("se_") for k in config["model_args"])
 
