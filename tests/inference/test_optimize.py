@@ -244,7 +244,7 @@ def test_compile_and_export(name):
     x = image(fast, 64)
     with torch.no_grad():
         expected = fast(x)
-        program = torch.export.export(fast, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
+        program = torch.export.export(fast, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},), strict=False)
         assert deviation(expected, program.module()(x)) < 1e-6
         assert program.module()(x[[0, 1, 0]]).shape[0] == 3
         # torch 2.6 breaks the graph where `out=` is a tensor in the order of channels_last

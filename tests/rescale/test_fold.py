@@ -104,8 +104,9 @@ def test_gates_by_the_formula(block):
 
 
 @pytest.mark.parametrize("block, reason", [
-    ("cbam", "not its input times a gate"), pytest.param("coord", "place to place|not its input", marks=needs_coordinate_attention), ("gca", "not its input times a gate"),
-    ("ge", "branches on what its layers compute")])
+    ("cbam", "not its input times a gate"), ("gca", "not its input times a gate"),
+    ("ge", "branches on what its layers compute"),
+    pytest.param("coord", "place to place|not its input", marks=needs_coordinate_attention)])
 def test_gates_that_are_not_of_channels_are_kept(block, reason):
     model = se_inject.inject(timm.create_model("resnet18"), block=block).eval()
     state, classes = copy.deepcopy(model.state_dict()), [type(m) for m in model.modules()]

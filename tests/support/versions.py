@@ -58,6 +58,6 @@ needs_intermediates = needs(
     hasattr(timm.models.VGG, "forward_intermediates"), "timm's VGG and Xception have no forward_intermediates")
 needs_coordinate_attention = needs(not _raises(lambda: get_block("coord")), "timm has no coordinate attention")
 needs_model_args = needs(
-    hasattr(timm.models, "get_model_args"), "timm keeps no arguments of create_model, so a file has those of the injection alone")
+    hasattr(timm.models, "get_model_args"), "timm keeps no arguments of create_model, so that no file has them")
 needs_arange_in_traces = needs(
     not _raises(lambda: fx.symbolic_trace(lambda x: torch.arange(x.shape[0]))), "fx cannot trace torch.arange of a traced size")

@@ -14,7 +14,7 @@ import se_inject
 from se_inject.surgery.parts import Parts
 
 from ..cli.test_cli import call
-from ..support.checks import randomise
+from ..support.checks import channels_of, randomise
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "doors.md"
 # each with a filter of checkpoints of its own
@@ -33,7 +33,7 @@ def images(channels: int = 3) -> torch.Tensor:
 def out(model):
     model = model.float().eval()
     with torch.no_grad():
-        return model(images(timm.models.get_model_args(model)["in_chans"]))
+        return model(images(channels_of(model)))
 
 
 class Kind:

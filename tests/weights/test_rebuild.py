@@ -15,7 +15,7 @@ import se_inject
 from se_inject.errors import WeightsError
 from se_inject.weights import files
 
-from ..support.checks import randomise
+from ..support.checks import channels_of, randomise
 from ..support.outputs import out
 from ..support.processes import fresh
 
@@ -47,7 +47,7 @@ def test_a_new_process_rebuilds(tmp_path):
         model.eval()
         for p in model.parameters():
             p.data.add_(torch.randn_like(p) * 0.02)
-        x = torch.randn(2, timm.models.get_model_args(model)["in_chans"], 64, 64)
+        x = torch.randn(2, channels_of(model), 64, 64)
         with torch.no_grad():
             y = model(x)
         se_inject.save(model, tmp_path / f"{i}.safetensors")
