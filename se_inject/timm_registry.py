@@ -17,7 +17,7 @@ from typing import Any
 from .config import SEConfig
 from .errors import SEInjectError, TraceError
 from .private import deprecated_names, entrypoints, feature_getter, missing_in_timm, register_twin, replace_in_timm
-from .timm_names import ALIAS, PREFIX, base_name, door_options, model_args, rename, split_options
+from .timm_names import ALIAS, PREFIX, base_name, door_options, model_args, remember_args, rename, split_options
 from .undo import entered, import_lock, undone
 
 _MODULE = "se_inject"
@@ -135,10 +135,7 @@ def create(name: str, pretrained: bool = False, **kwargs: Any) -> Any:
                 raise
             pending.inject(model.model)
     rename(model, injected=True)  # here, because `inject` may have seen the model inside a feature wrapper
-    if not hasattr(model, "_model_args"):  # older timm sets none; newer timm sets the same
-        loading = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "device", "dtype")
-        model._model_args = {k: v for k, v in kwargs.items() if k not in loading}
-    return model
+    return remember_args(model, kwargs)
 
 
 def _inject_before(load_pretrained: Callable[..., Any]) -> Callable[..., Any]:

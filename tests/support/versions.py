@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from torch import fx
+from torch.distributed.nn.jit import instantiator
 
 from se_inject.blocks.catalogue import get_block
 from se_inject.errors import ConfigError
@@ -38,7 +39,7 @@ def needs_model(name: str, *values: Any, **options: Any) -> Any:
 def _raises(call: Callable[[], object]) -> bool:
     try:
         call()
-    except (ConfigError, RuntimeError, TypeError):
+    except (AssertionError, ConfigError, RuntimeError, TypeError):
         return True
     return False
 
@@ -61,3 +62,9 @@ needs_model_args = needs(
     hasattr(timm.models, "get_model_args"), "timm keeps no arguments of create_model, so that no file has them")
 needs_arange_in_traces = needs(
     not _raises(lambda: fx.symbolic_trace(lambda x: torch.arange(x.shape[0]))), "fx cannot trace torch.arange of a traced size")
+needs_newest = needs(NEWEST, "the pages show the newest versions")
+needs_quiet_end = needs(
+    not hasattr(instantiator, "_TEMP_DIR"), "torch leaves a temporary folder at the end of Python, which warns of it")
+needs_local_dir = needs(not _raises(lambda: timm.models.parse_model_name("local-dir:a")), "timm does not know local-dir:")
+needs_safetensors_in_torch_load = needs(
+    "safetensors" in inspect.getsource(torch.serialization), "torch.load reads no safetensors")

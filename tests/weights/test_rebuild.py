@@ -18,6 +18,7 @@ from se_inject.weights import files
 from ..support.checks import channels_of, randomise
 from ..support.outputs import out
 from ..support.processes import fresh
+from ..support.versions import needs_model_args
 
 
 def rebuilt():
@@ -40,6 +41,7 @@ def rebuilt():
     yield headless
 
 
+@needs_model_args
 @pytest.mark.xdist_group("processes")
 def test_a_new_process_rebuilds(tmp_path):
     torch.manual_seed(1)
@@ -67,6 +69,7 @@ for path in sorted(pathlib.Path(sys.argv[1]).glob("*.io")):
     assert done.stdout.split() == ["True"] * 21, done.stderr
 
 
+@needs_model_args
 def test_the_folder_of_either_door_names_the_twin(tmp_path):
     model = se_inject.inject(timm.create_model("test_resnet"), stages=(1, 2))
     args = dict(model._model_args)
@@ -106,7 +109,8 @@ def _more(model):
 
 
 @pytest.mark.parametrize("change, name", [
-    (_head, "fc.0.weight"), (_stage, "layer4.0.weight"), (_narrow, "fc.weight"), (_more, "mean")])
+    (_head, "fc.0.weight"), (_stage, "layer4.0.weight"), (_more, "mean"),
+    pytest.param(_narrow, "fc.weight", marks=needs_model_args)])
 def test_a_model_that_no_file_rebuilds_is_written_with_a_warning(tmp_path, warnings, change, name):
     def net():
         model = timm.create_model("test_resnet")
@@ -126,6 +130,7 @@ def test_a_model_that_no_file_rebuilds_is_written_with_a_warning(tmp_path, warni
     assert bool(warnings) == (change in (_stage, _more))
 
 
+@needs_model_args
 def test_a_model_that_a_file_rebuilds_has_no_warning(tmp_path, warnings):
     state = torch.get_rng_state()
     for i, model in enumerate(rebuilt()):
