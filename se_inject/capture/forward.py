@@ -22,7 +22,7 @@ from .arguments import STARS, Unpacked, bound, signature_of
 from .calls import Call, alike, leaves
 from .graphs import compute, evaluate, subgraph
 from .meta_ops import MetaOps, storage
-from .side_effects import Draws, may_draw, modes, other_modes, packing, random_state, state_of
+from .side_effects import Draws, may_draw, modes, other_modes, random_state, state_of
 from .snapshot import kept_globals, restored
 from .tracer import IN_PLACE, READ_AGAIN, QuickTracer
 from .trail import called, first_difference, is_trusted, related, returned
@@ -43,17 +43,11 @@ class _OwnTracer(QuickTracer):
         self.decide = decide
         self.decided: dict[Hashable, bool] = {}
         self.modes = modes()
-        self.packing = packing()
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if modes() != self.modes:
             raise Refusal("it changes the grad or autocast mode, which a trace does not hold")
-        node = super().create_node(*args, **kwargs)
-        if packing() is not self.packing:
-            raise Refusal(
-                "it checkpoints a part of itself, or changes what autograd saves, which a trace does not hold: turn its "
-                "gradient checkpointing off")
-        return node
+        return super().create_node(*args, **kwargs)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         if self.decide is None:

@@ -7,7 +7,7 @@ import functools
 import inspect
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,12 +21,6 @@ from ..undo import entered, undone
 def modes() -> tuple[object, ...]:
     return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *(
         (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")))
-
-
-def packing() -> Callable[..., object] | None:
-    """The function that autograd calls on each tensor that it saves; None is the default."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return None if hooks is None else hooks[0]
 
 
 @contextlib.contextmanager
