@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from ..errors import SEInjectError
 
@@ -14,33 +13,54 @@ MASKS = {"attn_mask": False, "attention_mask": False, "key_padding_mask": True, 
 WEIGHS = "_se_weighs"  # attribute of a block whose squeeze is more than means and maxima over positions
 
 
-def call_masked(block: nn.Module, x: torch.Tensor, **masks: torch.Tensor | None) -> torch.Tensor:
-    """Call a block on tokens of which some are padding. These stay as they are and change no other token.
-
-    For the block they are the mean of the other tokens, so that means and maxima over all tokens are those of the others.
+def unpadded(
+    x: torch.Tensor, weighs: bool, attn_mask: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None,
+    key_padding_mask: torch.Tensor | None = None, src_key_padding_mask: torch.Tensor | None = None,
+) -> torch.Tensor | None:  # fmt: skip
+    """Which tokens are no padding, (N, L, 1); None for maps, which have no padding, and without a mask.
 
     Args:
-        block: A block.
-        x: (N, L, C). Maps have no padding: the block is called as without masks.
-        masks: The masks that the owner's forward was called with, by name; some are not None.
+        x: What a block is called with: (N, L, C) for tokens.
+        weighs: Whether the block weighs the positions.
+        attn_mask, attention_mask, key_padding_mask, src_key_padding_mask: The masks of the owner's call.
 
     Raises:
         SEInjectError: A mask does not say which tokens are padding, or the block weighs the positions.
     """
-    if x.dim() != 3:
-        y: torch.Tensor = block(x)
-        return y
-    if WEIGHS in block.__dict__:
+    none = attn_mask is None and attention_mask is None and key_padding_mask is None and src_key_padding_mask is None
+    if torch.jit.is_scripting():  # TorchScript does not compile the other branch
+        assert none, "TorchScript leaves out no padding: call the model without masks"
+        return None
+    else:
+        masks = {"attn_mask": attn_mask, "attention_mask": attention_mask, "key_padding_mask": key_padding_mask,
+                 "src_key_padding_mask": src_key_padding_mask}
+        return None if none or x.dim() != 3 else _unpadded(x, weighs, masks)
+
+
+def _unpadded(x: torch.Tensor, weighs: bool, masks: dict[str, torch.Tensor | None]) -> torch.Tensor:
+    given = {name: mask for name, mask in masks.items() if mask is not None}
+    if weighs:
         raise SEInjectError(
             "an injected block weighs the tokens that it squeezes, so padding would count: inject another block, such as "
-            f"block='se', or call the model without {' and '.join(masks)}")
+            f"block='se', or call the model without {' and '.join(given)}")
     real = torch.ones(1, x.shape[1], 1, dtype=torch.bool, device=x.device)
-    for name, mask in masks.items():
-        if mask is not None:
-            real = real & ~_padding(name, mask, x).unsqueeze(-1)
-    total = torch.where(real, x, 0).sum(1, keepdim=True, dtype=torch.float32 if x.dtype.itemsize < 4 else None)
+    for name, mask in given.items():
+        real = real & ~_padding(name, mask, x).unsqueeze(-1)
+    return real
+
+
+def filled(x: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    """`x` with the mean of the other tokens for padding, so that means and maxima over all tokens are those of the others."""
+    if real is None:
+        return x
+    total = torch.where(real, x, 0).sum(1, keepdim=True, dtype=torch.float32 if x.element_size() < 4 else x.dtype)
     mean = total / real.sum(1, keepdim=True).clamp(min=1)
-    return torch.where(real, block(torch.where(real, x, mean.to(x.dtype))), x)
+    return torch.where(real, x, mean.to(x.dtype))
+
+
+def restored(y: torch.Tensor, x: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    """`y` with the padding of `x`, which stays as it is."""
+    return y if real is None else torch.where(real, y, x)
 
 
 def _padding(name: str, mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

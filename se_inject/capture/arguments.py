@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from ..errors import Refusal
@@ -64,6 +66,13 @@ def pinned(module_class: Any, constants: dict[str, Any]) -> dict[str, Any]:
     """The constants that a trace cannot leave open: lists of tensors, whose length it holds, and variadic arguments."""
     parameters = signature_of(module_class.forward).parameters
     return {k: v for k, v in constants.items() if isinstance(v, Unpacked) or parameters[k].kind in STARS}
+
+
+def optional_tensors(module_class: Any, constants: dict[str, Any], graphs: Iterable[fx.Graph]) -> tuple[str, ...]:
+    """The arguments that are None by default, were tensors in the recorded call, and are used in a trace."""
+    used = {n.target for graph in graphs for n in graph.nodes if n.op == "placeholder" and n.users}
+    parameters = signature_of(module_class.forward).parameters
+    return tuple(name for name, p in parameters.items() if name in used - constants.keys() and p.default is None)
 
 
 def is_plain(value: Any) -> bool:

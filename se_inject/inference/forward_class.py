@@ -17,7 +17,9 @@ from ..surgery.sequential import MEMBERS, sequential_class
 from ..surgery.state import OPTIMIZED, base_class, edits_of, set_edits
 
 
-def optimized_class(module: nn.Module, graph: fx.Graph, plain: fx.Graph, fixed: dict[str, Any]) -> type[nn.Module]:
+def optimized_class(
+    module: nn.Module, graph: fx.Graph, plain: fx.Graph, fixed: dict[str, Any], given: tuple[str, ...]
+) -> type[nn.Module]:
     """A subclass of `module`'s class with another forward. `module` is not changed.
 
     Modules with one class and equal code share the subclass.
@@ -27,18 +29,19 @@ def optimized_class(module: nn.Module, graph: fx.Graph, plain: fx.Graph, fixed: 
         graph: The optimized forward.
         plain: The author's forward, for inputs for which `wants_plain` says so.
         fixed: The arguments whose values both graphs hold; a call with another value raises.
+        given: The arguments that are None by default and tensors in both graphs; a call without one raises.
     """
     graph.lint()
     code, author = graph.python_code("self"), plain.python_code("self")
     base = base_class(module)
     guards, names = guards_for(
-        fixed, f"{base.__name__}.forward was optimized for one value of {{name}}: optimize the model as it is called")
+        fixed, given, f"{base.__name__}.forward was optimized for one value of {{name}}: optimize the model as it is called")
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
     first = next((str(n.target) for n in inputs if is_tensor(n)), None)
     if first is not None:
-        given = ", ".join(f"{n.target}={n.target}" for n in inputs)
-        guards += f"    if wants_plain({first}):\n        return self._se_plain({given})\n"
-    used = {**code.globals, **(names if fixed else {}), "wants_plain": wants_plain}
+        arguments = ", ".join(f"{n.target}={n.target}" for n in inputs)
+        guards += f"    if wants_plain({first}):\n        return self._se_plain({arguments})\n"
+    used = {**code.globals, **(names if fixed or given else {}), "wants_plain": wants_plain}
     sources = [(with_guards(code.src, guards), used), (author.src.replace("def forward(", "def _se_plain(", 1), author.globals)]
     return _class_of(base, sources, isinstance(module, nn.Sequential) and edits_of(module) is not None)
 

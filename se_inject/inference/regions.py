@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import fx, nn
 
-from ..capture.arguments import Unpacked
+from ..capture.arguments import Unpacked, optional_tensors
 from ..capture.calls import Call
 from ..capture.graphs import subgraph
 from ..capture.meta_ops import storage
@@ -154,7 +154,8 @@ def _code(flow: ValueFlow, call: Call, graph: fx.Graph) -> type[nn.Module] | fx.
     assert view is not None
     constants = {
         k: v for k, v in view.forward.constants.items() if v is None or isinstance(v, (bool, int, float, str, Unpacked))}
-    return optimized_class(call.module, graph, subgraph(view.forward.graph), constants)
+    given = optional_tensors(type(call.module), view.forward.constants, [view.forward.graph])
+    return optimized_class(call.module, graph, subgraph(view.forward.graph), constants, given)
 
 
 def _insert_gate(inlined: InlinedGraph, block: Block) -> str:

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..capture.snapshot import all_or_nothing, evaluating
 from ..errors import ConfigError, SEInjectError, TraceError
-from ..surgery.refusals import refuse, refuse_plain
+from ..surgery.refusals import refuse_plain
 from .gate_statistics import measure
 from .gates import GatedBlock, find_blocks
 from .proof import compare
@@ -64,7 +64,6 @@ def fold(model: nn.Module, loader: Iterable[Any], *, max_variation: float | None
         >>> base.load_state_dict(model.state_dict(), strict=True)
         <All keys matched successfully>
     """
-    refuse(model, "fold", values=True)
     refuse_plain(model, "fold")
     if max_variation is not None and not (isinstance(max_variation, (int, float)) and max_variation >= 0):
         raise ConfigError(f"max_variation={max_variation!r}: expected a number of at least 0, such as 0.05, or None for all")

@@ -19,7 +19,7 @@ from ..capture.snapshot import restored
 from ..capture.values import equal
 from ..errors import Refusal, SEInjectError
 from ..private import home_of
-from ..surgery.refusals import refuse, refuse_plain
+from ..surgery.refusals import refuse_plain
 from ..surgery.session import traced
 from ..surgery.state import block_paths, injections_of
 from ..timm_names import PREFIX
@@ -93,7 +93,6 @@ def to_native(model: nn.Module, path: str | os.PathLike[str] | None = None) -> N
         >>> weights.architecture
         'regnety_002'
     """
-    refuse(model, "to_native", values=True)
     refuse_plain(model, "to_native")
     recipe = Recipe.of(model, injections_of(model), FULL)
     if recipe.architecture is None:

@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from ..blocks.masks import MASKS
-from ..capture.arguments import is_plain, pinned
+from ..capture.arguments import is_plain, optional_tensors, pinned
 from ..capture.graphs import same_graph, sources_of, subgraph
 from ..capture.snapshot import all_or_nothing, on_meta, set_class
 from ..capture.tracer import IN_PLACE
@@ -28,8 +28,9 @@ from .state import BASE, OwnerEdits, base_class, edits_of, set_edits
 
 def trace_modes(
     module: nn.Module, constants: dict[str, Any], known: Branch | None = None
-) -> tuple[list[Branch], dict[str, Any]]:
-    """Trace an owner for rewriting: the branches of its forward, and the arguments that they hold fixed.
+) -> tuple[list[Branch], dict[str, Any], tuple[str, ...]]:
+    """Trace an owner for rewriting: the branches of its forward, the arguments that they hold fixed, and those that are
+    None by default and that the branches hold for tensors.
 
     An argument stays open where the forward does not branch on it. `known` is the only branch in eval mode with
     `constants`, where it is at hand. Use it inside `on_meta`, which gives the modes back.
@@ -49,11 +50,21 @@ def trace_modes(
         fixed = constants
     if not all(map(is_plain, fixed.values())):
         raise Refusal(f"{type(module).__name__}.forward depends on an argument that is no plain value")
+    graphs = [b.graph for b in branches if b.graph is not None]
+    given = tuple(name for name in optional_tensors(type(module), constants, graphs)
+                  if not _is_same_with_none(module, branches, fixed, name))
     for m in modules:
         m.__dict__["training"] = True
     if not same_branches(branches, trace_branches(module, fixed), {}):
         raise Refusal(f"{type(module).__name__}.forward differs between train and eval mode")
-    return branches, fixed
+    return branches, fixed, given
+
+
+def _is_same_with_none(module: nn.Module, branches: list[Branch], fixed: dict[str, Any], name: str) -> bool:
+    """Whether a forward does the same where an argument, a tensor in `branches`, is None."""
+    with contextlib.suppress(Refusal):
+        return same_branches(trace_branches(module, {**fixed, name: None}), branches, {name: None})
+    return False
 
 
 def generate(
@@ -80,7 +91,7 @@ def generate_class(module: nn.Module, edits: OwnerEdits, known: fx.Graph | None 
     Raises:
         Refusal: The forward cannot be traced, or is not the one that the edits were made for.
     """
-    paths, fixed = _trace_without_blocks(module, edits, known)
+    paths, fixed, given = _trace_without_blocks(module, edits, known)
     main = next((p.graph for p in paths if p.outcomes == edits.decisions), None)
     if main is None:
         raise Refusal(f"{base_class(module).__name__}.forward is not the one that was rewritten")
@@ -90,7 +101,7 @@ def generate_class(module: nn.Module, edits: OwnerEdits, known: fx.Graph | None 
             raise Refusal(
                 f"{base_class(module).__name__}.forward is not the one that was rewritten: "
                 f"node {edit.node} should be {edit.name!r}")
-    return _generate(module, edits, subgraph(main), paths, fixed)
+    return _generate(module, edits, subgraph(main), paths, fixed, given)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -124,20 +135,20 @@ def told_to_user(module: nn.Module) -> Iterator[None]:
 def _regenerate(module: nn.Module) -> None:
     edits = edits_of(module)
     assert edits is not None
-    paths, fixed = _trace_without_blocks(module, edits, None)
+    paths, fixed, given = _trace_without_blocks(module, edits, None)
     old = type(module)._se_graph  # type: ignore[attr-defined]
     main = next((p for p in paths if p.outcomes == edits.decisions), paths[0])
     if main.graph is None:
         raise Refusal(main.error)
     new = dataclasses.replace(edits, edits=moved(edits.edits, old, main.graph, module), decisions=main.outcomes)
-    cls = _generate(module, new, subgraph(main.graph), paths, fixed)
+    cls = _generate(module, new, subgraph(main.graph), paths, fixed, given)
     set_edits(module, new)
     set_class(module, cls)
 
 
 def _trace_without_blocks(
     module: nn.Module, edits: OwnerEdits, known: fx.Graph | None
-) -> tuple[list[Branch], dict[str, Any]]:
+) -> tuple[list[Branch], dict[str, Any], tuple[str, ...]]:
     """Trace the author's own forward with the blocks taken out, as an owner may iterate its children."""
     children, cls = dict(module._modules), type(module)
 
@@ -155,11 +166,12 @@ def _trace_without_blocks(
 
 
 def _generate(
-    module: nn.Module, edits: OwnerEdits, main: fx.Graph, paths: list[Branch], fixed: dict[str, Any]
-) -> type[nn.Module]:
+    module: nn.Module, edits: OwnerEdits, main: fx.Graph, paths: list[Branch], fixed: dict[str, Any],
+    given: tuple[str, ...],
+) -> type[nn.Module]:  # fmt: skip
     """The class for the branches of a forward; `edits` are those of `main`, which stays as it is."""
     base = base_class(module)
-    guards, names = guards_for(fixed, f"{base.__name__}.forward was rewritten for one value of {{name}}: "
+    guards, names = guards_for(fixed, given, f"{base.__name__}.forward was rewritten for one value of {{name}}: "
                             "eject(), then inject() the model as it is called")
     functions: list[str] = []
     head, call = _head(main)

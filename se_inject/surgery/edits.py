@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import keyword
-from typing import Any
 
 import torch
 from torch import fx, nn
 
-from ..blocks.masks import call_masked
+from ..blocks.masks import WEIGHS, filled, restored, unpadded
 from ..capture.graphs import counterparts
 from ..capture.snapshot import set_class
 from ..errors import Refusal
@@ -58,13 +57,18 @@ def _insert(graph: fx.Graph, nodes: list[fx.Node], edit: Edit, masks: tuple[str,
             nodes[i].replace_input_with(node, call)
 
 
-def call_with_masks(block: nn.Module, x: Any, **masks: Any) -> Any:
-    """`call_masked`; where fx traces it, one node, as a trace does not know whether it will be called with masks."""
-    tracer: Any = next((v.tracer for v in (x, *masks.values()) if isinstance(v, fx.Proxy)), None)
-    if tracer is not None:
-        held = tracer.create_proxy("get_attr", tracer.path_of_module(block), (), {})
-        return tracer.create_proxy("call_function", call_with_masks, (held, x), masks)
-    return block(x) if all(mask is None for mask in masks.values()) else call_masked(block, x, **masks)
+def call_with_masks(block: nn.Module, x: torch.Tensor, **masks: torch.Tensor | None) -> torch.Tensor:
+    """Call a block on a value of which some tokens may be padding. These stay as they are and change no other token.
+
+    A trace by fx does not know whether it will be called with masks: it holds these functions as nodes.
+    """
+    real = unpadded(x, WEIGHS in block.__dict__, **masks)
+    return restored(block(filled(x, real)), x, real)
+
+
+fx.wrap("unpadded")
+fx.wrap("filled")
+fx.wrap("restored")
 
 
 def moved(edits: tuple[Edit, ...], old: fx.Graph, new: fx.Graph, module: nn.Module) -> tuple[Edit, ...]:

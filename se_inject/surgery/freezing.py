@@ -11,6 +11,7 @@ from torch import nn
 
 from ..capture.snapshot import all_or_nothing
 from ..errors import ConfigError, SEInjectError
+from .refusals import injected_inside, refuse
 from .state import block_paths, head_paths
 
 _FROZEN = "_se_frozen"
@@ -68,7 +69,8 @@ def freeze_base(model: nn.Module, head: bool | nn.Module = True) -> nn.Module:
         `model` itself.
 
     Raises:
-        SEInjectError: The model has no injected blocks; nothing is changed.
+        SEInjectError: The model has no injected blocks, or was optimized for inference; nothing is changed.
+        TraceError: It is wrapped by DDP or sharded by FSDP, or a part of it is scripted.
         ConfigError: `model` is not a module, `head` is True and the model does not know its own, or `head` is not a
             module of the model.
 
@@ -81,6 +83,7 @@ def freeze_base(model: nn.Module, head: bool | nn.Module = True) -> nn.Module:
         >>> model.train().bn1.training
         False
     """
+    refuse(model, "freeze_base", traced=False)
     _paths(model, "freeze_base")
     names = _head_names(model, head)
     with all_or_nothing(model):
@@ -202,6 +205,11 @@ def _head_names(model: nn.Module, head: object) -> tuple[str, ...]:
         return ()
     if head is True:
         if not hasattr(model, "get_classifier"):
+            inside = injected_inside(model)
+            if inside is not None:
+                raise ConfigError(
+                    f"freeze_base({type(model).__name__}): its module {inside!r} is the injected model: "
+                    f"freeze_base(model.get_submodule({inside!r})), or give the head as in head=model.fc")
             raise ConfigError(
                 f"freeze_base({type(model).__name__}): this model has no get_classifier() that returns its head: give the "
                 "module itself, as in head=model.fc, or head=False to train the blocks alone")

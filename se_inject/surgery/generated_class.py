@@ -18,10 +18,13 @@ from .state import BASE
 ERROR_NAME = "_se_error"
 
 
-def guards_for(fixed: dict[str, Any], message: str) -> tuple[str, dict[str, Any]]:
+def guards_for(fixed: dict[str, Any], given: tuple[str, ...], message: str) -> tuple[str, dict[str, Any]]:
     """Code that raises where an argument differs from its fixed value, and the names that it needs.
 
-    `message` has a ``{name}``.
+    Args:
+        fixed: Values by argument.
+        given: Arguments that are tensors; None raises.
+        message: The error's; it has a ``{name}``.
     """
     # torch.jit.script takes a global for undefined where it is None
     plain = {name: repr(value) for name, value in fixed.items() if value is None or type(value) in (bool, int)}
@@ -29,9 +32,10 @@ def guards_for(fixed: dict[str, Any], message: str) -> tuple[str, dict[str, Any]
         ERROR_NAME: SEInjectError, **{f"_se_fixed_{name}": value for name, value in fixed.items() if name not in plain
         and not isinstance(value, Unpacked)}}
     tests = {
-        name: f"len({name}) != {len(value.items)}" if isinstance(value, Unpacked) else
+        name: f"{name} is None or len({name}) != {len(value.items)}" if isinstance(value, Unpacked) else
         f"{name} {'is not' if value is None or isinstance(value, bool) else '!='} {plain.get(name, f'_se_fixed_{name}')}"
         for name, value in fixed.items()}
+    tests |= {name: f"{name} is None" for name in given}
     return "".join(
         f"    if {test}:\n        raise {ERROR_NAME}({message.format(name=name)!r})\n" for name, test in tests.items()), names
 

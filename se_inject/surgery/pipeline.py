@@ -28,7 +28,7 @@ from .initializing import attach_initializer, detach_initializer
 from .jobs import Job, make_block_for, owner_jobs
 from .layer_decay import attach_matcher, detach_matcher
 from .load_hooks import register_hooks, remove_hooks
-from .refusals import no_sites, refuse, refuse_optimized
+from .refusals import no_sites, refuse
 from .session import copied, traced
 from .state import (
     BASE,
@@ -91,7 +91,7 @@ def plan(
     name = model if isinstance(model, str) else _model_name(model)
     if isinstance(model, str):
         model = skeleton(model)
-    return prepare(model, config, input_size, name, drawn=True).plan
+    return prepare(model, config, input_size, name, what="plan", drawn=True).plan
 
 
 def inject(
@@ -149,7 +149,7 @@ def apply(model: nn.Module, prepared: Prepared, *, verify: bool = False) -> nn.M
     """
     config = prepared.plan.config
     if not prepared.jobs:
-        raise no_sites(prepared.plan)
+        raise no_sites(model, prepared.plan)
     replaced = [key for s in prepared.plan.sites for key in s.replaces]
     if verify and replaced:
         raise ConfigError("verify=True with existing='replace': the outputs change with the attention that goes; leave out one")
@@ -204,6 +204,7 @@ def eject(model: nn.Module) -> nn.Module:
 
     Raises:
         ConfigError: It is no model.
+        TraceError: It is wrapped by DDP or sharded by FSDP, or a part of it is scripted.
         SEInjectError: It has no injected blocks, or was optimized for inference. Nothing is changed then.
 
     Example:
@@ -213,9 +214,7 @@ def eject(model: nn.Module) -> nn.Module:
         >>> list(se_inject.eject(se_inject.inject(model)).state_dict()) == keys
         True
     """
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"eject({model!r}) needs a model")
-    refuse_optimized(model, "eject")
+    refuse(model, "eject", traced=False)
     owners = edited_owners(model)
     other = [type(m).__name__ for m in owners if hasattr(m, BASE) and not has_generated_class(m)]
     if other:
@@ -246,10 +245,11 @@ def forget_injections(model: nn.Module) -> None:
 
 
 def prepare(
-    model: nn.Module, config: SEConfig, input_size: tuple[int, ...] | None, name: str, *, drawn: bool = False
-) -> Prepared:
-    """Find the sites and make everything that can fail, without changing the model."""
-    with recorded(model, config, input_size) as t:
+    model: nn.Module, config: SEConfig, input_size: tuple[int, ...] | None, name: str, *, what: str = "inject",
+    drawn: bool = False,
+) -> Prepared:  # fmt: skip
+    """Find the sites and make everything that can fail, without changing the model. `what` is the function, for errors."""
+    with recorded(model, config, input_size, what) as t:
         found, untraced = placed_sites(model, t, config, drawn=drawn)
         jobs = owner_jobs(found, t)
     params = sum(p.numel() for p in model.parameters())
@@ -258,9 +258,11 @@ def prepare(
 
 
 @contextlib.contextmanager
-def recorded(model: nn.Module, config: SEConfig, input_size: tuple[int, ...] | None = None) -> Iterator[TracedModel]:
+def recorded(
+    model: nn.Module, config: SEConfig, input_size: tuple[int, ...] | None = None, what: str = "inject"
+) -> Iterator[TracedModel]:
     """Check model and options, and run the model on the meta device. Inside, its modules can be traced."""
-    refuse(model, "inject")
+    refuse(model, what)
     with entered(torch.inference_mode(False)):  # a block is made to see whether it can be
         if (why := problem(config)) is not None:
             raise ConfigError(why)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 from collections import defaultdict
 
 import torch
@@ -15,18 +16,19 @@ from .state import injections_of, is_optimized
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 
 
-def refuse(model: object, what: str, *, optimized: bool = False, values: bool = False) -> None:
+def refuse(model: object, what: str, *, optimized: bool = False, traced: bool = True, values: bool = False) -> None:
     """Raise for a model that `what`, the name of a function, cannot work on.
 
     Args:
         model: What the function was given.
         what: The function's name, for the message.
         optimized: Whether a copy made by `optimize_for_inference` will do.
+        traced: Whether the function runs or traces the model; else a compiled model, a detector and lazy layers will do.
         values: Whether the weights must have values.
 
     Raises:
         ConfigError: It is no model.
-        TraceError: It is wrapped, sharded, compiled or scripted, or has layers without weights.
+        TraceError: It is wrapped, sharded, compiled or scripted, has layers without weights, or takes no tensor of images.
         SEInjectError: It is an optimized copy, or has no values.
     """
     if not isinstance(model, nn.Module):
@@ -34,23 +36,53 @@ def refuse(model: object, what: str, *, optimized: bool = False, values: bool = 
     if not optimized:
         refuse_optimized(model, what)
     for path, m in model.named_modules():
-        where, argument = ("the model", "model") if not path else (f"its module {path!r}", f"model.{path}")
-        kind = type(m).__name__
-        if kind in _WRAPPERS:
-            raise TraceError(f"{what}: {where} is wrapped by {kind}: {what}({argument}.module) first, then wrap it")
-        if kind.startswith("FSDP"):
-            raise TraceError(f"{what}: {where} is sharded by FSDP: {what} the model first, then call fully_shard")
-        if kind == "OptimizedModule" and m.__class__.__module__.startswith("torch._dynamo"):
-            raise TraceError(f"{what}: {where} is compiled: {what} the original module ({argument}._orig_mod), then compile it")
-        if isinstance(m, torch.jit.ScriptModule):
-            raise TraceError(f"{what}: {where} is a TorchScript module: {what} the original model, then script it")
-        tensors = (*m._parameters.values(), *m._buffers.values())
-        if any(t is not None and nn.parameter.is_lazy(t) for t in tensors):
-            raise TraceError(
-                f"{what}: {where} is a lazy layer without weights: run the model on one batch first (lazy layers then have "
-                f"their shapes), then {what} it")
+        why = _why_not(path, m, what) or (_why_not_traced(path, m, what) if traced else None)
+        if why is not None:
+            raise TraceError(f"{what}: {f'its module {path!r}' if path else 'the model'} {why}")
     if values and any(p.is_meta for p in model.parameters()):
         raise SEInjectError(f"{what}: the model has no values (meta device): load its weights first")
+
+
+def _at(path: str, inner: str = "") -> str:
+    """An expression for a module, or for one inside it, where the user's variable is `model`."""
+    if not path:
+        return f"model{inner}"
+    parts = path.split(".")
+    dotted = all(part.isidentifier() and not keyword.iskeyword(part) for part in parts)
+    return (f"model.{path}" if dotted else f"model.get_submodule({path!r})") + inner
+
+
+def _why_not(path: str, m: nn.Module, what: str) -> str | None:
+    """Why no function works on a model with this module, and what to do."""
+    kind = type(m).__name__
+    if kind in _WRAPPERS:
+        return f"is wrapped by {kind}: {what}({_at(path, '.module')}) first, then wrap it"
+    if kind.startswith("FSDP"):
+        return f"is sharded by FSDP: {what}(model) first, then call fully_shard"
+    if isinstance(m, torch.jit.ScriptModule):
+        if not path:
+            return f"is a TorchScript module: call {what} on the original model, then script it"
+        return f"is a TorchScript module: put the original module back there, then {what}(model), then script that module again"
+    return None
+
+
+def _why_not_traced(path: str, m: nn.Module, what: str) -> str | None:
+    """Why no function that traces works on a model with this module, and what to do."""
+    if type(m).__name__ == "OptimizedModule" and m.__class__.__module__.startswith("torch._dynamo"):
+        if not path:
+            return f"is compiled: {what}(model._orig_mod), the original module, then compile it"
+        return (f"is compiled: put its original module back, model.set_submodule({path!r}, {_at(path, '._orig_mod')}), then "
+                f"{what}(model), then compile that module again")
+    if any(c.__module__.startswith("torchvision.models.detection.") for c in type(m).__mro__) and (
+            backbone := m._modules.get("backbone")) is not None:
+        within = next((f".backbone.{name}" for name in ("body", "features") if name in backbone._modules), ".backbone")
+        return (f"is a detector of torchvision ({type(m).__name__}), which takes a list of images, and its boxes depend on "
+                f"their values: {what}({_at(path, within)}), its network on images")
+    tensors = (*m._parameters.values(), *m._buffers.values())
+    if any(t is not None and nn.parameter.is_lazy(t) for t in tensors):
+        return ("is a lazy layer without weights: run the model on one batch first (lazy layers then have their shapes), then "
+                f"{what}(model)")
+    return None
 
 
 def refuse_optimized(model: nn.Module, what: str) -> None:
@@ -66,24 +98,30 @@ def refuse_optimized(model: nn.Module, what: str) -> None:
 
 
 def refuse_plain(model: object, what: str) -> None:
-    """Raise for a model without injected blocks, too.
+    """Raise for a model without injected blocks or without values, too.
 
     Raises:
         SEInjectError: As `refuse`, or the model has no blocks.
     """
-    refuse(model, what)
+    refuse(model, what, values=True)
     assert isinstance(model, nn.Module)
     if injections_of(model):
         return
-    inside = next((path for path, m in model.named_modules() if injections_of(m)), None)
+    inside = injected_inside(model)
     if inside is not None:
         raise SEInjectError(
-            f"{what}({type(model).__name__}): the injected model is inside this one: {what}(model.get_submodule({inside!r}))")
+            f"{what}({type(model).__name__}): its module {inside!r} is the injected model: {what}({_at(inside)})")
     raise SEInjectError(f"{what}({type(model).__name__}): there are no injected blocks in this model; inject() it first")
 
 
-def no_sites(made: Plan) -> NoSitesError:
-    """The error for a plan in which no site gets a block; it gives the reasons."""
+def injected_inside(model: nn.Module) -> str | None:
+    """The path of the injected model that another one holds; None if it holds none, or is it itself."""
+    path = next((path for path, m in model.named_modules() if injections_of(m)), None)
+    return path or None
+
+
+def no_sites(model: nn.Module, made: Plan) -> NoSitesError:
+    """The error for the plan of a model in which no site gets a block; it gives the reasons."""
     if not made.all_sites:
         return NoSitesError(
             f"{made.model}: no site found at input size {made.input_size}: no residual, aggregation or convolution that a "
@@ -95,8 +133,10 @@ def no_sites(made: Plan) -> NoSitesError:
     reasons = "; ".join(f"{n} x {reason}" for reason, n in sorted(counts.items()))
     places = [s for s in made.all_sites if s.kind != "unknown" and s.reason not in (LINEAR, UNLEARNED)]
     if places and all(s.reason is not None and s.reason.startswith("already has") for s in places):
+        inside = injected_inside(model)
+        what = f"its module {inside!r} is an injected model: eject({_at(inside)}) first, or " if inside is not None else ""
         return NoSitesError(
-            f"{made.model}: all {len(places)} sites already have channel attention: "
+            f"{made.model}: all {len(places)} sites already have channel attention: {what}"
             'use existing="stack" or existing="replace"')
     chosen = any(s.reason == rejected(made.config, s) for s in made.all_sites)
     advice = ": widen the options that leave them out" if chosen else ""

@@ -95,7 +95,7 @@ def answer(name: str, placement: str = "auto", verify: str = "meta") -> Row:
         row = dataclasses.replace(
             row, params=plan.params, macs=plan.macs, sites=counts_text(plan.kinds()), skipped=_skipped(plan))
         if not prepared.jobs:
-            row = dataclasses.replace(row, status="refused", reason=str(no_sites(plan)).partition(": ")[2])
+            row = dataclasses.replace(row, status="refused", reason=str(no_sites(model, plan)).partition(": ")[2])
         else:
             _inject_and_compare(model, prepared, verify)
             row = dataclasses.replace(

@@ -14,7 +14,7 @@ from torch import nn
 from ..errors import ConfigError, WeightsError
 from ..surgery.parts import Parts, own_tensors
 from ..surgery.pipeline import eject
-from ..surgery.refusals import refuse_optimized
+from ..surgery.refusals import injected_inside, refuse_optimized
 from ..surgery.state import injections_of
 from ..timm_names import base_name
 from . import digest
@@ -69,7 +69,7 @@ def save(
     refuse_optimized(model, "save")
     injections = injections_of(model)
     if not injections:
-        inside = next((name for name, m in model.named_modules() if injections_of(m)), None)
+        inside = injected_inside(model)
         if inside is not None:
             raise WeightsError(
                 f"save({type(model).__name__}): its module {inside!r} is the injected model: "

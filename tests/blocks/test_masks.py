@@ -1,6 +1,7 @@
 """Padding: a token that a mask leaves out for all others changes none of them."""
 
 import copy
+import inspect
 
 import pytest
 import timm
@@ -8,8 +9,9 @@ import torch
 from torch import nn
 
 import se_inject
-from se_inject.blocks.masks import call_masked
+from se_inject.blocks.masks import MASKS, unpadded
 from se_inject.errors import SEInjectError
+from se_inject.surgery.edits import call_with_masks
 from tests.support.toys import needs
 
 from ..support.versions import needs_masks
@@ -58,7 +60,7 @@ REAL = torch.arange(9) < torch.tensor([[9], [6], [1]])
 def test_padding_changes_no_other_token_and_stays(kind, name):
     gate, x = block(kind), torch.randn(3, 9, 16)
     for mask in masks(REAL)[name]:
-        y = call_masked(gate, x, **{name: mask})
+        y = call_with_masks(gate, x, **{name: mask})
         for image, length in enumerate((9, 6, 1)):
             alone = gate(x[image:image + 1, :length])
             assert torch.allclose(y[image:image + 1, :length], alone, atol=1e-6), mask.shape
@@ -70,11 +72,11 @@ def test_masks_that_hide_no_token_change_nothing():
     """A causal mask, and a shift of windows: each token is seen by another."""
     gate, x = block(), torch.randn(2, 6, 16)
     causal = torch.ones(6, 6, dtype=torch.bool).tril()
-    assert torch.equal(call_masked(gate, x, attn_mask=causal), gate(x))
+    assert torch.equal(call_with_masks(gate, x, attn_mask=causal), gate(x))
     windows = torch.zeros(2, 6, 6).masked_fill(torch.block_diag(torch.ones(3, 3), torch.ones(3, 3)) == 0, -100.0)
-    assert torch.equal(call_masked(gate, x, attn_mask=windows, key_padding_mask=None), gate(x))
+    assert torch.equal(call_with_masks(gate, x, attn_mask=windows, key_padding_mask=None), gate(x))
     maps = torch.randn(2, 4, 4, 16)
-    assert torch.equal(call_masked(nn.Identity(), maps, attn_mask=causal), maps)
+    assert torch.equal(call_with_masks(nn.Identity(), maps, attn_mask=causal), maps)
 
 
 @pytest.mark.parametrize(("given", "text"), [
@@ -84,14 +86,14 @@ def test_masks_that_hide_no_token_change_nothing():
 ])  # fmt: skip
 def test_a_mask_of_unknown_form_is_an_error(given, text):
     with pytest.raises(SEInjectError) as error:
-        call_masked(block(), torch.randn(2, 6, 16), **given)
+        call_with_masks(block(), torch.randn(2, 6, 16), **given)
     assert text in str(error.value) and "give (N, 1, 1, L)" in str(error.value)
 
 
 @pytest.mark.parametrize("kind", ["gc", "gca"])
 def test_a_block_that_weighs_positions_takes_no_padding(kind):
     with pytest.raises(SEInjectError, match="inject another block"):
-        call_masked(block(kind), torch.randn(3, 9, 16), attn_mask=REAL[:, None, None])
+        call_with_masks(block(kind), torch.randn(3, 9, 16), attn_mask=REAL[:, None, None])
 
 
 @torch.no_grad()
@@ -165,3 +167,26 @@ def test_a_trace_by_fx_holds_for_calls_with_and_without_masks():
     for traced in (torch.fx.symbolic_trace(layer), copy.deepcopy(torch.fx.symbolic_trace(layer))):
         for mask in (None, REAL[:2, None, None]):
             assert torch.equal(traced(x, mask, False), layer(x, mask, False))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated:FutureWarning", "ignore:.*TorchScript type system")
+@torch.no_grad()
+def test_a_trace_by_fx_is_scripted_for_calls_without_masks():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Sequential(nn.Linear(16, 16), nn.GELU())
+
+        def forward(self, x, attn_mask: torch.Tensor | None = None):
+            return x + self.fc(x)
+
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 16, 1), nn.Flatten(2), Transposed()), Layer())
+    layer = se_inject.inject(model, input_size=(3, 4, 4), init="timm")[1]
+    scripted, x = torch.jit.script(torch.fx.symbolic_trace(layer)), torch.randn(2, 9, 16)
+    assert torch.equal(scripted(x), layer(x))
+    with pytest.raises(torch.jit.Error, match="leaves out no padding"):
+        scripted(x, REAL[:2, None, None])
+
+
+def test_every_mask_is_an_argument():
+    assert list(inspect.signature(unpadded).parameters)[2:] == list(MASKS)

@@ -256,7 +256,7 @@ def injected():
 @pytest.mark.parametrize("make, message", [
     (lambda: "resnet18", "needs a model"),
     (lambda: timm.create_model("test_resnet"), "no injected blocks"),
-    (lambda: nn.Sequential(injected()), r"the injected model is inside this one: \w+\(model.get_submodule\('0'\)\)"),
+    (lambda: nn.Sequential(injected()), r"its module '0' is the injected model: \w+\(model.get_submodule\('0'\)\)"),
     (lambda: nn.DataParallel(injected()), "wrapped by DataParallel"),
     (lambda: torch.compile(injected()), "is compiled"),
     (lambda: se_inject.optimize_for_inference(injected()), "optimized for inference"),

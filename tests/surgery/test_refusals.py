@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
+
 import pytest
 import timm
 import torch
 from torch import nn
 
 import se_inject
-from se_inject.errors import ConfigError, SEInjectError
+from se_inject.errors import ConfigError, SEInjectError, TraceError
 
 
 @pytest.mark.parametrize("size", ["x", (3, 64), 224])
@@ -31,3 +34,104 @@ def test_errors_are_never_empty():
     with pytest.raises(ValueError, match="needs a message"):
         SEInjectError("")
     assert issubclass(se_inject.NoSitesError, ValueError) and issubclass(se_inject.NoSitesError, SEInjectError)
+
+
+class Holder(nn.Module):
+    """A model that holds another."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def with_child(child):
+    model = se_inject.inject(timm.create_model("test_resnet")).eval()
+    model.layer2 = child(model.layer2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def torchscript():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return with_child(torch.jit.script)
+
+
+def export(model):
+    from se_inject.inference.export import export
+
+    export(model, "never_written.pt2")
+
+
+TRACED = [se_inject.plan, se_inject.inject, se_inject.optimize_for_inference, export, se_inject.to_native,
+          functools.partial(se_inject.fold, loader=[])]
+FUNCTIONS = [*TRACED, se_inject.eject, se_inject.freeze_base]
+
+
+def name_of(function):
+    return getattr(function, "func", function).__name__
+
+
+@pytest.mark.parametrize("function", TRACED, ids=name_of)
+def test_a_compiled_module_is_named_by_its_path(function):
+    what = name_of(function)
+    with pytest.raises(TraceError) as error:
+        function(with_child(torch.compile))
+    assert str(error.value).startswith(f"{what}: its module 'layer2' is compiled")
+    assert f"model.set_submodule('layer2', model.layer2._orig_mod), then {what}(model)" in str(error.value)
+
+
+def test_the_advice_for_a_compiled_module_works():
+    model = with_child(torch.compile)
+    model.set_submodule("layer2", model.layer2._orig_mod)
+    assert len(se_inject.plan(model).skipped) == 4
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=name_of)
+def test_a_scripted_module_is_named_by_its_path(function, torchscript):
+    keys = list(torchscript.state_dict())
+    with pytest.raises(TraceError, match=rf"^{name_of(function)}: its module 'layer2' is a TorchScript module: put the orig"):
+        function(torchscript)
+    assert list(torchscript.state_dict()) == keys
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=name_of)
+def test_a_wrapped_model_is_refused_by_every_function(function):
+    what = name_of(function)
+    with pytest.raises(TraceError, match=rf"^{what}: the model is wrapped by DataParallel: {what}\(model\.module\) first"):
+        function(nn.DataParallel(se_inject.inject(timm.create_model("test_resnet"))))
+
+
+def test_a_model_that_holds_an_injected_one_is_refused_with_its_path_or_works(tmp_path):
+    model = Holder(Holder(se_inject.inject(timm.create_model("test_resnet")))).eval()
+    model.net.net.pretrained_cfg["input_size"] = (3, 160, 160)
+    path = r"its module 'net\.net' is (the|an) injected model"
+    for function in (se_inject.to_native, functools.partial(se_inject.fold, loader=[]), se_inject.inject,
+                     se_inject.freeze_base, functools.partial(se_inject.save, path=tmp_path / "x.safetensors")):
+        with pytest.raises(SEInjectError, match=path):
+            function(model)
+    assert not list(tmp_path.iterdir())
+    assert len(se_inject.plan(model).skipped) == 4 and len(se_inject.se_parameters(model)) == 16
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.allclose(se_inject.optimize_for_inference(model)(x), model(x), atol=1e-5)
+    assert not se_inject.block_paths(se_inject.eject(model))
+
+
+@pytest.mark.parametrize(("make", "within"), [
+    ("fasterrcnn_mobilenet_v3_large_320_fpn", "backbone.body"), ("fcos_resnet50_fpn", "backbone.body"),
+    ("ssdlite320_mobilenet_v3_large", "backbone.features"),
+])  # fmt: skip
+def test_a_detector_is_pointed_at_its_network_on_images(make, within):
+    detection = pytest.importorskip("torchvision.models.detection")
+    with torch.device("meta"):
+        detector = getattr(detection, make)(weights=None, weights_backbone=None)
+    with pytest.raises(TraceError, match=rf"^inject: its module 'net' is a detector .*: inject\(model\.net\.{within}\)"):
+        se_inject.inject(Holder(detector))
+    for function in (se_inject.plan, export, se_inject.optimize_for_inference):
+        with pytest.raises(TraceError, match=rf"{name_of(function)}\(model\.{within}\)"):
+            function(detector)
+    se_inject.inject(detector.get_submodule(within), existing="stack")
+    assert len(se_inject.se_parameters(detector))
