@@ -15,7 +15,7 @@ from se_inject.capture.inputs import smallest_input
 from se_inject.surgery.state import block_paths, injections_of
 
 from ..support.checks import randomise, total
-from ..support.versions import needs_coordinate_attention, needs_intermediates, needs_model_args
+from ..support.versions import needs_coordinate_attention, needs_intermediates, needs_local_dir, needs_model_args
 
 # name, its blocks that cannot be folded
 FAMILIES = [
@@ -169,6 +169,7 @@ def test_folded_blocks_do_not_come_back_from_another_injection(tmp_path):
         assert torch.equal(other(images()), model(images()))
 
 
+@needs_local_dir
 def test_timm_saves_the_model_as_it_is_now(tmp_path):
     """timm reads the folder that it writes, for partly folded, folded and ejected models."""
     model = lived_in(randomise(timm.create_model("se_inject/resnet18", num_classes=3, se_stages=(3, 4)))).eval()
