@@ -50,6 +50,7 @@ class QuickTracer(fx.Tracer):
         self.refused: str | None = None
         self.reading = False
         self.sets_attributes = False
+        self.tensors: set[fx.Node] = set()  # arguments that are tensors
 
     def refusal(self, reason: str) -> TypeError:
         """The error to raise where a trace would be wrong; `refused` keeps the reason, as traced code may catch the error."""
@@ -127,6 +128,18 @@ class _Quick:
         length = lengths[bisect.bisect_left(offsets, caller.f_lasti)]
         items: Iterator[Any] = self.tracer.iter(self) if length is None else (self[i] for i in range(length))
         return items
+
+    @property  # type: ignore[misc]
+    def __class__(self: Any) -> Any:
+        """What `isinstance` asks for: in the author's code, the class of the traced value, and not of the proxy."""
+        frame = sys._getframe(1)
+        while frame.f_back is not None and frame.f_globals.get("__name__") in ("abc", "torch"):  # of `torch.is_tensor`
+            frame = frame.f_back
+        if _is_ours(frame):
+            return type(self)
+        if self.node in self.tracer.tensors:
+            return torch.Tensor
+        raise self.tracer.refusal("it asks for the class of a value that it has computed")
 
     def __getattr__(self: Any, k: str) -> Any:
         return _Attribute(self, k)

@@ -46,6 +46,8 @@ def _plain(value: Any) -> Any:
         return value.shape, value.dtype
     if isinstance(value, (list, tuple)):
         return tuple(map(_plain, value))
+    if isinstance(value, (bool, float)) or (type(value) is int and value == -1):
+        return repr(value)  # Python gives -1 the hash of -2, and True and 1.0 that of 1
     return value if isinstance(value, Hashable) else repr(value)
 
 
