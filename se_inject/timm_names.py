@@ -42,6 +42,14 @@ def rename(model: nn.Module, injected: bool) -> None:
         model.__dict__.update({key: new for key in ("pretrained_cfg", "default_cfg") if key in model.__dict__})
 
 
+def remember_args(model: nn.Module, args: dict[str, Any]) -> nn.Module:
+    """Keep the arguments of `timm.create_model` with its model, and return the model. Newer timm keeps the same itself."""
+    if not hasattr(model, "_model_args"):
+        loading = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "device", "dtype")
+        model.__dict__["_model_args"] = {k: v for k, v in args.items() if k not in loading}
+    return model
+
+
 def model_args(model: nn.Module) -> dict[str, Any]:
     """The arguments of `timm.create_model` that create the base of `model` as it is now, a reset head included."""
     try:

@@ -16,7 +16,8 @@ from typing import Any
 
 from .config import SEConfig
 from .errors import SEInjectError, TraceError
-from .timm_names import ALIAS, PREFIX, base_name, door_options, model_args, rename, split_options
+from .private import deprecated_names, entrypoints, feature_getter, missing_in_timm, register_twin, replace_in_timm
+from .timm_names import ALIAS, PREFIX, base_name, door_options, model_args, remember_args, rename, split_options
 from .undo import entered, import_lock, undone
 
 _MODULE = "se_inject"
@@ -46,14 +47,14 @@ class TwinEntrypoints(dict[str, Callable[..., Any]]):
     slash can be used, but is not listed.
     """
 
-    def __init__(self, registry: Any, entrypoints: dict[str, Callable[..., Any]]) -> None:
-        super().__init__(entrypoints)
-        self._registry = registry
+    def __init__(self, table: dict[str, Callable[..., Any]]) -> None:
+        super().__init__(table)
+        self._deprecated = deprecated_names()
         self._lock = threading.RLock()
-        self._waiting = [n for n in entrypoints if n not in registry._deprecated_models]
+        self._waiting = [n for n in table if n not in self._deprecated]
         for name in self._waiting:
             for twin in (PREFIX + name, ALIAS + name):
-                if twin in entrypoints:
+                if twin in table:
                     raise SEInjectError(
                         f"timm already has a model named {twin!r}, and se_inject needs this name for the twin of {name!r}: "
                         "register that model under another name")
@@ -100,28 +101,10 @@ class TwinEntrypoints(dict[str, Callable[..., Any]]):
         with entered(self._lock):
             while self._waiting:
                 name = self._waiting[-1]
-                if name not in self._registry._deprecated_models:
+                if name not in self._deprecated:
                     super().__setitem__(PREFIX + name, _twin_entrypoint(name))
-                    _copy_tags(self._registry, name)
+                    register_twin(name, PREFIX, _MODULE)
                 self._waiting.remove(name)
-
-
-def _copy_tags(registry: Any, name: str) -> None:
-    """Give a twin the pretrained tags of its base; the weights are those of the base."""
-    twin = PREFIX + name
-    registry._model_to_module[twin] = _MODULE
-    registry._module_to_models[_MODULE].add(twin)
-    if name in registry._model_default_cfgs:
-        registry._model_default_cfgs[twin] = registry._model_default_cfgs[name]
-    tags = registry._model_with_tags.get(name)
-    if tags is not None:
-        registry._model_with_tags[twin] = [PREFIX + tag for tag in tags]
-    for tagged in {name, *(tags or ())}:
-        cfg = registry._model_pretrained_cfgs.get(tagged)
-        if cfg is not None:
-            registry._model_pretrained_cfgs[PREFIX + tagged] = dataclasses.replace(cfg, architecture=twin)
-        if tagged in registry._model_has_pretrained:
-            registry._model_has_pretrained.add(PREFIX + tagged)
 
 
 def _twin_entrypoint(name: str) -> Callable[..., Any]:
@@ -138,27 +121,21 @@ def create(name: str, pretrained: bool = False, **kwargs: Any) -> Any:
     Pretrained weights are those of the base, for the tag. They are loaded after the injection, so that a file with blocks
     loads through the same code.
     """
-    import timm.models._registry as registry
-    from timm.models._features import FeatureGetterNet
-
     configs, rest = split_options(kwargs)
     pending = _Pending(configs)
     outer = _pending.get()
     with undone(lambda: _pending.set(outer)):
         _pending.set(pending)
-        model = registry._model_entrypoints[name](pretrained=pretrained, **rest)
+        model = entrypoints()[name](pretrained=pretrained, **rest)
     if not pending.done:
         try:
             pending.inject(model)
         except TraceError:  # the feature getter may need values in its forward, while the model inside it does not
-            if not isinstance(model, FeatureGetterNet):
+            if not isinstance(model, feature_getter()):
                 raise
             pending.inject(model.model)
     rename(model, injected=True)  # here, because `inject` may have seen the model inside a feature wrapper
-    if not hasattr(model, "_model_args"):  # older timm sets none; newer timm sets the same
-        loading = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "device", "dtype")
-        model._model_args = {k: v for k, v in kwargs.items() if k not in loading}
-    return model
+    return remember_args(model, kwargs)
 
 
 def _inject_before(load_pretrained: Callable[..., Any]) -> Callable[..., Any]:
@@ -215,6 +192,10 @@ def _parse_prefix(parse_model_name: Callable[[str], Any]) -> Callable[[str], Any
     return wrapper
 
 
+_WRAPPERS: dict[str, Callable[[Any], Any]] = {
+    "parse_model_name": _parse_prefix, "load_pretrained": _inject_before, "save_config_for_hf": _describe_twins}
+
+
 def register() -> None:
     """Add the twins to timm. A second call changes nothing.
 
@@ -222,18 +203,12 @@ def register() -> None:
         SEInjectError: timm has a model with the name of a twin, or does not have a function that is wrapped here. timm is
             then unchanged.
     """
-    from timm.models import _builder, _factory, _hub, _registry
-
-    if isinstance(_registry._model_entrypoints, TwinEntrypoints):
+    table = entrypoints()
+    if isinstance(table, TwinEntrypoints):
         return
-    wrapped = ((_factory, "parse_model_name"), (_builder, "load_pretrained"), (_hub, "save_config_for_hf"))
-    gone = [name for module, name in wrapped if not hasattr(module, name)]
+    gone = missing_in_timm(_WRAPPERS)
     if gone:
         raise SEInjectError(
             f"this timm has no {gone[0]} for se_inject to wrap, and would build or save plain models "
             "for 'se_inject/...' names: use timm 1.0.15 to 1.0.31, or se_inject.inject(model)")
-    entrypoints: Any = TwinEntrypoints(_registry, _registry._model_entrypoints)
-    wrappers: Any = _parse_prefix(_factory.parse_model_name), _inject_before(_builder.load_pretrained), _describe_twins(
-        _hub.save_config_for_hf)
-    (_factory.parse_model_name, _builder.load_pretrained, _hub.save_config_for_hf), _registry._model_entrypoints = (
-        wrappers, entrypoints)
+    replace_in_timm(TwinEntrypoints(table), _WRAPPERS)

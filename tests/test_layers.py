@@ -44,6 +44,22 @@ def test_no_private_name_of_another_file_is_imported():
     assert not private, private
 
 
+def private_names(path: Path) -> list[str]:
+    """The names with an underscore that a file imports from torch, timm or safetensors, or reads from the module."""
+    public = ("torch.utils._pytree", "torch.utils._python_dispatch")  # see private.py
+    imports = [f"{module}.{name}".rstrip(".") for module, name in imported(path)]
+    reads = [ast.unparse(node) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)]
+    return [n for n in (*imports, *reads) if n.split(".")[0] in ("torch", "nn", "fx", "timm", "safetensors")
+            and n.replace(".", "").isidentifier() and not n.startswith(public)
+            and any(p.startswith("_") and not p.startswith("__") for p in n.split("."))]
+
+
+def test_private_names_of_torch_and_timm_are_in_one_file():
+    found = {path.relative_to(PACKAGE).as_posix(): private_names(path) for path in PACKAGE.rglob("*.py")}
+    assert found.pop("private.py")
+    assert not any(found.values()), {file: names for file, names in found.items() if names}
+
+
 def test_at_most_15_files_stand_on_each_other():
     graph = grimp.build_graph("se_inject")
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.autograd import Function, forward_ad
 
+from ..private import is_legacy_batched, saved_by_batch_norm, transforms_are_active
+
 # On smaller maps, the calls cost as much as the saved passes. No other devices were measured.
 MIN_NUMEL = 1 << 18
 DEVICES = ("cpu",)
@@ -42,17 +44,9 @@ def scale(x: torch.Tensor, gate: torch.Tensor, dims: list[int]) -> torch.Tensor:
 
 
 def _norm_of(x: torch.Tensor) -> tuple[Any, ...] | None:
-    """What autograd saves for the batch norm in train mode whose output is `x`: input, weight, bias, mean, 1/deviation, eps.
-
-    None if `x` has another source, or if hooks have changed what autograd saves.
-    """
-    fn: Any = x.grad_fn
-    if type(fn).__name__ != "NativeBatchNormBackward0" or x._version or not fn._saved_training or (
-            torch._C._autograd._top_saved_tensors_default_hooks(True) is not None):
-        return None
-    bias = getattr(fn.next_functions[2][0], "variable", None)  # None unless it is a leaf
-    norm = (fn._saved_input, fn._saved_weight, bias, fn._saved_result1, fn._saved_result2)
-    return (*norm, fn._saved_eps) if all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in norm) else None
+    """From what the output `x` of a batch norm is computed again; None where it is not, or has been written to since."""
+    norm = None if x._version else saved_by_batch_norm(x)
+    return norm if norm and all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in norm[:-1]) else None
 
 
 def _trains_eagerly(x: Any, gate: Any) -> bool:
@@ -61,14 +55,9 @@ def _trains_eagerly(x: Any, gate: Any) -> bool:
         not torch.compiler.is_compiling() and type(x) is torch.Tensor and type(gate) is torch.Tensor
         and torch.is_grad_enabled() and x.requires_grad
         and x.device.type in DEVICES and x.numel() >= MIN_NUMEL and x.is_floating_point()
-        and not torch.jit.is_tracing() and not _transformed()
+        and not torch.jit.is_tracing() and not transforms_are_active()
         and forward_ad.unpack_dual(x).tangent is None and forward_ad.unpack_dual(gate).tangent is None
     )  # fmt: skip
-
-
-def _transformed() -> bool:
-    """Whether vmap, jvp or another transform of `torch.func` is active."""
-    return bool(torch._C._are_functorch_transforms_active())
 
 
 class _Squeeze(Function):
@@ -143,4 +132,4 @@ def _gradients(
 
 def _is_batched(grad: torch.Tensor) -> bool:
     """Whether `grad` is a batch of gradients, for which operators have no ``out=``."""
-    return _transformed() or torch._C._functorch.is_legacy_batchedtensor(grad)
+    return transforms_are_active() or is_legacy_batched(grad)

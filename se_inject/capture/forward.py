@@ -9,11 +9,13 @@ import dataclasses
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Hashable, Iterator
+import types
+from collections.abc import Callable, Collection, Hashable, Iterator
 from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils._pytree import tree_map
 
 from ..errors import Refusal
@@ -22,10 +24,10 @@ from .arguments import STARS, Unpacked, bound, signature_of
 from .calls import Call, alike, leaves
 from .graphs import compute, evaluate, subgraph
 from .meta_ops import MetaOps, storage
-from .side_effects import Draws, may_draw, modes, other_modes, packing, random_state, state_of
+from .side_effects import Draws, asks_by_identity, may_draw, modes, other_modes, random_state, state_of
 from .snapshot import kept_globals, restored
 from .tracer import IN_PLACE, READ_AGAIN, QuickTracer
-from .trail import called, first_difference, related
+from .trail import called, first_difference, is_trusted, related, returned
 
 _T = TypeVar("_T")
 
@@ -36,24 +38,21 @@ class _OwnTracer(QuickTracer):
     Where the forward branches on a value, `decide` gives the outcome.
     """
 
-    def __init__(self, constants: dict[str, Any], decide: Callable[[fx.Node], bool] | None, reading: bool) -> None:
+    def __init__(
+        self, constants: dict[str, Any], decide: Callable[[fx.Node], bool] | None, reading: bool, unknown: Collection[str]
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.unknown = unknown
         self.proxy_buffer_attributes = self.reading = reading
         self.constants = constants
         self.decide = decide
         self.decided: dict[Hashable, bool] = {}
         self.modes = modes()
-        self.packing = packing()
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if modes() != self.modes:
             raise Refusal("it changes the grad or autocast mode, which a trace does not hold")
-        node = super().create_node(*args, **kwargs)
-        if packing() is not self.packing:
-            raise Refusal(
-                "it checkpoints a part of itself, or changes what autograd saves, which a trace does not hold: turn its "
-                "gradient checkpointing off")
-        return node
+        return super().create_node(*args, **kwargs)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         if self.decide is None:
@@ -87,6 +86,8 @@ class _OwnTracer(QuickTracer):
         for name, parameter in list(signature.parameters.items())[1:]:
             star = STARS.get(parameter.kind, "")
             value: Any = self._proxy_placeholder(star + name, None, signature, written)
+            if not star and name not in self.constants and name not in self.unknown:
+                self.tensors.add(value.node)
             if name in self.constants:
                 constant = self.constants[name]
                 value = constant.of(value) if isinstance(constant, Unpacked) else constant
@@ -121,7 +122,8 @@ ATTEMPTS = 4  # traces of a forward while another thread draws random numbers
 
 
 def trace_forward(
-    module: nn.Module, constants: dict[str, Any], decide: Callable[[fx.Node], bool] | None = None, reading: bool = False
+    module: nn.Module, constants: dict[str, Any], decide: Callable[[fx.Node], bool] | None = None, reading: bool = False,
+    unknown: Collection[str] = (),
 ) -> fx.Graph:
     """Trace `module`'s own forward with its children as leaves. `module` is not changed.
 
@@ -131,6 +133,7 @@ def trace_forward(
         decide: Called with the node of a condition, where the forward branches on a value.
         reading: Whether the trace is only read, and no code is made of it: the forward may then set attributes, and
             operators on buffers are traced.
+        unknown: Names of arguments that may be something else than a tensor.
 
     Raises:
         Refusal: The forward does something that fx cannot follow.
@@ -143,13 +146,17 @@ def trace_forward(
     name = cls.__name__
     if "forward" in module.__dict__:
         raise Refusal(f"{name} has a forward of its own instance (as hooks of accelerate set), which is not its class's")
+    if not reading and (question := asks_by_identity(cls)) is not None:
+        raise Refusal(f"{name}.forward cannot be traced: it asks with `{question}`, which a trace answers otherwise")
+    if any(isinstance(value, types.GeneratorType) for value in module.__dict__.values()):
+        raise Refusal(f"{name} holds a generator, which a trace would consume")
     attempts = ATTEMPTS if may_draw(cls) else 1
     for attempt in range(attempts):
         state = random_state() if attempts > 1 else None
         draws = Draws()
         with restored([module]) as changed, kept_globals([cls]) as globals_changed, other_modes(), entered(draws):
             before = state_of(module)
-            tracer = _OwnTracer(constants, decide, reading)
+            tracer = _OwnTracer(constants, decide, reading, unknown)
             try:
                 graph = tracer.trace(module)
             except MemoryError:
@@ -228,7 +235,8 @@ def own_forward(call: Call, marker: str | None = None, reading: bool = False) ->
         if marker is not None:  # past a __setattr__, ours or the author's
             call.module.__dict__["_modules"] = {**call.module._modules, marker: Marker()}
             call.module.__dict__.pop(marker, None)
-        graph = trace_forward(call.module, constants, decide, reading)
+        unknown = [name for name, value in values.items() if not isinstance(value, torch.Tensor)]
+        graph = trace_forward(call.module, constants, decide, reading, unknown)
     env: dict[fx.Node, Any] = {}
     calls: dict[fx.Node, Call] = {}
     children = iter(call.children)
@@ -249,6 +257,11 @@ def own_forward(call: Call, marker: str | None = None, reading: bool = False) ->
                 ops.trail[ran:] = [called(leaves(args, kwargs), leaves((value,), {}))]  # for ours, and not of the forward
             elif node.op == "output":
                 value = args[0]
+                ops.trail.append(returned(leaves((value,), {})))
+                if not reading and _form(value) != _form(call.output):
+                    raise Refusal(
+                        f"{type(call.module).__name__}.forward returns a {type(call.output).__name__}, which a trace does not "
+                        "make")
             else:
                 try:
                     list_or_number = node.target in IN_PLACE and not isinstance(args[0], torch.Tensor)
@@ -265,6 +278,17 @@ def own_forward(call: Call, marker: str | None = None, reading: bool = False) ->
     if marker is None:  # a filled slot may bring a factor
         _check_operators(call, trail)
     return Forward(graph, constants, marker, tuple(decisions), trail), calls
+
+
+def _form(value: Any) -> Any:
+    """The classes of the containers in what a forward returns; a trace has its own for lists and dicts."""
+    found: Any = type(value)
+    cls = list if found is immutable_list else dict if found is immutable_dict else found
+    if isinstance(value, dict):
+        return cls, tuple((key, _form(v)) for key, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return cls, tuple(map(_form, value))
+    return torch.Tensor if isinstance(value, torch.Tensor) else cls
 
 
 def _in_memory_of(call: Call, args: Any, kwargs: Any) -> tuple[Any, frozenset[int]]:
@@ -299,6 +323,8 @@ def _check_operators(call: Call, trail: tuple[tuple[int, ...], ...]) -> None:
     Raises:
         Refusal: It runs others.
     """
+    if is_trusted(call.module):
+        return
     found = first_difference(related(call.own_trail, leaves(call.args, call.kwargs), call.module), trail)
     if found is not None:
         raise Refusal(

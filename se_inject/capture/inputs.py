@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ..errors import ConfigError, TraceError
 from ..undo import entered
@@ -102,16 +104,25 @@ def dtype_of(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
 
+class _LinspaceOnCpu(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return func(*args, **({"device": "cpu", **kwargs} if func is torch.linspace else kwargs))
+
+
 def without_values(make: Callable[[], nn.Module]) -> nn.Module:
     """A new model on the meta device; on the CPU where its constructor asks for the values of tensors.
 
-    Older timm does, for its drop path rates, and torchvision's RegNet for its widths.
+    Older timm does, for its drop path rates, which `torch.linspace` makes: these have values in a second attempt.
+    torchvision's RegNet does, for its widths.
     """
-    try:
-        with entered(torch.device("meta"), MetaOps()):
-            return make()
-    except (NotImplementedError, RuntimeError):
-        return make()
+    for modes in ((), (_LinspaceOnCpu(),)):
+        try:
+            with entered(torch.device("meta"), MetaOps(), *modes):
+                return make()
+        except (NotImplementedError, RuntimeError):
+            continue
+    return make()
 
 
 def smallest_input(model: nn.Module) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from .channels import follow
-from .trail import Step, begin, end
+from .trail import UNKNOWN, Step, begin, end
 
 _aten = torch.ops.aten
 _LIKE_FIRST = {
@@ -48,6 +48,7 @@ class MetaOps(TorchDispatchMode):
         macs: Multiply-adds so far.
         written: The storages of the tensors that were written into, in order.
         trail: The operators that ran, in order.
+        detailed: Whether the trail says which operators, and on what.
         fast: The switch of the fast paths; tests turn it off to compare.
     """
 
@@ -57,6 +58,7 @@ class MetaOps(TorchDispatchMode):
         super().__init__()
         self.macs = 0
         self.trail: list[Step] = []
+        self.detailed = True
         self.written: list[torch.UntypedStorage] = []  # held, so that no other gets its address
         self.factories = factories
 
@@ -67,7 +69,7 @@ class MetaOps(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         op = _about(func)
-        begun = begin(func, args, kwargs)
+        begun = begin(func, args, kwargs) if self.detailed else None
         for i in op.writes:
             if i < len(args) and isinstance(args[i], torch.Tensor):
                 self.written.append(args[i].untyped_storage())
@@ -87,7 +89,7 @@ class MetaOps(TorchDispatchMode):
         if op.formula is not None:
             self.macs += _flops(op.formula, args, kwargs, out) // 2
         follow(op.packet, args, out)
-        self.trail.append(end(begun, out))
+        self.trail.append(UNKNOWN if begun is None else end(begun, out))
         return out
 
 

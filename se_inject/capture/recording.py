@@ -20,7 +20,7 @@ from ..undo import entered, surgery_lock, undone
 from .calls import Call, alike, leaves
 from .meta_ops import MetaOps, storage
 from .snapshot import kept_globals, restored
-from .trail import Step, called
+from .trail import Step, called, is_trusted, numbered, returned
 
 
 def _as_given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -95,6 +95,7 @@ def record(model: nn.Module, inputs: torch.Tensor) -> tuple[Call, int]:
         take_own()
         stack.append(call)
         own.append(([], []))
+        ops.detailed = not is_trusted(module)
         written.append(len(ops.written))
 
     def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -108,12 +109,14 @@ def record(model: nn.Module, inputs: torch.Tensor) -> tuple[Call, int]:
             call.writes = frozenset(s._cdata for s in since) & given
         take_own()
         writes, trail = own.pop()
-        call.own_writes, call.own_trail = tuple(writes), trail
+        ops.detailed = not stack or not is_trusted(stack[-1].module)
+        call.own_writes, call.own_trail = tuple(writes), [*trail, returned(leaves((output,), {}))]
         if own:
             own[-1][1].append(called(leaves(call.args, call.kwargs), leaves((output,), {})))
         call.changes_list = call.args is not args and not alike((args, kwargs), (call.args, call.kwargs))
         count += 1
 
+    numbered([inputs])
     with entered(surgery_lock):
         original, thread = nn.Module.__call__, threading.get_ident()
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dis
 import functools
 import inspect
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,12 +22,6 @@ from ..undo import entered, undone
 def modes() -> tuple[object, ...]:
     return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *(
         (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")))
-
-
-def packing() -> Callable[..., object] | None:
-    """The function that autograd calls on each tensor that it saves; None is the default."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return None if hooks is None else hooks[0]
 
 
 @contextlib.contextmanager
@@ -67,6 +62,26 @@ def may_draw(cls: Any) -> bool:
     return any(
         v is random or getattr(v, "__name__", "") == "numpy" or getattr(v, "__module__", "") in ("random", "numpy.random")
         for v in list(namespace.values()))
+
+
+@functools.lru_cache(maxsize=4096)
+def asks_by_identity(cls: Any) -> str | None:
+    """What a forward, or a method that it calls, asks of its values that a proxy answers otherwise; None where it does not."""
+    todo, seen = ["forward"], {"forward"}
+    while todo:
+        function = inspect.unwrap(getattr(cls, todo.pop(), None) or (lambda: None))
+        code = getattr(function, "__code__", None)
+        before = None
+        for step in dis.get_instructions(code) if code is not None else ():
+            if step.opname == "LOAD_GLOBAL" and step.argval in ("type", "callable"):
+                return str(step.argval)
+            if step.opname == "IS_OP" and not (before is not None and before.opname == "LOAD_CONST" and before.argval is None):
+                return "is"
+            before = step
+        new = {n for n in code.co_names if n not in seen and not hasattr(nn.Module, n)} if code is not None else set()
+        seen |= new
+        todo += [n for n in new if callable(getattr(cls, n, None))]
+    return None
 
 
 class Draws(TorchDispatchMode):

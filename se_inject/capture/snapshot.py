@@ -99,27 +99,45 @@ def kept_globals(classes: Iterable[Any]) -> Iterator[Callable[[], bool]]:
 
     Inside, the function that it yields tells whether one of them has changed.
     """
-    named = [pair for cls in classes if not cls.__module__.startswith("torch.") for pair in _globals_of(cls)]
-    kept = _kept([namespace[name] for namespace, name in named if name in namespace])
-    with undone(lambda: _put_all_back(kept)):
-        yield lambda: any(_differs(holder, items) for holder, items in kept)
+    asked = [_globals_of(cls) for cls in classes if not cls.__module__.startswith("torch.")]
+    names = {(id(namespace), name): namespace for found, _ in asked for namespace, name in found}
+    bound = [(namespace, name, namespace[name]) for (_, name), namespace in names.items() if name in namespace]
+    kept = _kept([*(value for _, _, value in bound), *(default for _, defaults in asked for default in defaults)])
+
+    def put_back() -> None:
+        for namespace, name, value in bound:
+            namespace[name] = value
+        _put_all_back(kept)
+
+    with undone(put_back):
+        yield lambda: any(namespace.get(name) is not value for namespace, name, value in bound) or any(
+            _differs(holder, items) for holder, items in kept)
 
 
 @functools.lru_cache(maxsize=1024)
-def _globals_of(cls: Any) -> list[tuple[dict[str, Any], str]]:
-    """The names of globals in `cls`'s forward and in the methods that it calls, with their namespaces."""
+def _globals_of(cls: Any) -> tuple[list[tuple[dict[str, Any], str]], list[Any]]:
+    """The names of globals in `cls`'s forward and in what it calls of the same class and file, with their namespaces; and the
+    default values of arguments there."""
     found: dict[tuple[int, str], tuple[dict[str, Any], str]] = {}
-    todo, seen = ["forward"], {"forward"}
+    defaults: list[Any] = []
+    todo: list[Any] = [getattr(cls, "forward", None)]
+    seen: set[int] = set()
     while todo:
-        function = inspect.unwrap(getattr(cls, todo.pop(), None) or (lambda: None))
+        function = inspect.unwrap(todo.pop() or (lambda: None))
         code = getattr(function, "__code__", None)
-        for name in code.co_names if code is not None else ():
+        if code is None or id(code) in seen:
+            continue
+        seen.add(id(code))
+        defaults += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+        for name in code.co_names:
             if name in function.__globals__:
                 found[id(function.__globals__), name] = function.__globals__, name
-            elif name not in seen and not hasattr(nn.Module, name) and callable(getattr(cls, name, None)):
-                seen.add(name)
-                todo.append(name)
-    return list(found.values())
+                value = function.__globals__[name]
+                if isinstance(value, types.FunctionType) and value.__module__ in (function.__module__, cls.__module__):
+                    todo.append(value)
+            elif not hasattr(nn.Module, name) and callable(getattr(cls, name, None)):
+                todo.append(getattr(cls, name))
+    return list(found.values()), defaults
 
 
 def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
@@ -145,7 +163,8 @@ def restored(modules: Iterable[nn.Module]) -> Iterator[Callable[[], bool]]:
 
     def put_back() -> None:
         for m, cls, attributes in saved:
-            set_class(m, cls)
+            if m.__class__ is not cls:
+                set_class(m, cls)
             m.__dict__.clear()
             m.__dict__.update(attributes)
         _put_all_back(kept)

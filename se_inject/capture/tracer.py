@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx import _symbolic_trace as _fx
 from torch.fx.proxy import Attribute
 
+from ..private import as_one_node, constant_types, fx_is_tracing, module_call, module_getattr, names_to_wrap, set_fx_tracing
 from ..undo import entered, surgery_lock, undone
 
 _MISSING = object()
@@ -44,12 +44,13 @@ class QuickTracer(fx.Tracer):
     """An `fx.Tracer` for modules that gives the same graphs in less time; traces inside one `patched` share its cost."""
 
     def __init__(self) -> None:
-        from timm.models._features_fx import get_notrace_functions
+        from timm.models import get_notrace_functions
 
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))
         self.refused: str | None = None
         self.reading = False
         self.sets_attributes = False
+        self.tensors: set[fx.Node] = set()  # arguments that are tensors
 
     def refusal(self, reason: str) -> TypeError:
         """The error to raise where a trace would be wrong; `refused` keeps the reason, as traced code may catch the error."""
@@ -57,9 +58,9 @@ class QuickTracer(fx.Tracer):
         return TypeError(reason)
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        was_tracing = _fx._get_is_fx_tracing()
-        with undone(lambda: _fx._set_is_fx_tracing(was_tracing)):
-            _fx._set_is_fx_tracing(True)
+        was_tracing = fx_is_tracing()
+        with undone(lambda: set_fx_tracing(was_tracing)):
+            set_fx_tracing(True)
             self.root = root
             self.root_module_name = root._get_name()
             self.submodule_paths = {m: name for name, m in root.named_modules()}
@@ -83,7 +84,7 @@ class QuickTracer(fx.Tracer):
         """The names of tensors that are plain attributes; made when a forward first reads one."""
         return {
             value: f"{path}.{key}" if path else key for path, m in self.root.named_modules(remove_duplicate=False)
-            for key, value in m.__dict__.items() if isinstance(value, _fx._constant_attribute_types)}
+            for key, value in m.__dict__.items() if isinstance(value, constant_types)}
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
@@ -113,8 +114,9 @@ def _where_read_again(graph: fx.Graph) -> None:
 
 
 def _is_ours(frame: types.FrameType) -> bool:
-    """Whether code of torch or of this package runs, and not the traced code."""
-    return str(frame.f_globals.get("__name__")).startswith(("torch.", "se_inject."))
+    """Whether code of torch or of this package runs, and not the traced code, to which checkpointing belongs."""
+    name = str(frame.f_globals.get("__name__"))
+    return name.startswith(("torch.", "se_inject.")) and name != "torch.utils.checkpoint"
 
 
 class _Quick:
@@ -126,6 +128,18 @@ class _Quick:
         length = lengths[bisect.bisect_left(offsets, caller.f_lasti)]
         items: Iterator[Any] = self.tracer.iter(self) if length is None else (self[i] for i in range(length))
         return items
+
+    @property  # type: ignore[misc]
+    def __class__(self: Any) -> Any:
+        """What `isinstance` asks for: in the author's code, the class of the traced value, and not of the proxy."""
+        frame = sys._getframe(1)
+        while frame.f_back is not None and frame.f_globals.get("__name__") in ("abc", "torch"):  # of `torch.is_tensor`
+            frame = frame.f_back
+        if _is_ours(frame):
+            return type(self)
+        if self.node in self.tracer.tensors:
+            return torch.Tensor
+        raise self.tracer.refusal("it asks for the class of a value that it has computed")
 
     def __getattr__(self: Any, k: str) -> Any:
         return _Attribute(self, k)
@@ -200,7 +214,7 @@ class _Patches:
 
         with undone(put_back):
             self.tracer, self._parameters, self._visited, self._replaced = tracer, {}, set(), replaced
-            for (_, name), namespace in _fx._wrapped_fns_to_patch.items():
+            for namespace, name in names_to_wrap():
                 self._put(namespace, name, namespace[name] if name in namespace else getattr(builtins, name))
             self.wrap_in(math.__dict__)
             yield
@@ -219,7 +233,7 @@ class _Patches:
 
     def _put(self, namespace: dict[str, Any], name: str, function: Any) -> None:
         if function not in self._wrappers:
-            self._wrappers[function] = _fx._create_wrapped_func(function)
+            self._wrappers[function] = as_one_node(function)
         self._replaced.append((namespace, name, namespace.get(name, _MISSING)))
         namespace[name] = self._wrappers[function]
 
@@ -233,6 +247,9 @@ _PATCHED: dict[tuple[Any, str], str] = {
     (builtins, "print"): "it prints",
     (logging.Logger, "handle"): "it writes to a log",
     (torch, "is_inference_mode_enabled"): "it asks for the inference mode",
+    (torch.autograd.graph.saved_tensors_hooks, "__enter__"): (
+        "it checkpoints a part of itself, or changes what autograd saves, which a trace does not hold: turn its gradient "
+        "checkpointing off"),
     **{(holder, name): "it seeds the random numbers"
        for holder in (torch, torch.random) for name in ("manual_seed", "seed", "set_rng_state")},
 }
@@ -261,17 +278,17 @@ def _patched() -> Iterator[_Patches]:
     thread = threading.get_ident()
     was = [(holder, name, getattr(holder, name)) for holder, name in _PATCHED]
 
-    @functools.wraps(_fx._orig_module_getattr)
+    @functools.wraps(module_getattr)
     def get(self: nn.Module, name: str) -> Any:
-        value = _fx._orig_module_getattr(self, name)
+        value = module_getattr(self, name)
         return value if threading.get_ident() != thread else patches.attribute(name, value)
 
-    @functools.wraps(_fx._orig_module_call)
+    @functools.wraps(module_call)
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if patches.tracer is None or threading.get_ident() != thread:
-            return _fx._orig_module_call(self, *args, **kwargs)
+            return module_call(self, *args, **kwargs)
         patches.wrap_in(getattr(getattr(self, "forward", self), "__globals__", {}))
-        return patches.tracer.call_module(self, functools.partial(_fx._orig_module_call, self), args, kwargs)
+        return patches.tracer.call_module(self, functools.partial(module_call, self), args, kwargs)
 
     def refusing(original: Callable[..., Any], reason: str) -> Callable[..., Any]:
         @functools.wraps(original)

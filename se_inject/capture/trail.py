@@ -16,7 +16,7 @@ from torch import nn
 _NUMBER = "_se_number"  # in the dict of a tensor that an operator made
 _numbers = itertools.count(1)
 Step = tuple[int, tuple[int, ...], tuple[int, ...]]  # the digest of an operator, and the keys of what it reads and returns
-CALL = -1  # stands for the digest where a child was called
+CALL, RETURN = -1, -2  # stand for the digest where a child was called, and at the end
 _words: dict[int, str] = {}
 
 
@@ -28,10 +28,7 @@ def begin(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[in
 def end(begun: tuple[int, tuple[int, ...]], out: Any) -> Step:
     """The step of an operator that returned `out`; new tensors get a number."""
     results = (out,) if isinstance(out, torch.Tensor) else out if isinstance(out, (list, tuple)) else ()
-    for t in results:
-        if isinstance(t, torch.Tensor) and _NUMBER not in t.__dict__:
-            t.__dict__[_NUMBER] = next(_numbers)
-    return (*begun, _keys(results))
+    return (*begun, numbered(results))
 
 
 def _digest(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
@@ -49,7 +46,17 @@ def _plain(value: Any) -> Any:
         return value.shape, value.dtype
     if isinstance(value, (list, tuple)):
         return tuple(map(_plain, value))
+    if isinstance(value, (bool, float)) or (type(value) is int and value == -1):
+        return repr(value)  # Python gives -1 the hash of -2, and True and 1.0 that of 1
     return value if isinstance(value, Hashable) else repr(value)
+
+
+UNKNOWN: Step = (0, (), ())  # an operator of a layer whose trail nobody asks for
+
+
+def is_trusted(module: nn.Module) -> bool:
+    """Whether a module is a single layer of torch's own, whose forward deceives no trace."""
+    return not module._modules and type(module).__module__.startswith("torch.nn.modules.")
 
 
 def key(t: torch.Tensor) -> int:
@@ -68,9 +75,26 @@ def _keys(values: Iterable[Any]) -> tuple[int, ...]:
     return tuple(found)
 
 
+def numbered(results: Iterable[Any]) -> tuple[int, ...]:
+    """The keys of tensors that an operator or a child returned, or that a run begins with: they get a number."""
+    found: list[int] = []
+    for t in results:
+        if isinstance(t, torch.Tensor):
+            number = t.__dict__.get(_NUMBER)
+            if number is None:
+                number = t.__dict__[_NUMBER] = next(_numbers)
+            found.append(number)
+    return tuple(found)
+
+
 def called(given: Iterable[Any], output: Iterable[Any]) -> Step:
     """The step of a forward that calls a child, from the values that the child gets and returns."""
-    return CALL, _keys(given), _keys(output)
+    return CALL, _keys(given), numbered(output)
+
+
+def returned(output: Iterable[Any]) -> Step:
+    """The last step of a forward: the values that it returns."""
+    return RETURN, _keys(output), ()
 
 
 def related(trail: Iterable[Step], given: Iterable[Any], module: nn.Module) -> tuple[tuple[int, ...], ...]:
@@ -84,13 +108,15 @@ def related(trail: Iterable[Step], given: Iterable[Any], module: nn.Module) -> t
     numbers: dict[int, int] = {}
     for k in _keys(given):
         numbers.setdefault(k, len(numbers))
-    weights: dict[int, int] | None = None
     steps = []
+    own = itertools.chain(module._parameters.values(), module._buffers.values())
+    weights = {key(t): -1 - i for i, t in enumerate(own) if t is not None}
     for digest, sources, results in trail:
         for k in (*sources, *results):
             if k not in numbers:
-                if weights is None:
-                    weights = {key(t): -1 - i for i, t in enumerate((*module.parameters(), *module.buffers()))}
+                if k < 0 and k not in weights:  # of a child, perhaps; a rare walk
+                    for t in itertools.chain(module.parameters(), module.buffers()):
+                        weights.setdefault(key(t), -1 - len(weights))
                 numbers[k] = weights[k] if k in weights else len(numbers)
         steps.append((digest, *map(numbers.__getitem__, (*sources, *results))))
     return tuple(steps)
@@ -102,9 +128,11 @@ def first_difference(a: Sequence[tuple[int, ...]], b: Sequence[tuple[int, ...]])
         return None
     x, y = next((x, y) for x, y in itertools.zip_longest(a, b) if x != y)
     if x is not None and y is not None and x[0] == y[0]:
-        return _word(x), f"{_word(y)} of another tensor"
+        return _word(x), f"{_word(y)} of other tensors"
     return _word(x), _word(y)
 
 
 def _word(step: tuple[int, ...] | None) -> str:
-    return "nothing" if step is None else "a layer" if step[0] == CALL else _words.get(step[0], "an operator")
+    if step is None:
+        return "nothing"
+    return {CALL: "a layer", RETURN: "the output"}.get(step[0]) or _words.get(step[0], "an operator")

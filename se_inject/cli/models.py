@@ -73,7 +73,7 @@ def inject_command(
     OUT holds the weights and the recipe, and is enough to build the model again.
     """
     from ..surgery.pipeline import inject
-    from ..timm_names import base_name, skeleton
+    from ..timm_names import base_name, remember_args, skeleton
     from ..weights.files import load_found, save
     from ..weights.reading import read_checkpoint
 
@@ -94,7 +94,7 @@ def inject_command(
         if not pretrained:
             say("random weights: add --pretrained for timm's own")
         try:
-            net = timm.create_model(base_name(source), pretrained=pretrained, **args)
+            net = remember_args(timm.create_model(base_name(source), pretrained=pretrained, **args), args)
         except Exception as error:
             raise SEInjectError(f"timm could not create {source!r}: {error}") from error
         inject(net, verify=verify, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 from torch import fx, nn
@@ -33,8 +34,10 @@ class Branch:
     refused: bool = False
 
 
-def trace_branches(module: nn.Module, constants: dict[str, Any], reading: bool = False) -> list[Branch]:
-    """All branches of `module`'s forward, each traced; `reading` is `trace_forward`'s. `module` is not changed.
+def trace_branches(
+    module: nn.Module, constants: dict[str, Any], reading: bool = False, unknown: Collection[str] = ()
+) -> list[Branch]:
+    """All branches of `module`'s forward, each traced; `reading` and `unknown` are `trace_forward`'s. `module` is not changed.
 
     Raises:
         Refusal: There is one branch, which fx cannot follow, or there are too many.
@@ -53,7 +56,7 @@ def trace_branches(module: nn.Module, constants: dict[str, Any], reading: bool =
 
         graph, error, refused = None, "", False
         try:
-            graph = trace_forward(module, constants, decide, reading)
+            graph = trace_forward(module, constants, decide, reading, unknown)
         except Refusal as e:
             if not conditions:
                 raise

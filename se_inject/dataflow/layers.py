@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..private import ConvNd
+
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -26,7 +28,7 @@ def is_weight(tensor: torch.Tensor) -> bool:
 
 def mixes(module: nn.Module) -> bool:
     """Whether a module has weights of its own that mix channels or positions; ECA's convolution has only a few."""
-    if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)):
+    if isinstance(module, (ConvNd, nn.Linear)):
         return True
     return any(is_weight(p) for p in module._parameters.values() if p is not None)
 

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from ..private import OpOverloadPacket, schemas_of
+
 NEW, VIEW = "new", "view"
 
 
@@ -120,7 +122,7 @@ def _spell(name: str, spelling: Any) -> None:
 
 def _memory_by_schema(name: str) -> str | None:
     """What the schemas of ``aten::<name>`` say of the memory of the result."""
-    schemas = torch._C._jit_get_schemas_for_operator(f"aten::{name}")
+    schemas = schemas_of(f"aten::{name}")
     results = [r.alias_info for schema in schemas for r in schema.returns]
     if not results:
         return None
@@ -233,7 +235,7 @@ def name_of(node: object) -> str:
 @functools.lru_cache(maxsize=4096)
 def _aten_name(target: Any) -> str:
     packet = getattr(target, "overloadpacket", target)
-    if not isinstance(packet, torch._ops.OpOverloadPacket) or not str(packet).startswith("aten."):
+    if not isinstance(packet, OpOverloadPacket) or not str(packet).startswith("aten."):
         return ""
     name = str(packet).removeprefix("aten.")
     return name.removesuffix("_") if name not in ROWS else name
@@ -276,7 +278,7 @@ def writes(node: fx.Node) -> bool:
         return True
     exported = getattr(node.target, "overloadpacket", node.target)
     return node.target in _WRITES or node.kwargs.get("inplace") is True or (
-        isinstance(exported, torch._ops.OpOverloadPacket) and str(exported).endswith("_"))
+        isinstance(exported, OpOverloadPacket) and str(exported).endswith("_"))
 
 
 def draws(node: fx.Node) -> bool:
@@ -285,7 +287,7 @@ def draws(node: fx.Node) -> bool:
         return False
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     packet = getattr(torch.ops.aten, name, None) if name.isidentifier() and not name.startswith("__") else None
-    return isinstance(packet, torch._ops.OpOverloadPacket) and any(
+    return isinstance(packet, OpOverloadPacket) and any(
         torch.Tag.nondeterministic_seeded in getattr(packet, overload).tags for overload in packet.overloads())
 
 

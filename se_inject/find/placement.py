@@ -13,6 +13,7 @@ from ..dataflow.aliasing import is_read_elsewhere, is_written_after
 from ..dataflow.layers import is_conv, is_depthwise, mixes
 from ..dataflow.module_graph import LAYOUT, SLICE, ModuleGraph, TracedModel
 from ..dataflow.ops import is_tensor, name_of, shape
+from ..private import DropoutNd
 from .patterns import Candidate
 from .places import Place
 from .slots import Slot, is_inner
@@ -123,7 +124,7 @@ def _is_drop_or_scale(view: ModuleGraph, node: fx.Node) -> bool:
     """Whether a node is a drop path, a layer scale or a gain, and not merely a dropout or an identity."""
     if node.op != "call_module":
         return view.scaled(node) is not None
-    return view.passes(node) and not isinstance(view.call_of(node).module, (nn.Identity, nn.modules.dropout._DropoutNd))
+    return view.passes(node) and not isinstance(view.call_of(node).module, (nn.Identity, DropoutNd))
 
 
 def _slices_channels(view: ModuleGraph, node: fx.Node, source: fx.Node) -> bool:

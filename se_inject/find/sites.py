@@ -105,9 +105,10 @@ def _slot_names(module: nn.Module, places: list[Place]) -> list[str]:
         return [places[0].fill.name]
     real = [p for p in places if p.unit.reason is None]
     order = [*real, *(p for p in places if p.unit.reason is not None)]
-    names = (f"se{i}" for i in itertools.count(1) if not hasattr(module, f"se{i}"))
+    taken = {*dir(type(module)), *module.__dict__, *module._modules, *module._parameters, *module._buffers}
+    names = (f"se{i}" for i in itertools.count(1) if f"se{i}" not in taken)
     named: dict[int, str] = {}
-    if len(real) < 2 and not hasattr(module, "se"):
+    if len(real) < 2 and "se" not in taken:
         named[id(order[0])] = "se"
         next(names)
     for p in order:

@@ -60,7 +60,7 @@ def export(
     shapes: Any = ({0: torch.export.Dim("batch")},) if dynamic_batch else None
     try:
         with entered(torch.no_grad()), evaluating(model):
-            program = torch.export.export(model, (images,), dynamic_shapes=shapes)
+            program = torch.export.export(model, (images,), dynamic_shapes=shapes, strict=False)  # strict in torch 2.6
             write_atomically(path, lambda temporary: _write(program, kind, temporary))
     except SEInjectError:
         raise

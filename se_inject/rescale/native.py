@@ -18,6 +18,7 @@ from ..capture.inputs import runs_on, smaller_sizes, without_values
 from ..capture.snapshot import restored
 from ..capture.values import equal
 from ..errors import Refusal, SEInjectError
+from ..private import home_of
 from ..surgery.refusals import refuse_plain
 from ..surgery.session import traced
 from ..surgery.state import block_paths, injections_of
@@ -220,9 +221,8 @@ def _loaded(name: str, args: dict[str, Any], weights: dict[str, torch.Tensor]) -
 def _candidates(base: str) -> tuple[list[str], list[str]]:
     """timm's models in the base's own file, and those of other files with the most similar names; the most similar first."""
     import timm
-    from timm.models import _registry
 
-    home = _registry._model_to_module.get(base)
+    home = home_of(base)
     names = [n for n in timm.list_models() if not n.startswith(PREFIX) and n != base]
     likeness = difflib.SequenceMatcher(b=base)
 
@@ -231,8 +231,8 @@ def _candidates(base: str) -> tuple[list[str], list[str]]:
         return -likeness.ratio()
 
     names.sort(key=unlikeness)
-    near = [n for n in names if _registry._model_to_module.get(n) == home]
-    return near, [n for n in names if _registry._model_to_module.get(n) != home][:FURTHER]
+    near = [n for n in names if home_of(n) == home]
+    return near, [n for n in names if home_of(n) != home][:FURTHER]
 
 
 def _equal(model: nn.Module, native: nn.Module) -> bool:

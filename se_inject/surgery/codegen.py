@@ -43,7 +43,8 @@ def trace_modes(
     branches = trace_branches(module, constants) if known is None else [known]
     free = None
     with contextlib.suppress(Refusal):
-        free = branches if constants.keys() == held.keys() else trace_branches(module, held)
+        free = branches if constants.keys() == held.keys() else trace_branches(
+            module, held, unknown=constants.keys() - held.keys())
     if free is not None and same_branches(branches, free, constants):
         branches, fixed = free, held
     else:

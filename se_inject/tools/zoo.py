@@ -23,6 +23,7 @@ from ..capture.values import equal
 from ..config import SEConfig
 from ..errors import SEInjectError
 from ..find.plan import Plan
+from ..private import home_of
 from ..surgery.pipeline import Prepared, apply, eject, prepare
 from ..surgery.refusals import no_sites
 from ..timm_names import PREFIX
@@ -57,9 +58,7 @@ def family(name: str) -> str:
 
         builder = torchvision.models.get_model_builder(name.removeprefix(TORCHVISION))
         return TORCHVISION + str(builder.__module__).rpartition(".")[2]
-    from timm.models._registry import _model_to_module
-
-    return str(_model_to_module[name])
+    return str(home_of(name))
 
 
 def create(name: str) -> nn.Module:

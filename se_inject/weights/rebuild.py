@@ -16,7 +16,7 @@ from ..errors import SEInjectError, WeightsError
 from ..surgery.parts import Parts
 from ..surgery.pipeline import apply, inject, prepare
 from ..surgery.state import block_paths, injections_of
-from ..timm_names import base_name, skeleton, split_options, unknown_model_message
+from ..timm_names import base_name, remember_args, skeleton, split_options, unknown_model_message
 from .reading import Checkpoint
 from .recipe import FULL, Recipe
 
@@ -48,10 +48,10 @@ def base_of(
     args = {**infer_model_args(bare, found.tensors), **said}
     try:
         if meta:
-            return without_values(lambda: timm.create_model(bare, **args))
+            return remember_args(without_values(lambda: timm.create_model(bare, **args)), args)
         if not pretrained:
             _check_size(base_parts(bare, args), found.tensors, path, bare)
-        return timm.create_model(bare, pretrained=pretrained, **args)
+        return remember_args(timm.create_model(bare, pretrained=pretrained, **args), args)
     except SEInjectError:
         raise
     except Exception as error:

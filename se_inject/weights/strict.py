@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from ..errors import WeightsError
+from ..private import PLAIN_LOADS, copy_each
 from ..surgery.load_hooks import has_other_hooks, log_load
 from ..surgery.parts import Parts
 from ..undo import entered
@@ -72,8 +72,8 @@ def load_strictly(
     with entered(torch.inference_mode() if any(t.is_inference() for t in into.values()) else torch.no_grad()):
         if _loads_plainly(model, parts.everything()):
             log_load(model, parts, tensors)
-            if into:  # one call, which no signal interrupts
-                torch._foreach_copy_(list(into.values()), [tensors[k] for k in into])
+            if into:
+                copy_each(list(into.values()), [tensors[k] for k in into])
             return
         head_alone = parts.is_partial(tensors) and not parts.is_adapter(tensors)  # for which the hooks fill nothing in
         before = {k: t.detach().clone() for k, t in own.items() if has_memory(t)} if given else {}
@@ -148,13 +148,12 @@ def _loads_plainly(model: nn.Module, own: Mapping[str, torch.Tensor]) -> bool:
 
     The walk of `load_state_dict` takes as long as the copies of small tensors, so that `load_strictly` avoids it.
     """
-    usual = (nn.Module._load_from_state_dict, _NormBase._load_from_state_dict)
     names = ("load_state_dict", "_load_from_state_dict")
     if type(model).load_state_dict is not nn.Module.load_state_dict:
         return False
     registered: set[int] = set()
     for m in model.modules():
-        if (type(m)._load_from_state_dict not in usual or type(m).set_extra_state is not nn.Module.set_extra_state
+        if (type(m)._load_from_state_dict not in PLAIN_LOADS or type(m).set_extra_state is not nn.Module.set_extra_state
                 or m._load_state_dict_post_hooks or any(name in m.__dict__ for name in names) or has_other_hooks(m)):
             return False
         registered.update(map(id, m._parameters.values()), map(id, m._buffers.values()))

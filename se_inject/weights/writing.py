@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import ConfigError, WeightsError
+from ..private import safetensors_dtypes
 from .replacing import destination, replace_files, status_of
 
 INDEX = ".safetensors.index.json"
@@ -90,8 +91,7 @@ def _check_tensors(tensors: Mapping[str, Any]) -> None:
     Raises:
         WeightsError: There is such an entry; the message names it.
     """
-    from safetensors.torch import _SIZE
-
+    known = safetensors_dtypes()
     pickled = "save the object with torch.save(model, path)"
     kinds: dict[tuple[str, str], list[str]] = {}
     for key, t in tensors.items():
@@ -106,7 +106,7 @@ def _check_tensors(tensors: Mapping[str, Any]) -> None:
             why = "nested, sparse or quantized tensors", f"{pickled}, or make them dense"
         elif is_traceable_wrapper_subclass(t):
             why = f"{type(t).__name__}s, which keep their values in other tensors", pickled
-        elif t.dtype not in _SIZE:
+        elif t.dtype not in known:
             why = f"of {t.dtype}", f"{pickled}, or convert them"
         elif not has_memory(t):
             why = "without memory and have no values", "load weights into the model first"

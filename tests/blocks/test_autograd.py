@@ -12,6 +12,9 @@ from torch import nn
 import se_inject
 from se_inject.blocks import autograd
 from se_inject.blocks.squeeze_excite import SqueezeExcite
+from se_inject.private import SEES_SAVED_TENSORS_HOOKS
+
+from ..support.versions import needs_norms_computed_again
 
 LAYOUTS = [("NCHW", (2, 8, 6, 5)), ("NHWC", (2, 6, 5, 8)), ("NLC", (2, 30, 8))]
 
@@ -100,6 +103,7 @@ def freed(model, x):
     return gone
 
 
+@needs_norms_computed_again
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_the_output_of_a_norm_is_computed_again(layout, dtype, small, monkeypatch):
@@ -123,6 +127,7 @@ def close(mine, theirs, most):
         assert (a - b).norm() <= most * b.norm()
 
 
+@needs_norms_computed_again
 def test_the_output_of_a_norm_is_not_saved(small):
     x = torch.randn(2, 3, 8, 8)
     assert freed(Normed(), x)
@@ -208,7 +213,8 @@ def test_a_step_of_an_injected_model_equals_a_step_of_its_native_twin():
             m.register_forward_hook(see)
     a, b = mine(x), native(x)
     assert torch.equal(a, b)
-    assert kinds == {"_ScaleOfNormBackward", "MulBackward0"}  # large maps, and small maps
+    large = "_ScaleOfNormBackward" if SEES_SAVED_TENSORS_HOOKS else "_ScaleBackward"
+    assert kinds == {large, "MulBackward0"}  # large maps, and small maps
     for y in (a, b):
         nn.functional.cross_entropy(y, torch.tensor([0, 1, 2, 0])).backward()
     for (name, p), q in zip(mine.named_parameters(), native.parameters(), strict=True):

@@ -14,6 +14,8 @@ from se_inject.errors import SEInjectError
 from se_inject.surgery.edits import call_with_masks
 from tests.support.toys import needs
 
+from ..support.versions import needs_masks
+
 
 def block(kind: str = "se") -> nn.Module:
     class Owner(nn.Module):
@@ -158,6 +160,7 @@ def test_padding_in_a_forward_that_branches_on_sizes():
 
 
 @torch.no_grad()
+@needs_masks
 def test_a_trace_by_fx_holds_for_calls_with_and_without_masks():
     layer = se_inject.inject(timm.create_model("test_vit"), init="timm").eval().blocks[0]
     x = torch.randn(2, 9, 64)

@@ -79,7 +79,7 @@ def test_training_checkpoints_and_folders(tmp_path):
     model = timm.create_model("resnet18", num_classes=3).eval()
     file = tmp_path / "model_best.pth.tar"
     torch.save({"arch": "resnet18", "state_dict": {f"module.{k}": t for k, t in model.state_dict().items()}}, file)
-    timm.models.save_for_hf(model, tmp_path / "folder", safe_serialization=True)
+    timm.models._hub.save_for_hf(model, tmp_path / "folder", safe_serialization=True)
     x = torch.randn(1, 3, 64, 64)
     for source in (file, tmp_path / "folder"):
         call("inject", source, "-o", tmp_path / "o.safetensors")

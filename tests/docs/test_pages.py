@@ -7,6 +7,7 @@ import shlex
 import pytest
 
 from ..cli.test_cli import call
+from ..support.versions import needs_newest
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 SHOWN = re.compile(r"```\n(\$ (se-inject [^\n]+)\n.*?)```", re.DOTALL)
@@ -21,6 +22,7 @@ def shown(text: str) -> str:
     return SHOWN.sub(run, text)
 
 
+@needs_newest
 @pytest.mark.parametrize("page", [p.name for p in sorted(DOCS.glob("*.md")) if SHOWN.search(p.read_text())])
 def test_a_page_shows_what_is_printed(page, request):
     path = DOCS / page

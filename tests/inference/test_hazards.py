@@ -58,8 +58,10 @@ def last(*values):
     return values[-1]
 
 
-def cases(group):
-    return pytest.mark.parametrize("case", [pytest.param(v if isinstance(v, tuple) else (v,), id=k) for k, v in group.items()])
+def cases(group, marks=None):
+    """Parameters from values, or tuples of values, by their names; `marks` has marks for some of the names."""
+    return pytest.mark.parametrize("case", [
+        pytest.param(v if isinstance(v, tuple) else (v,), id=k, marks=(marks or {}).get(k, ())) for k, v in group.items()])
 
 
 def image(batch, side):

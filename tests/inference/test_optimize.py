@@ -20,6 +20,7 @@ from se_inject.inference.merged_layers import MergedGate
 from ..support.checks import randomise, total
 from ..support.families import FAMILIES, plain, trained
 from ..support.tiers import contract
+from ..support.versions import TORCH, needs_coordinate_attention
 
 # with squeeze-and-excitation of timm's own: ResNet's, EfficientNet's, RegNetY's, MobileNetV3's, NFNet's, gates of one layer
 NATIVE = ["seresnet50", "efficientnet_b0", "regnety_002", "mobilenetv3_small_050", "test_nfnet", "ese_vovnet19b_slim_dw",
@@ -105,7 +106,7 @@ def test_what_cannot_be_moved_says_why():
     assert report.blocks and not any(b.moved for b in report.blocks)
 
 
-@pytest.mark.parametrize("block", ["ese", "eca", "ge", "gc", "cbam", "coord"])
+@pytest.mark.parametrize("block", ["ese", "eca", "ge", "gc", "cbam", pytest.param("coord", marks=needs_coordinate_attention)])
 @pytest.mark.parametrize("name", ["resnet50", "convnext_atto"])
 def test_other_blocks(name, block):
     model = made(name)
@@ -243,10 +244,11 @@ def test_compile_and_export(name):
     x = image(fast, 64)
     with torch.no_grad():
         expected = fast(x)
-        program = torch.export.export(fast, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
+        program = torch.export.export(fast, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},), strict=False)
         assert deviation(expected, program.module()(x)) < 1e-6
         assert program.module()(x[[0, 1, 0]]).shape[0] == 3
-        explained = torch.compile(fast, fullgraph=True, backend="aot_eager")
+        # torch 2.6 breaks the graph where `out=` is a tensor in the order of channels_last
+        explained = torch.compile(fast, fullgraph=TORCH > (2, 6) or name == "resnet50", backend="aot_eager")
         assert deviation(expected, explained(x)) < 1e-6
 
 

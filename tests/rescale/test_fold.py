@@ -15,6 +15,7 @@ from se_inject.capture.inputs import smallest_input
 from se_inject.surgery.state import block_paths, injections_of
 
 from ..support.checks import randomise, total
+from ..support.versions import needs_coordinate_attention, needs_intermediates, needs_local_dir, needs_model_args
 
 # name, its blocks that cannot be folded
 FAMILIES = [
@@ -103,8 +104,9 @@ def test_gates_by_the_formula(block):
 
 
 @pytest.mark.parametrize("block, reason", [
-    ("cbam", "not its input times a gate"), ("coord", "place to place|not its input"), ("gca", "not its input times a gate"),
-    ("ge", "branches on what its layers compute")])
+    ("cbam", "not its input times a gate"), ("gca", "not its input times a gate"),
+    ("ge", "branches on what its layers compute"),
+    pytest.param("coord", "place to place|not its input", marks=needs_coordinate_attention)])
 def test_gates_that_are_not_of_channels_are_kept(block, reason):
     model = se_inject.inject(timm.create_model("resnet18"), block=block).eval()
     state, classes = copy.deepcopy(model.state_dict()), [type(m) for m in model.modules()]
@@ -116,6 +118,7 @@ def test_gates_that_are_not_of_channels_are_kept(block, reason):
     assert all(torch.equal(t, state[k]) for k, t in model.state_dict().items())
 
 
+@needs_model_args
 def test_some_blocks_are_folded_and_the_rest_saves_and_loads(tmp_path):
     model = lived_in(se_inject.inject(timm.create_model("vit_tiny_patch16_224", img_size=32)))  # two blocks in an owner
     model.eval().blocks[0].train()
@@ -140,6 +143,7 @@ def test_some_blocks_are_folded_and_the_rest_saves_and_loads(tmp_path):
         timm.create_model("vit_tiny_patch16_224", img_size=32).state_dict())
 
 
+@needs_intermediates
 def test_a_sequential_keeps_its_positions_when_some_blocks_are_folded():
     model = constant_gates(se_inject.inject(timm.create_model("vgg11", mlp_ratio=0.02))).eval()
     for path in block_paths(model)[:3]:
@@ -165,6 +169,7 @@ def test_folded_blocks_do_not_come_back_from_another_injection(tmp_path):
         assert torch.equal(other(images()), model(images()))
 
 
+@needs_local_dir
 def test_timm_saves_the_model_as_it_is_now(tmp_path):
     """timm reads the folder that it writes, for partly folded, folded and ejected models."""
     model = lived_in(randomise(timm.create_model("se_inject/resnet18", num_classes=3, se_stages=(3, 4)))).eval()
@@ -174,7 +179,7 @@ def test_timm_saves_the_model_as_it_is_now(tmp_path):
     assert len(block_paths(model)) == 2
     for i, (m, name) in enumerate([(ejected, "resnet18"), (folded, "resnet18"), (model, "se_inject/resnet18")]):
         assert m.pretrained_cfg["architecture"] == name
-        timm.models.save_for_hf(m, tmp_path / str(i), safe_serialization=True)
+        timm.models._hub.save_for_hf(m, tmp_path / str(i), safe_serialization=True)
         other = timm.create_model(f"local-dir:{tmp_path / str(i)}", pretrained=True).eval()
         assert list(other.state_dict()) == list(m.state_dict())
         with torch.no_grad():

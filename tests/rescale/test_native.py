@@ -17,6 +17,7 @@ from se_inject.surgery.state import block_paths
 
 from ..contract.test_twins import TWINS
 from ..support.checks import randomise
+from ..support.versions import needs_model_args
 
 # `python -m tests.rescale.test_native` checks all pairs; the tests check one for each file of timm's and each block.
 SOME = {
@@ -93,6 +94,7 @@ def test_the_factor_is_in_the_norm_and_the_first_layer():
         assert torch.equal(weights[key], own[key] * factor), key
 
 
+@needs_model_args
 def test_a_file_that_plain_timm_loads(tmp_path):
     model = trained("resnet18", "se", {"num_classes": 7, "in_chans": 1}, {}).eval()
     source, out = tmp_path / "ours.safetensors", tmp_path / "native.safetensors"

@@ -34,6 +34,11 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
+def channels_of(model: nn.Module) -> int:
+    """The channels of the images that a model takes: those of its first convolution."""
+    return next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
+
+
 def total(y: Any) -> torch.Tensor:
     """The outputs of a model as one tensor."""
     if isinstance(y, torch.Tensor):

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import _symbolic_trace
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import se_inject
+from se_inject.private import fx_is_tracing
 from se_inject.undo import surgery_lock
 
 FOLDER = os.path.dirname(se_inject.__file__)
@@ -135,7 +135,7 @@ def process_state() -> list[Any]:
         logging.Logger.handle, torch.is_inference_mode_enabled, torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
         [(torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")],
         len(_get_current_dispatch_mode_stack()), len(_get_current_function_mode_stack()), torch.get_default_dtype(),
-        _symbolic_trace._get_is_fx_tracing(), random.getstate(),
+        fx_is_tracing(), random.getstate(),
         {(name, k): v for name in _PATCHED for k, v in vars(sys.modules[name]).items() if callable(v)}]
 
 

@@ -15,8 +15,10 @@ from se_inject.errors import SEInjectError
 from se_inject.surgery.state import block_paths
 
 from ..support.checks import randomise
+from ..support.versions import needs_intermediates
 
 
+@needs_intermediates
 def test_another_way_in_does_not_miss_the_block():
     """XceptionModule is also called by forward_with_tap, where features are taken."""
     base = randomise(timm.create_model("xception41")).eval()

@@ -47,6 +47,11 @@ CASES = {
         return x + self.f(x) * k""",
     "requires_grad": "y = self.f(x); return x + (y * 0.5 if not x.requires_grad else y)",
     "is contiguous": "y = self.f(x); return x + (y * 0.5 if x.is_contiguous() else y)",
+    "isinstance training": "y = self.f(x); return x + (y * 0.5 if self.training and isinstance(x, torch.Tensor) else y)",
+    "isinstance size": "y = self.f(x); return x + (y * 0.5 if isinstance(x, torch.Tensor) and x.shape[2] == 8 else y)",
+    "isinstance int": "h = x.shape[2]; return x + (self.f(x) * 0.5 if isinstance(h, int) and h == 8 else self.f(x))",
+    "is": "y = self.f(x); return x + (y * 0.5 if x.shape[2] is self.count else y)",
+    "minus one": "y = self.f(x); return x + y.softmax(-1 if str(x.shape[2]) == '10' else -2)",
     # modes
     "grad": "y = self.f(x); return x + (y * 0.5 if torch.is_grad_enabled() else y)",
     "autocast": "y = self.f(x); return x + (y * 0.5 if torch.is_autocast_enabled('cpu') else y)",
@@ -56,6 +61,8 @@ CASES = {
     # side effects
     "global list": "LOG.append(1); return x + self.f(x)",
     "global counter": "COUNTS['x'] += 1; return x + self.f(x)",
+    "helper": "note(); return x + self.f(x)",
+    "counted class": "y = self.f(x)\n        if isinstance(y, torch.Tensor): self.count += 1\n        return x + y",
     "own list": "self.seen.append(x.shape[0]); return x + self.f(x)",
     "own counter": "self.count += 1; return x + self.f(x)",
     "meter": "self.meter.total += 1; return x + self.f(x)",
@@ -70,6 +77,7 @@ CASES = {
     # the same operators on other tensors
     "grad source": "y = x * 0.5; return x + self.f(y if torch.is_grad_enabled() else x)",
     "grad operand": "y = x * 0.5; return self.f(x) + (x if torch.is_grad_enabled() else y)",
+    "grad result": "y = x + self.f(x); return y if torch.is_grad_enabled() else x * 0.5",
     "weights": "return x + self.f(x) * (self.f[1].weight if torch.is_grad_enabled() else self.f[1].bias).view(1, -1, 1, 1)",
     # conditions that must not be asked twice
     "changed size": "y = x.mul_(2.0); return x + (self.f(x) if y.shape[2] == 10 else self.f(x) * 0.5)",
@@ -89,12 +97,17 @@ CASES = {
     "plain": "return x + self.f(x)",
     "sizes": "y = self.f(x); return x + (y * 0.5 if x.shape[2] == 10 else y)",
 }
-TAKEN = {"plain", "sizes", "flag", "requires_grad", "is contiguous", "torch"}  # cases that get their block
+TAKEN = {  # cases that get their block
+    "isinstance", "isinstance size", "plain", "sizes", "flag", "requires_grad", "is contiguous", "torch"}  # fmt: skip
 
 
 @functools.lru_cache
 def half_of(n):
     return 0.5 if n == 8 else 1.0
+
+
+def note():
+    LOG.append(1)
 
 
 class Meter:
@@ -415,3 +428,66 @@ def test_a_forward_that_is_no_function_is_skipped():
     assert torch.equal(model(x), expected)
     (skipped,) = se_inject.plan(nn.Sequential(nn.Conv2d(3, 8, 1), Property()), input_size=(3, 10, 10)).skipped
     assert skipped.owner == "1" and "has no signature" in skipped.reason
+
+
+class Optional(Residual):
+    def forward(self, x, mask=None, flag=False):
+        y = self.f(x)
+        if isinstance(mask, torch.Tensor):
+            y = y * mask
+        return x + (y * 3 if flag else y)
+
+
+def test_an_argument_that_the_forward_asks_about_is_checked_at_each_call():
+    base, x = nn.Sequential(nn.Conv2d(3, 8, 1), Optional()), torch.randn(2, 8, 10, 10)
+    model = se_inject.inject(copy.deepcopy(base), input_size=(3, 10, 10))
+    assert se_inject.block_paths(model) == ["1.se"] and torch.equal(model[1](x), base[1](x))
+    for given in ({"mask": torch.zeros(8, 1, 1)}, {"flag": True}):
+        with pytest.raises(SEInjectError, match="was rewritten for one value of"):
+            model[1](x, **given)
+
+
+class Ordered(Residual):
+    def forward(self, x):
+        return collections.OrderedDict(out=x + self.f(x))
+
+
+def test_a_forward_keeps_the_class_of_what_it_returns():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.plain, self.unit = nn.Conv2d(3, 8, 1), Residual(), Ordered()
+
+        def forward(self, x):
+            return self.unit(self.plain(self.stem(x)))
+
+    model = se_inject.inject(Net(), input_size=(3, 10, 10))
+    assert se_inject.block_paths(model) == ["plain.se"]
+    assert type(model(torch.randn(2, 3, 10, 10))) is collections.OrderedDict
+    assert type(se_inject.optimize_for_inference(model)(torch.randn(2, 3, 10, 10))) is collections.OrderedDict
+
+
+def test_an_author_who_answers_every_name():
+    class Any(Residual):
+        def __getattr__(self, name):
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                if "name" in self.__dict__ and not name.startswith("_"):
+                    return None
+                raise
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), Any())
+    assert se_inject.block_paths(se_inject.inject(model, input_size=(3, 10, 10))) == ["1.se"]
+
+
+def test_default_values_stay_as_they_were():
+    seen = []
+
+    class Default(Residual):
+        def forward(self, x, seen=seen):
+            seen.append(1)
+            return x + self.f(x)
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), Residual(), Default())
+    assert se_inject.block_paths(se_inject.inject(model, input_size=(3, 10, 10))) == ["1.se"] and not seen

@@ -16,10 +16,11 @@ import se_inject
 from se_inject import block_paths, input_sizes
 
 from ..support.checks import randomise
+from ..support.versions import needs_model
 
 # BatchNorm, EvoNorm, BatchNorm in the head, LayerNorm, buffers in attention
 NAMES = [
-    "test_resnet", "resnetv2_50d_evos", "levit_128s", "test_vit", "test_coatnet", "mobilenetv3_small_050"]
+    "test_resnet", "resnetv2_50d_evos", "levit_128s", "test_vit", needs_model("test_coatnet"), "mobilenetv3_small_050"]
 
 
 def small(name, **kwargs):

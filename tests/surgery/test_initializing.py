@@ -13,6 +13,8 @@ import se_inject
 from se_inject import block_paths
 from se_inject.blocks.identity import is_identity
 
+from ..support.versions import needs_models_on_meta
+
 X = torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(0))
 
 
@@ -52,6 +54,7 @@ def test_blocks_that_it_leaves_alone_stay():
     assert model.get_submodule(path).fc2.weight.eq(1.0).all()
 
 
+@needs_models_on_meta
 def test_on_the_meta_device_it_does_nothing_to_them():
     with torch.device("meta"):
         model = timm.create_model("se_inject/test_vit")

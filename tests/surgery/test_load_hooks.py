@@ -13,6 +13,7 @@ from se_inject import block_paths
 
 from ..support.checks import randomise
 from ..support.processes import meta_fsdp, pair
+from ..support.versions import needs_coordinate_attention, needs_models_on_meta
 
 MODELS = ("test_resnet", "test_vit", "test_convnext", "test_efficientnet_ln")
 X = torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(0))
@@ -67,6 +68,7 @@ def one_by_one(model, state):
     model(X.to(value.dtype))  # the first call
 
 
+@needs_models_on_meta
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("load", [assign, empty, empty_and_assign, reset, one_by_one])
 def test_blocks_that_a_file_lacks_are_identities(name, load):
@@ -84,7 +86,7 @@ def test_a_state_dict_with_tensors_on_meta_lacks_them():
     assert_equal(model, base)
 
 
-@pytest.mark.parametrize("block", ["eca", "cbam", "ge", "coord"])
+@pytest.mark.parametrize("block", ["eca", "cbam", "ge", pytest.param("coord", marks=needs_coordinate_attention)])
 def test_so_are_blocks_of_other_kinds(block):
     base, state = base_of("test_resnet")
     model = on_meta("test_resnet", se_block=block)
@@ -92,6 +94,7 @@ def test_so_are_blocks_of_other_kinds(block):
     assert_equal(model, base)
 
 
+@needs_models_on_meta
 @pytest.mark.parametrize("load", [assign, one_by_one])
 def test_blocks_follow_what_is_loaded_to_its_dtype(load):
     base, state = base_of("test_convnext", torch.bfloat16)

@@ -14,8 +14,10 @@ import se_inject
 from se_inject.surgery.state import block_paths
 
 from ..support.checks import randomise
+from ..support.versions import needs_intermediates
 
 
+@needs_intermediates
 def test_the_positions_of_a_sequential_are_its_authors():
     """Code that iterates or indexes a Sequential counts the layers that it put there, and runs the blocks with them."""
     model = randomise(timm.create_model("vgg11", mlp_ratio=0.02)).eval()

@@ -59,7 +59,7 @@ def test_collisions_raise_and_replace_nothing():
         _registry._model_entrypoints["se_inject/resnet18"] = lambda **kwargs: None
     assert _registry._model_entrypoints["se_inject/resnet18"] is before
     with pytest.raises(se_inject.SEInjectError, match="already has a model named 'se_inject/a'"):
-        TwinEntrypoints(_registry, {"a": print, "se_inject/a": print})
+        TwinEntrypoints({"a": print, "se_inject/a": print})
 
 
 def test_registering_twice_changes_nothing():

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from ..support.versions import needs_quiet_end
+
 CLONE = str(Path(__file__).parents[2])
 PYTHON = [sys.executable]
 RUN = [sys.executable, "-W", "error", "-m", "se_inject", "run"]
@@ -70,6 +72,7 @@ def test_an_interrupt(script):
     assert mine.stderr == call(*PYTHON, path, code=-signal.SIGINT).stderr
 
 
+@needs_quiet_end
 def test_the_twins_are_there_and_the_script_decides_on_logging(script):
     path = script("build.py", """
         import logging

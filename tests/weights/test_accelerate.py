@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+
+pytest.importorskip("accelerate")
 import timm
 import torch
 from accelerate import init_empty_weights, load_checkpoint_and_dispatch, load_checkpoint_in_model
