@@ -71,13 +71,14 @@ def asks_by_identity(cls: Any) -> str | None:
     while todo:
         function = inspect.unwrap(getattr(cls, todo.pop(), None) or (lambda: None))
         code = getattr(function, "__code__", None)
-        before = None
+        call, before = None, None
         for step in dis.get_instructions(code) if code is not None else ():
             if step.opname == "LOAD_GLOBAL" and step.argval in ("type", "callable"):
                 return str(step.argval)
-            if step.opname == "IS_OP" and not (before is not None and before.opname == "LOAD_CONST" and before.argval is None):
+            if step.opname == "IS_OP" and not (before is not None and before.opname == "LOAD_CONST" and (
+                    before.argval is None or (call is not None and call.opname.startswith("CALL")))):  # getattr(...) is True
                 return "is"
-            before = step
+            call, before = before, step
         new = {n for n in code.co_names if n not in seen and not hasattr(nn.Module, n)} if code is not None else set()
         seen |= new
         todo += [n for n in new if callable(getattr(cls, n, None))]

@@ -38,6 +38,7 @@ IN_PLACE: dict[Any, Any] = {
     operator.ilshift: operator.lshift, operator.irshift: operator.rshift,
 }  # fmt: skip
 _PLAIN = {type(None), bool, int, float, str}
+_SAMPLE = torch.empty(0)
 
 
 class QuickTracer(fx.Tracer):
@@ -94,6 +95,14 @@ class QuickTracer(fx.Tracer):
             return a
         return a.node if isinstance(a, fx.Proxy) else super().create_arg(a)
 
+    def sample(self, value: Any) -> Any:
+        """An object of the class of a traced value, for a proxy; any other value itself."""
+        if not isinstance(value, fx.Proxy):
+            return value
+        if value.node in self.tensors:
+            return _SAMPLE
+        raise self.refusal("it asks for the class of a value that it has computed")
+
     def wraps(self, function: Any) -> bool:
         """Whether a function in a Python module's namespace becomes one node."""
         return id(function) in self._autowrap_function_ids and callable(function)
@@ -128,18 +137,6 @@ class _Quick:
         length = lengths[bisect.bisect_left(offsets, caller.f_lasti)]
         items: Iterator[Any] = self.tracer.iter(self) if length is None else (self[i] for i in range(length))
         return items
-
-    @property  # type: ignore[misc]
-    def __class__(self: Any) -> Any:
-        """What `isinstance` asks for: in the author's code, the class of the traced value, and not of the proxy."""
-        frame = sys._getframe(1)
-        while frame.f_back is not None and frame.f_globals.get("__name__") in ("abc", "torch"):  # of `torch.is_tensor`
-            frame = frame.f_back
-        if _is_ours(frame):
-            return type(self)
-        if self.node in self.tracer.tensors:
-            return torch.Tensor
-        raise self.tracer.refusal("it asks for the class of a value that it has computed")
 
     def __getattr__(self: Any, k: str) -> Any:
         return _Attribute(self, k)
@@ -220,11 +217,14 @@ class _Patches:
             yield
 
     def wrap_in(self, namespace: dict[str, Any]) -> None:
-        """Wrap the functions in a Python module's namespace that become one node."""
+        """Wrap the functions in a Python module's namespace that become one node, and let `isinstance` there know proxies."""
         tracer, key = self.tracer, id(namespace)
         if tracer is None or key in self._visited:
             return
         self._visited.add(key)
+        if "isinstance" not in namespace and not str(namespace.get("__name__")).startswith(("torch.", "math")):
+            self._replaced.append((namespace, "isinstance", _MISSING))
+            namespace["isinstance"] = self._is_instance
         if key not in self._found:  # held, so that no other gets its address
             self._found[key] = namespace, [
                 (name, f) for name, f in namespace.items() if not name.startswith("_") and tracer.wraps(f)]
@@ -237,6 +237,10 @@ class _Patches:
         self._replaced.append((namespace, name, namespace.get(name, _MISSING)))
         namespace[name] = self._wrappers[function]
 
+    def _is_instance(self, value: Any, classes: Any) -> bool:
+        """`isinstance` for the author's code: of a proxy it asks for the class of the traced value."""
+        return isinstance(value if self.tracer is None else self.tracer.sample(value), classes)
+
     def attribute(self, name: str, value: Any) -> Any:
         return value if self.tracer is None else self.tracer.getattr(name, value, self._parameters)
 
@@ -247,6 +251,7 @@ _PATCHED: dict[tuple[Any, str], str] = {
     (builtins, "print"): "it prints",
     (logging.Logger, "handle"): "it writes to a log",
     (torch, "is_inference_mode_enabled"): "it asks for the inference mode",
+    (torch, "is_tensor"): "",
     (torch.autograd.graph.saved_tensors_hooks, "__enter__"): (
         "it checkpoints a part of itself, or changes what autograd saves, which a trace does not hold: turn its gradient "
         "checkpointing off"),
@@ -290,6 +295,9 @@ def _patched() -> Iterator[_Patches]:
         patches.wrap_in(getattr(getattr(self, "forward", self), "__globals__", {}))
         return patches.tracer.call_module(self, functools.partial(module_call, self), args, kwargs)
 
+    def is_tensor(obj: Any) -> bool:
+        return isinstance(obj if patches.tracer is None else patches.tracer.sample(obj), torch.Tensor)
+
     def refusing(original: Callable[..., Any], reason: str) -> Callable[..., Any]:
         @functools.wraps(original)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -313,5 +321,6 @@ def _patched() -> Iterator[_Patches]:
         for holder, name, original in was:
             setattr(holder, name, refusing(original, _PATCHED[holder, name]))
         module.__getattr__, module.__call__ = get, call
+        setattr(torch, "is_tensor", is_tensor)  # noqa: B010 (mypy knows another type)
         _open = patches
         yield patches

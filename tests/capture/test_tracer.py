@@ -40,13 +40,15 @@ def _traced(module):
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 def test_the_quick_tracer_gives_fx_own_graphs(family, monkeypatch):
-    """But for ``x += y``, which fx takes for ``x + y``."""
+    """But for ``x += y``, which fx takes for ``x + y``, and for `isinstance`, which fx answers with the class of its proxy."""
     model = family.create()
     with abstract(model):
         with tracer.patched():
             mine = {name: _traced(m) for name, m in model.named_modules()}
         monkeypatch.setattr("se_inject.capture.forward._OwnTracer", FxTracer)
         for name, m in model.named_modules():
+            if "isinstance" in getattr(type(m).forward, "__code__", _traced.__code__).co_names:
+                continue
             theirs = _traced(m)
             if isinstance(theirs, str) or isinstance(mine[name], str):
                 assert str(mine[name]).partition(":")[0] == str(theirs).partition(":")[0]  # in other words
