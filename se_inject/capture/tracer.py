@@ -39,6 +39,7 @@ IN_PLACE: dict[Any, Any] = {
 }  # fmt: skip
 _PLAIN = {type(None), bool, int, float, str}
 _SAMPLE = torch.empty(0)
+_CONTAINERS = (list, tuple, dict, set)
 
 
 class QuickTracer(fx.Tracer):
@@ -95,11 +96,15 @@ class QuickTracer(fx.Tracer):
             return a
         return a.node if isinstance(a, fx.Proxy) else super().create_arg(a)
 
-    def sample(self, value: Any) -> Any:
-        """An object of the class of a traced value, for a proxy; any other value itself."""
+    def sample(self, value: Any, classes: Any) -> Any:
+        """For a proxy, an object of the class of the traced value, which is to be asked for `classes`; any other value itself.
+
+        A computed value passes for no container, which the recorded run confirms.
+        """
         if not isinstance(value, fx.Proxy):
             return value
-        if value.node in self.tensors:
+        asked = classes if isinstance(classes, tuple) else (classes,)
+        if value.node in self.tensors or all(isinstance(c, type) and issubclass(c, _CONTAINERS) for c in asked):
             return _SAMPLE
         raise self.refusal("it asks for the class of a value that it has computed")
 
@@ -239,7 +244,7 @@ class _Patches:
 
     def _is_instance(self, value: Any, classes: Any) -> bool:
         """`isinstance` for the author's code: of a proxy it asks for the class of the traced value."""
-        return isinstance(value if self.tracer is None else self.tracer.sample(value), classes)
+        return isinstance(value if self.tracer is None else self.tracer.sample(value, classes), classes)
 
     def attribute(self, name: str, value: Any) -> Any:
         return value if self.tracer is None else self.tracer.getattr(name, value, self._parameters)
@@ -296,7 +301,7 @@ def _patched() -> Iterator[_Patches]:
         return patches.tracer.call_module(self, functools.partial(module_call, self), args, kwargs)
 
     def is_tensor(obj: Any) -> bool:
-        return isinstance(obj if patches.tracer is None else patches.tracer.sample(obj), torch.Tensor)
+        return isinstance(obj if patches.tracer is None else patches.tracer.sample(obj, torch.Tensor), torch.Tensor)
 
     def refusing(original: Callable[..., Any], reason: str) -> Callable[..., Any]:
         @functools.wraps(original)
