@@ -19,6 +19,7 @@ import operator
 import sys
 import threading
 import types
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -94,6 +95,8 @@ class QuickTracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         if type(a) in _PLAIN:
             return a
+        if type(a) is OrderedDict:  # of which fx makes a dict
+            return self.create_node("call_function", OrderedDict, (self.create_arg(list(a.items())),), {})
         return a.node if isinstance(a, fx.Proxy) else super().create_arg(a)
 
     def sample(self, value: Any, classes: Any) -> Any:

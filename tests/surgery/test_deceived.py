@@ -462,7 +462,7 @@ def test_a_forward_keeps_the_class_of_what_it_returns():
             return self.unit(self.plain(self.stem(x)))
 
     model = se_inject.inject(Net(), input_size=(3, 10, 10))
-    assert se_inject.block_paths(model) == ["plain.se"]
+    assert se_inject.block_paths(model) == ["plain.se", "unit.se"]
     assert type(model(torch.randn(2, 3, 10, 10))) is collections.OrderedDict
     assert type(se_inject.optimize_for_inference(model)(torch.randn(2, 3, 10, 10))) is collections.OrderedDict
 
