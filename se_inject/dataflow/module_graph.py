@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
@@ -68,7 +69,8 @@ class TracedModel:
         key = (self.fingerprints.of(call.module), frozen(call.args), frozen(call.kwargs), reading)
         forward = self._forwards.get(key)
         if forward is not None:
-            return ModuleGraph(forward, call, bind(forward, call), self)
+            with contextlib.suppress(Refusal):  # it took another path, or two of its arguments are one tensor: trace it
+                return ModuleGraph(forward, call, bind(forward, call), self)
         forward, calls = own_forward(call, reading=reading)
         self._forwards[key] = forward
         return ModuleGraph(forward, call, calls, self)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import types
 from collections.abc import Iterator
 
 from torch import fx, nn
 
+from ..blocks.masks import MASKS
+from ..capture.arguments import signature_of
 from ..capture.forward import is_plain_sequential
 from ..dataflow.aliasing import is_read_elsewhere, is_written_after
 from ..dataflow.layers import is_conv, is_depthwise, mixes
 from ..dataflow.module_graph import LAYOUT, SLICE, ModuleGraph, TracedModel
 from ..dataflow.ops import is_tensor, name_of, shape
+from ..errors import Refusal
 from ..private import DropoutNd
 from .patterns import Candidate
 from .places import Place
@@ -102,8 +106,8 @@ def _walk_back(
         elif layout and not _is_drop_or_scale(view, step.node):
             continue
         node, behind, sliced, layout = step.source, step.node, cut, False
-    inside = _child(traces, view, node)
-    if inside is not None:
+    inside = None if len(shape(node)) == 3 and mask_argument(view.module) else _child(traces, view, node)
+    if inside is not None:  # and the mask of padding stays here, where the block gets it
         out = inside.nodes[-1].args[0]
         if isinstance(out, fx.Node) and is_tensor(out):
             mask = (1 << len(inside.nodes)) - 1
@@ -111,6 +115,13 @@ def _walk_back(
             if child is not inside or any(_is_drop_or_scale(inside, m) for m in _chain(inside, out, n)):
                 return child, n, last, part
     return view, node, behind, sliced
+
+
+def mask_argument(module: nn.Module) -> str | None:
+    """The argument by which a module's forward takes a mask of padding."""
+    with contextlib.suppress(Refusal):  # it has no forward to read, so none that gives a mask on
+        return next((p for p in signature_of(type(module).forward).parameters if p in MASKS), None)
+    return None
 
 
 def _chain(view: ModuleGraph, end: fx.Node, start: fx.Node) -> Iterator[fx.Node]:

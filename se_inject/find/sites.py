@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 from collections import defaultdict
@@ -12,18 +11,15 @@ from torch import fx, nn
 
 from ..blocks.build import block_spec, cost, problem
 from ..blocks.catalogue import get_block
-from ..blocks.masks import MASKS
-from ..capture.arguments import signature_of
 from ..capture.calls import Call
 from ..capture.channels import batch_is_first, channel_axis
 from ..config import SEConfig
 from ..dataflow.module_graph import ModuleGraph, TracedModel
 from ..dataflow.ops import is_tensor, shape
-from ..errors import Refusal
 from ..site import Site
 from .attention import Gates
 from .diagram import draw
-from .placement import find_place
+from .placement import find_place, mask_argument
 from .places import Place, PlacedSite
 from .plan import rejected
 from .stages import Stages
@@ -171,9 +167,7 @@ def _masked_by(place: Place) -> str | None:
     """Why a block could not leave out padding: the mask is given to a caller of the forward that calls the block."""
     call: Call | None = place.view.call
     while call is not None:
-        name = None
-        with contextlib.suppress(Refusal):  # no forward to read, so none that gives a mask on
-            name = next((p for p in signature_of(type(call.module).forward).parameters if p in MASKS), None)
+        name = mask_argument(call.module)
         if name is not None:
             if call is place.view.call and place.fill is None:
                 return None

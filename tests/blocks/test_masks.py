@@ -126,17 +126,24 @@ def test_a_block_that_would_not_get_the_mask_is_skipped():
         def forward(self, x):
             return self.scale * self.fc(x)
 
+    class Inner(Mlp):
+        def forward(self, x):
+            return x + self.fc(x)
+
     class Layer(nn.Module):
         def __init__(self):
             super().__init__()
-            self.mlp = Mlp()
+            self.inner, self.mlp = Inner(), Mlp()
 
         def forward(self, x, attn_mask=None):
+            x = self.inner(x)
             return x + self.mlp(x)
 
     model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 16, 1), nn.Flatten(2), Transposed()), Layer())
-    (site,) = se_inject.plan(model, input_size=(3, 4, 4)).skipped
-    assert site.owner == "1.mlp" and site.reason == "1.forward takes attn_mask, which the block would not get"
+    plan = se_inject.plan(model, input_size=(3, 4, 4))
+    assert [s.owner for s in plan.sites] == ["1"]  # and not in the Mlp, before its scale
+    (site,) = plan.skipped
+    assert site.owner == "1.inner" and site.reason == "1.forward takes attn_mask, which the block would not get"
 
 
 @torch.no_grad()
