@@ -21,10 +21,11 @@ from torch.utils._pytree import tree_map
 from ..errors import Refusal
 from ..undo import entered
 from .arguments import STARS, Unpacked, bound, signature_of
+from .author_code import asks_by_identity
 from .calls import Call, alike, leaves
 from .graphs import compute, evaluate, subgraph
 from .meta_ops import MetaOps, storage
-from .side_effects import Draws, asks_by_identity, may_draw, modes, other_modes, random_state, state_of
+from .side_effects import Draws, may_draw, modes, other_modes, random_state, state_of
 from .snapshot import kept_globals, restored
 from .tracer import IN_PLACE, READ_AGAIN, QuickTracer
 from .trail import called, first_difference, is_trusted, related, returned

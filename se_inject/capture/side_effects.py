@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dis
 import functools
 import inspect
 import random
@@ -62,27 +61,6 @@ def may_draw(cls: Any) -> bool:
     return any(
         v is random or getattr(v, "__name__", "") == "numpy" or getattr(v, "__module__", "") in ("random", "numpy.random")
         for v in list(namespace.values()))
-
-
-@functools.lru_cache(maxsize=4096)
-def asks_by_identity(cls: Any) -> str | None:
-    """What a forward, or a method that it calls, asks of its values that a proxy answers otherwise; None where it does not."""
-    todo, seen = ["forward"], {"forward"}
-    while todo:
-        function = inspect.unwrap(getattr(cls, todo.pop(), None) or (lambda: None))
-        code = getattr(function, "__code__", None)
-        call, before = None, None
-        for step in dis.get_instructions(code) if code is not None else ():
-            if step.opname == "LOAD_GLOBAL" and step.argval in ("type", "callable"):
-                return str(step.argval)
-            if step.opname == "IS_OP" and not (before is not None and before.opname == "LOAD_CONST" and (
-                    before.argval is None or (call is not None and call.opname.startswith("CALL")))):  # getattr(...) is True
-                return "is"
-            call, before = before, step
-        new = {n for n in code.co_names if n not in seen and not hasattr(nn.Module, n)} if code is not None else set()
-        seen |= new
-        todo += [n for n in new if callable(getattr(cls, n, None))]
-    return None
 
 
 class Draws(TorchDispatchMode):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import inspect
 import operator
 import random
 import sys
@@ -18,6 +17,7 @@ import torch
 from torch import nn
 
 from ..undo import entered, surgery_lock, undone
+from .author_code import functions_of
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
@@ -116,28 +116,12 @@ def kept_globals(classes: Iterable[Any]) -> Iterator[Callable[[], bool]]:
 
 @functools.lru_cache(maxsize=1024)
 def _globals_of(cls: Any) -> tuple[list[tuple[dict[str, Any], str]], list[Any]]:
-    """The names of globals in `cls`'s forward and in what it calls of the same class and file, with their namespaces; and the
-    default values of arguments there."""
-    found: dict[tuple[int, str], tuple[dict[str, Any], str]] = {}
-    defaults: list[Any] = []
-    todo: list[Any] = [getattr(cls, "forward", None)]
-    seen: set[int] = set()
-    while todo:
-        function = inspect.unwrap(todo.pop() or (lambda: None))
-        code = getattr(function, "__code__", None)
-        if code is None or id(code) in seen:
-            continue
-        seen.add(id(code))
-        defaults += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-        for name in code.co_names:
-            if name in function.__globals__:
-                found[id(function.__globals__), name] = function.__globals__, name
-                value = function.__globals__[name]
-                if isinstance(value, types.FunctionType) and value.__module__ in (function.__module__, cls.__module__):
-                    todo.append(value)
-            elif not hasattr(nn.Module, name) and callable(getattr(cls, name, None)):
-                todo.append(getattr(cls, name))
-    return list(found.values()), defaults
+    """The names of globals in a class's forward and in what that calls, with their namespaces; and the default values there."""
+    functions = functions_of(cls)
+    found = {(id(f.__globals__), name): (f.__globals__, name) for f in functions for name in f.__code__.co_names
+             if name in f.__globals__}
+    return list(found.values()), [
+        value for f in functions for value in (*(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values())]
 
 
 def set_class(module: nn.Module, cls: type[nn.Module]) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 _NUMBER = "_se_number"  # in the dict of a tensor that an operator made
 _numbers = itertools.count(1)
 Step = tuple[int, tuple[int, ...], tuple[int, ...]]  # the digest of an operator, and the keys of what it reads and returns
+UNKNOWN: Step = (0, (), ())  # an operator of a layer whose trail nobody asks for
 CALL, RETURN = -1, -2  # stand for the digest where a child was called, and at the end
 _words: dict[int, str] = {}
 
@@ -49,9 +50,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (bool, float)) or (type(value) is int and value == -1):
         return repr(value)  # Python gives -1 the hash of -2, and True and 1.0 that of 1
     return value if isinstance(value, Hashable) else repr(value)
-
-
-UNKNOWN: Step = (0, (), ())  # an operator of a layer whose trail nobody asks for
 
 
 def is_trusted(module: nn.Module) -> bool:

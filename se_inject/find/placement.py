@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import types
 from collections.abc import Iterator
+from typing import Any
 
 from torch import fx, nn
 
 from ..blocks.masks import MASKS
 from ..capture.arguments import signature_of
+from ..capture.author_code import functions_of
 from ..capture.forward import is_plain_sequential
 from ..dataflow.aliasing import is_read_elsewhere, is_written_after
 from ..dataflow.layers import is_conv, is_depthwise, mixes
@@ -231,17 +232,9 @@ def _other_method(view: ModuleGraph) -> str | None:
     return view.shared("other method", lambda: _find_other_method(type(view.module), view.call.parent is None))
 
 
-def _find_other_method(cls: type[nn.Module], is_root: bool) -> str | None:
-    used: set[str] = set()
-    todo = ["forward"]
-    while todo:  # methods that forward calls do not count; those of the model itself do, as users call them by name
-        function = getattr(cls, todo.pop(), None)
-        code = getattr(function, "__code__", None)
-        if isinstance(code, types.CodeType):
-            new = {n for n in code.co_names if n not in used and not hasattr(nn.Module, n) and callable(getattr(cls, n, None))}
-            used |= new
-            todo += new
-    for name in sorted(dir(cls)):
-        if name.startswith("forward_") and callable(getattr(cls, name)) and (is_root or name not in used):
-            return name
-    return None
+def _find_other_method(cls: Any, is_root: bool) -> str | None:
+    # methods that forward calls do not count; those of the model itself do, as users call them by name
+    used: set[str] = set() if is_root else {name for function in functions_of(cls) for name in function.__code__.co_names}
+    return next((
+        name for name in sorted(dir(cls)) if name.startswith("forward_") and name not in used
+        and callable(getattr(cls, name))), None)

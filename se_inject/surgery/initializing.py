@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from torch import nn
@@ -10,22 +9,8 @@ from torch import nn
 from ..blocks.start import watch
 from .state import block_paths
 
-_NAME = "init_weights"
 
-
-def attach_initializer(model: nn.Module) -> None:
-    """Let the `init_weights` of an injected model know the blocks. Changes the model."""
-    if hasattr(type(model), _NAME):
-        model.__dict__[_NAME] = functools.partial(_init_weights, model)
-
-
-def detach_initializer(model: nn.Module) -> None:
-    """Undo `attach_initializer`."""
-    if getattr(model.__dict__.get(_NAME), "func", None) is _init_weights:
-        del model.__dict__[_NAME]
-
-
-def _init_weights(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def init_weights(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The model's own `init_weights`, after which the blocks that it has drawn are as at their start."""
     cls: Any = type(model)
     restore = watch([model.get_submodule(path) for path in block_paths(model)])

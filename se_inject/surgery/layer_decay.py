@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from typing import Any
 
@@ -10,22 +9,8 @@ from torch import nn
 
 from .state import block_paths
 
-_NAME = "group_matcher"
 
-
-def attach_matcher(model: nn.Module) -> None:
-    """Let the `group_matcher` of an injected timm model know the blocks. Changes the model."""
-    if hasattr(type(model), _NAME):
-        model.__dict__[_NAME] = functools.partial(_group_matcher, model)
-
-
-def detach_matcher(model: nn.Module) -> None:
-    """Undo `attach_matcher`."""
-    if getattr(model.__dict__.get(_NAME), "func", None) is _group_matcher:
-        del model.__dict__[_NAME]
-
-
-def _group_matcher(model: nn.Module, coarse: bool = False) -> Any:
+def group_matcher(model: nn.Module, coarse: bool = False) -> Any:
     """The model's own `group_matcher`, in which a block belongs to the layer before it.
 
     timm counts parameters that the matcher does not know to the head, and trains them at the head's rate.

@@ -41,7 +41,7 @@ def keep_absent_base(
 ) -> None:  # fmt: skip
     """Hook of an injected model: if all keys belong to blocks, head and statistics, the rest keeps its values.
 
-    With ``assign=True``, the blocks that are not there follow the base to the device and dtype of what is loaded.
+    With ``assign=True``, blocks that the file lacks move to the device and dtype of the loaded base.
     """
     parts = Parts.of(model)
     assign = local_metadata.get(_ASSIGN, False)
@@ -53,11 +53,11 @@ def keep_absent_base(
     if assign:
         for path, keys in parts.blocks.items():
             if not any(k in found for k in keys):
-                new = _assigned(model.get_submodule(path), *_place(path, parts, found))
+                new = _assigned(model.get_submodule(path), *_device_and_dtype(path, parts, found))
                 state_dict.update({f"{prefix}{path}.{k}": t for k, t in new.items()})
 
 
-def _place(path: str, parts: Parts, loaded: Mapping[str, torch.Tensor]) -> tuple[torch.device, torch.dtype]:
+def _device_and_dtype(path: str, parts: Parts, loaded: Mapping[str, torch.Tensor]) -> tuple[torch.device, torch.dtype]:
     """The device and dtype of what is loaded around the block at `path`: of tensors that had its dtype, first in its owner."""
     first = parts.se[parts.blocks[path][0]]
     owner = "".join(path.rpartition(".")[:2])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,9 +25,9 @@ from ..timm_names import architecture_of, rename, skeleton
 from ..undo import entered, surgery_lock
 from .edits import apply_edits, undo_edits
 from .freezing import unfreeze_base
-from .initializing import attach_initializer, detach_initializer
+from .initializing import init_weights
 from .jobs import Job, make_block_for, owner_jobs
-from .layer_decay import attach_matcher, detach_matcher
+from .layer_decay import group_matcher
 from .load_hooks import register_hooks, remove_hooks
 from .refusals import no_sites, refuse
 from .session import copied, traced
@@ -178,17 +179,22 @@ def apply(model: nn.Module, prepared: Prepared, *, verify: bool = False) -> nn.M
     return model
 
 
+_METHODS: dict[str, Callable[..., Any]] = {"group_matcher": group_matcher, "init_weights": init_weights}  # of timm's models
+
+
 def _attach(model: nn.Module) -> None:
     """Let the methods of a model that read or write all its weights know the blocks."""
     register_hooks(model)
-    attach_matcher(model)
-    attach_initializer(model)
+    for name, method in _METHODS.items():
+        if hasattr(type(model), name):
+            model.__dict__[name] = functools.partial(method, model)
 
 
 def _detach(model: nn.Module) -> None:
     """Undo `_attach`, but for the hooks."""
-    detach_matcher(model)
-    detach_initializer(model)
+    for name, method in _METHODS.items():
+        if getattr(model.__dict__.get(name), "func", None) is method:
+            del model.__dict__[name]
 
 
 def eject(model: nn.Module) -> nn.Module:

@@ -60,7 +60,7 @@ def warn_of_another_base(
         parts: Those of the loaded model.
         tensors: Those that were loaded into it, as the files have them: their dtype decides how exactly they are compared.
         source: The file, for the message.
-        ignored: Names that are not compared.
+        ignored: Names of tensors that may differ without a warning.
     """
     have = {**of_the_base(parts), **tensors}
     try:

@@ -87,7 +87,7 @@ def test_a_copy_is_quantized(name):
 
 
 class Both(nn.Module):
-    """Sums what it is given, however many there are, and as it is told."""
+    """A residual of two layers, with a factor and any number of arguments that it does not read."""
 
     def __init__(self):
         super().__init__()

@@ -62,7 +62,7 @@ CASES = {
     "global list": "LOG.append(1); return x + self.f(x)",
     "global counter": "COUNTS['x'] += 1; return x + self.f(x)",
     "helper": "note(); return x + self.f(x)",
-    "counted class": "y = self.f(x)\n        if isinstance(y, torch.Tensor): self.count += 1\n        return x + y",
+    "isinstance counter": "y = self.f(x)\n        if isinstance(y, torch.Tensor): self.count += 1\n        return x + y",
     "own list": "self.seen.append(x.shape[0]); return x + self.f(x)",
     "own counter": "self.count += 1; return x + self.f(x)",
     "meter": "self.meter.total += 1; return x + self.f(x)",

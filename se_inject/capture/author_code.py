@@ -1,0 +1,50 @@
+"""What the author's code says, read and not run: the functions behind a forward, and the questions that they ask."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import inspect
+import types
+from typing import Any
+
+from torch import nn
+
+
+@functools.lru_cache(maxsize=4096)
+def functions_of(cls: Any) -> tuple[types.FunctionType, ...]:
+    """The forward of a class, and the methods and functions of its file that the forward calls, directly or not."""
+    found: dict[types.CodeType, types.FunctionType] = {}
+    todo: list[Any] = [getattr(cls, "forward", None)]
+    while todo:
+        value = todo.pop()
+        function = inspect.unwrap(getattr(value, "__func__", value))
+        if not isinstance(function, types.FunctionType) or function.__code__ in found:
+            continue
+        found[function.__code__] = function
+        for name in function.__code__.co_names:
+            value = function.__globals__.get(name)
+            if isinstance(value, types.FunctionType) and value.__module__ in (function.__module__, cls.__module__):
+                todo.append(value)
+            elif name not in function.__globals__ and not hasattr(nn.Module, name):
+                todo.append(getattr(cls, name, None))
+    return tuple(found.values())
+
+
+@functools.lru_cache(maxsize=4096)
+def asks_by_identity(cls: Any) -> str | None:
+    """The word by which a forward asks what a proxy answers otherwise than the traced value; None where it does not."""
+    for function in functions_of(cls):
+        steps = list(dis.get_instructions(function))
+        for i, step in enumerate(steps):
+            if step.opname == "LOAD_GLOBAL" and step.argval in ("type", "callable"):
+                return str(step.argval)
+            if step.opname == "IS_OP" and not _is_harmless(steps[:i]):
+                return "is"
+    return None
+
+
+def _is_harmless(before: list[dis.Instruction]) -> bool:
+    """Whether an `is` compares with None, or the result of a call with a constant, as in ``getattr(m, "flag", 0) is True``."""
+    constant = before[-1]
+    return constant.opname == "LOAD_CONST" and (constant.argval is None or before[-2].opname.startswith("CALL"))
