@@ -68,3 +68,5 @@ needs_quiet_end = needs(
 needs_local_dir = needs(not _raises(lambda: timm.models.parse_model_name("local-dir:a")), "timm does not know local-dir:")
 needs_safetensors_in_torch_load = needs(
     "safetensors" in inspect.getsource(torch.serialization), "torch.load reads no safetensors")
+needs_loads_on_meta = needs(
+    TORCH >= (2, 7), "accelerate fills a model that is partly on meta only where it has a device map")

@@ -15,6 +15,7 @@ from se_inject import block_paths
 from se_inject.blocks import build
 
 from ..support.checks import randomise
+from ..support.versions import needs_loads_on_meta
 
 X = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
 pytestmark = [
@@ -44,7 +45,8 @@ def dispatched_by_itself(model, folder):
 
 
 @pytest.mark.parametrize("load, buffers", [
-    (in_model, False), (in_model_strictly, False),  # with buffers on the meta device, it needs a process group
+    # with buffers on the meta device, these two need a process group
+    *(pytest.param(load, False, marks=needs_loads_on_meta) for load in (in_model, in_model_strictly)),
     *((load, buffers) for load in (in_model_by_map, dispatched, dispatched_by_itself) for buffers in (False, True))])
 def test_blocks_that_a_file_lacks_are_identities(load, buffers, tmp_path):
     base = randomise(timm.create_model("test_resnet")).eval()
