@@ -15,7 +15,7 @@ from se_inject.capture.graphs import same_graph
 from se_inject.capture.snapshot import on_meta as abstract
 from se_inject.errors import Refusal
 
-from ..support.families import FAMILIES
+from ..support.families import BY_TIER
 
 
 class FxTracer(_OwnTracer):
@@ -38,7 +38,7 @@ def _traced(module):
         return str(error)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+@pytest.mark.parametrize("family", BY_TIER)
 def test_the_quick_tracer_gives_fx_own_graphs(family, monkeypatch):
     """But for ``x += y``, which fx takes for ``x + y``, and for `isinstance`, which fx answers with the class of its proxy."""
     model = family.create()

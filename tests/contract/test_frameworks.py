@@ -22,7 +22,8 @@ HEAD = ("family", "blocks", *COLUMNS)
 APART = ("worker process", "DDP", "FSDP2")  # these share two processes; the others what a model's export gave
 QUICK = ("autocast", "bfloat16", "channels_last", "EMA", "checkpointing")  # on all families
 # filled slots, an inserted block in a Sequential, and rewritten forwards, some of several branches
-SOME = dict.fromkeys(("compile", "export", "script", "trace", "func"), ("resnet18", "vgg11_bn", "tiny_vit_5m_224"))
+SOME = dict.fromkeys(("compile", "script", "trace"), ("resnet18", "vgg11_bn", "tiny_vit_5m_224"))
+SOME |= dict.fromkeys(("export", "func"), ("resnet18", "vit_tiny_patch16_224"))
 SOME |= dict.fromkeys(APART, ("resnet18", "vit_tiny_patch16_224"))
 SOME |= dict.fromkeys(("compile, train", "export, strict", "ONNX"), ("resnet18",))
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 TESTS = '''
 import pytest
 import torch
@@ -33,6 +35,7 @@ def test_that_the_plain_model_fails():
 '''
 
 
+@pytest.mark.contract
 def test_a_failure_counts_where_the_plain_model_passes(tmp_path):
     (tmp_path / "test_models.py").write_text(TESTS)
     command = [sys.executable, "-m", "tests.contract.timm_suite", str(tmp_path), "--models", "test_resnet", "test_vit"]

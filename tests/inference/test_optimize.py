@@ -18,7 +18,7 @@ from se_inject.cli import main
 from se_inject.inference.merged_layers import MergedGate
 
 from ..support.checks import randomise, total
-from ..support.families import FAMILIES, plain, trained
+from ..support.families import BY_TIER, plain, trained
 from ..support.tiers import contract
 from ..support.versions import TORCH, needs_coordinate_attention
 
@@ -64,7 +64,7 @@ def check(model, x, **kwargs):
     return fast
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+@pytest.mark.parametrize("family", BY_TIER)
 def test_families(family):
     check(plain(family), family.image(), input_size=(3, family.side, family.side))
     fast = check(copy.deepcopy(trained(family)), family.image(), input_size=(3, family.side, family.side))
@@ -238,7 +238,7 @@ def test_copies_and_pickles(name):
         assert torch.equal(again(x), expected)
 
 
-@pytest.mark.parametrize("name", ["resnet50", "convnext_atto"])
+@pytest.mark.parametrize("name", ["convnext_atto", *contract("resnet50")])
 def test_compile_and_export(name):
     fast = se_inject.optimize_for_inference(randomise(se_inject.inject(made(name))))
     x = image(fast, 64)

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import pytest
 import timm
 import torch
 from torch import nn
@@ -49,6 +50,9 @@ def small(name: str, side: int, cut: dict[str, int] | None = None, **args: Any) 
     return Family(name, side, tuple((cut or {}).items()), tuple(args.items()))
 
 
+# every kind of rewriting, every layout and every kind of site: the rest differ in their owners, not in what is done to them
+QUICK = ("resnet18", "mobilenetv2_050", "repvgg_a0", "vgg11_bn", "densenet121", "convnext_atto", "levit_128s",
+         "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "resmlp_12_224")
 FAMILIES = [
     small("resnet18", 64, layers=(1, 1, 1, 1)),
     small("mobilenetv2_050", 64, depth_multiplier=0.3),
@@ -69,6 +73,8 @@ FAMILIES = [
     small("xcit_nano_12_p16_224", 64, img_size=64, depth=2),
     small("resmlp_12_224", 64, {"blocks": 2}, img_size=64),
 ]
+
+BY_TIER = [pytest.param(f, id=f.name, marks=() if f.name in QUICK else pytest.mark.contract) for f in FAMILIES]
 
 
 @functools.cache

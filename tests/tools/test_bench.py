@@ -163,6 +163,7 @@ def test_the_timed_injection_is_that_of_inject(name):
     assert equal(run(model, images), run(other, images))
 
 
+@pytest.mark.contract
 def test_loading():
     (comparison,) = measured("test_resnet", "--measure", "loading", "--ratio", 0.5, *ONCE)["comparisons"]
     found = by_name(comparison)
