@@ -24,8 +24,7 @@ QUICK = ("autocast", "bfloat16", "channels_last", "EMA", "checkpointing")  # on 
 # filled slots, an inserted block in a Sequential, and rewritten forwards, some of several branches
 SOME = dict.fromkeys(("compile", "script", "trace"), ("resnet18", "vgg11_bn", "tiny_vit_5m_224"))
 SOME |= dict.fromkeys(("export", "func"), ("resnet18", "vit_tiny_patch16_224"))
-SOME |= dict.fromkeys(APART, ("resnet18", "vit_tiny_patch16_224"))
-SOME |= dict.fromkeys(("compile, train", "export, strict", "ONNX"), ("resnet18",))
+SOME |= dict.fromkeys((*APART, "compile, train"), ("resnet18",))
 
 
 def cells() -> dict[str, dict[str, str]]:

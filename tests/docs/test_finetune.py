@@ -47,6 +47,7 @@ def folder(work, method):
     return found
 
 
+@pytest.mark.contract
 def test_a_killed_run_ends_with_the_same_weights(finetune, whole, tmp_path):
     command = [*SMALL, "--methods", "full-se", "--work", str(tmp_path)]
     process = started(script(EXAMPLE, tmp_path), *command)

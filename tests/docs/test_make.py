@@ -62,6 +62,7 @@ def test_a_page_keeps_what_stands_around_its_tables(tmp_path):
         make.remake_tables(page, lambda words: "new", ["three"])
 
 
+@pytest.mark.contract
 def test_a_table_is_the_output_of_its_command(tmp_path):
     page = tmp_path / "cost.md"
     page.write_text(A_PAGE.replace("test_resnet --no-native", "test_resnet --measure surgery --device meta --rounds 1"))

@@ -180,7 +180,8 @@ DOORS = {
 }  # fmt: skip
 
 
-LACKING = {local_dir: needs_local_dir, resume_checkpoint: needs_safetensors_in_torch_load}
+MARKS = {local_dir: [needs_local_dir], resume_checkpoint: [needs_safetensors_in_torch_load, pytest.mark.contract],
+         hf_hub: [pytest.mark.contract]}  # like `load_checkpoint` and `local_dir`
 
 
 def cell(door, kind, name, folder, written):
@@ -216,7 +217,7 @@ def written(tmp_path_factory):
 
 
 @pytest.mark.xdist_group("doors")
-@pytest.mark.parametrize("door", [pytest.param(door, marks=LACKING.get(DOORS[door], ())) for door in DOORS])
+@pytest.mark.parametrize("door", [pytest.param(door, marks=MARKS.get(DOORS[door], ())) for door in DOORS])
 def test_a_door_loads_every_kind_of_file(door, written, tmp_path, request, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     cells = []
