@@ -118,6 +118,7 @@ def test_deviation_is_relative_to_the_largest_output():
         assert not deviation([torch.ones(1), torch.ones(1)], output) <= 1e-5
 
 
+@pytest.mark.contract
 def test_training():
     said = measured("test_resnet", "--measure", "training", "--size", 32, "--batch", 2, "--no-native", *ONCE,
                     "--dtype", "float32", "--dtype", "bfloat16")  # fmt: skip
@@ -134,6 +135,7 @@ def test_a_step_goes_backward():
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
 
 
+@pytest.mark.contract
 def test_surgery():
     said = measured("test_resnet", "resnet18", "--measure", "surgery", "--device", "meta", *ONCE)
     for comparison in said["comparisons"]:
