@@ -22,8 +22,8 @@ class Site:
         kind: ``residual``, ``inverted_residual``, ``aggregation`` or ``conv``; ``unknown`` if the forward of the owner
             could not be traced.
         channels: Number of gated channels.
-        layout: ``NCHW``, ``NHWC`` or ``NLC``.
-        size: Positions, (H, W) or (L,), at the planned input size.
+        layout: ``NCHW``, ``NHWC`` or ``NLC``; ``NCL``, ``NCDHW`` or ``NDHWC`` in networks for signals and volumes.
+        size: Positions, (H, W), (L,) or (D, H, W), at the planned input size.
         stage: Number of the stage, as in timm's ``out_indices``; the stem is 0.
         style: ``se`` (keys ``fc1``, ``fc2``), ``efficientnet`` (keys ``conv_reduce``, ``conv_expand``), or the name of
             another block.

@@ -31,8 +31,8 @@ class BlockSpec:
     style: str
 
 
-class ChannelsLast(nn.Module):
-    """A block for (N, C, H, W) at a site of another layout: (N, H, W, C), or (N, L, C) as a map of L by 1."""
+class AsMap(nn.Module):
+    """A block for (N, C, H, W) at a site of another layout: a sequence becomes a map of L by 1, a volume one of D by HW."""
 
     def __init__(self, block: nn.Module, layout: str) -> None:
         super().__init__()
@@ -43,6 +43,15 @@ class ChannelsLast(nn.Module):
         if self.layout == "NLC":
             y: torch.Tensor = self.block(x.transpose(1, 2).unsqueeze(-1))
             return y.squeeze(-1).transpose(1, 2)
+        if self.layout == "NCL":
+            signal: torch.Tensor = self.block(x.unsqueeze(-1))
+            return signal.squeeze(-1)
+        if self.layout == "NCDHW":
+            volume: torch.Tensor = self.block(x.flatten(3))
+            return volume.reshape(x.shape)
+        if self.layout == "NDHWC":
+            last: torch.Tensor = self.block(x.flatten(2, 3).permute(0, 3, 1, 2))
+            return last.permute(0, 2, 3, 1).reshape(x.shape)
         z: torch.Tensor = self.block(x.permute(0, 3, 1, 2))
         return z.permute(0, 2, 3, 1)
 
@@ -99,7 +108,7 @@ def make_block(
         block = block.to(device=device, dtype=dtype)
     if config.init == "identity":
         make_identity(row.start, block, outer_gain)
-    made = block if native else ChannelsLast(block, spec.layout)
+    made = block if native else AsMap(block, spec.layout)
     if row.weighs:
         made.__dict__[WEIGHS] = True
     config = dataclasses.replace(config, filter_fn=None)  # which a pickle could not hold
@@ -123,7 +132,7 @@ def cost(spec: BlockSpec, config: SEConfig, size: tuple[int, ...]) -> tuple[int,
 @functools.lru_cache(maxsize=1024)
 def _measured(spec: BlockSpec, config: SEConfig, size: tuple[int, ...]) -> tuple[int, int]:
     block = make_block(spec, config, None, 1.0, torch.device("meta"), torch.float32).eval()
-    shape = (1, spec.channels, *size) if spec.layout == "NCHW" else (1, *size, spec.channels)
+    shape = (1, spec.channels, *size) if spec.layout.index("C") == 1 else (1, *size, spec.channels)
     counter = _MultiplyAdds()
     with entered(counter, torch.no_grad()):
         block(torch.empty(shape, device="meta"))

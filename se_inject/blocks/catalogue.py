@@ -15,7 +15,7 @@ from ..config import SEConfig, did_you_mean
 from ..errors import ConfigError
 from .gather_excite import GatherExcite
 from .identity import Start
-from .squeeze_excite import EfficientNetSqueezeExcite, SqueezeExcite, squeeze_width
+from .squeeze_excite import LAYOUTS, EfficientNetSqueezeExcite, SqueezeExcite, squeeze_width
 
 OPTIONS = {  # fields of SEConfig that belong to the block, and their names in timm's constructors
     "ratio": "rd_ratio", "rd_channels": "rd_channels", "rd_divisor": "rd_divisor", "act_layer": "act_layer",
@@ -68,7 +68,7 @@ def parameters_of(cls: Callable[..., nn.Module]) -> frozenset[str]:
 
 
 _SE = Block(
-    "se", SqueezeExcite, Start(("fc2",), ("gate",), "fc1"), layouts=("NCHW", "NHWC", "NLC"), width=squeeze_width, site_act=True)
+    "se", SqueezeExcite, Start(("fc2",), ("gate",), "fc1"), layouts=LAYOUTS, width=squeeze_width, site_act=True)
 _EFFICIENTNET_SE = dataclasses.replace(
     _SE, cls=EfficientNetSqueezeExcite, start=Start(("conv_expand",), ("gate",), "conv_reduce"))
 _rows = {"se": dataclasses.replace(_SE, styles={"efficientnet": _EFFICIENTNET_SE})}

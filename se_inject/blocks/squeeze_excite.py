@@ -16,6 +16,9 @@ from ..config import SEConfig
 from .autograd import scale, squeeze
 from .identity import HasGain
 
+CONVS: dict[str, type[nn.Module]] = {"NCL": nn.Conv1d, "NCHW": nn.Conv2d, "NCDHW": nn.Conv3d}  # where channels come first
+LAYOUTS = (*CONVS, "NLC", "NHWC", "NDHWC")
+
 
 class SqueezeExcite(HasGain):
     """Squeeze-and-excitation: scales each channel by a gate, computed from the means of all channels.
@@ -23,13 +26,13 @@ class SqueezeExcite(HasGain):
     Args:
         channels: Number of channels C of the input.
         rd_channels: Squeeze width.
-        layout: ``NCHW`` (1x1 convolutions), ``NHWC`` or ``NLC`` (linear layers).
+        layout: ``NCHW``, ``NCL`` or ``NCDHW`` (1x1 convolutions); ``NHWC``, ``NLC`` or ``NDHWC`` (linear layers).
         bias: Whether the two layers have a bias.
         act_layer: Activation, by timm's name, or its class.
         gate_layer: Gate function, by timm's name.
         gain: Constant factor of the gate.
 
-    Shape: (N, C, H, W), (N, H, W, C) or (N, L, C), as `layout` says. The output has the shape of the input.
+    Shape: as `layout` says, (N, C, H, W) for ``NCHW``. The output has the shape of the input.
     """
 
     def __init__(
@@ -40,12 +43,13 @@ class SqueezeExcite(HasGain):
         super().__init__(gain)
         self.channels = channels
         self.layout = layout
-        self.dims = {"NCHW": [2, 3], "NHWC": [1, 2], "NLC": [1]}[layout]
+        self.dims = [axis for axis, letter in enumerate(layout) if letter not in "NC"]
         factory = {"bias": bias, "device": device, "dtype": dtype}
         reduce: nn.Module
         expand: nn.Module
-        if layout == "NCHW":
-            reduce, expand = nn.Conv2d(channels, rd_channels, 1, **factory), nn.Conv2d(rd_channels, channels, 1, **factory)
+        if layout in CONVS:
+            conv = CONVS[layout]
+            reduce, expand = conv(channels, rd_channels, 1, **factory), conv(rd_channels, channels, 1, **factory)
         else:
             reduce, expand = nn.Linear(channels, rd_channels, **factory), nn.Linear(rd_channels, channels, **factory)
         self._register(reduce, create_act_layer(act_layer, inplace=True), expand, create_act_layer(gate_layer))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
+
+from ..errors import TraceError
 
 
 @dataclasses.dataclass(eq=False)
@@ -19,7 +22,8 @@ class Call:
         path, module: The module, and its dotted name in the model.
         args, kwargs, output: What it was called with, on meta tensors, and what it returned.
         parent, children: The calls around and inside.
-        begin, end: Moments of the run: `a.begin < b.begin < a.end` says that call `b` is inside call `a`.
+        begin, end: Moments of the run: `a.begin < b.begin < a.end` says that call `b` is inside call `a`. A call that raised
+            has the end -1.
         changes_list: Whether it changed a list among its arguments.
         operators: How many operators ran inside.
         own_trail: The operators that its own forward ran, and the calls of its children; see `trail`.
@@ -57,11 +61,30 @@ class Call:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
-    """One recorded run of a model: the call of the model itself, the (C, H, W) of its images, and multiply-adds for one."""
+    """One recorded run of a model.
+
+    Attributes:
+        root: The call of the model itself.
+        input_size: (C, H, W) of the images.
+        macs: Multiply-adds for one image.
+        error: What the model raised, where the run did not come to its end. Calls without an end were running then.
+        where: The path of the module that raised it; empty for the model itself.
+    """
 
     root: Call
     input_size: tuple[int, ...]
     macs: int
+    error: TraceError | None = None
+    where: str | None = None
+
+    @property
+    def ended(self) -> str | None:
+        """Where and why the run ended before its end; None where it did not."""
+        if self.error is None:
+            return None
+        cause = self.error.__cause__
+        why = re.split(r"\.\s|\n", str(cause).strip())[0].rstrip(".")
+        return f"the run without values ended in {self.where or 'the model itself'} ({type(cause).__name__}: {why})"
 
 
 def alike(a: Any, b: Any) -> bool:

@@ -166,12 +166,12 @@ def _reduction(at: int, func: Any, first: torch.Tensor, args: Sequence[Any], kwa
 
 
 def _convolution(func: Any, x: torch.Tensor, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    if kwargs or len(args) != 9 or x.dim() != 4:
+    if kwargs or len(args) != 9:
         return None
     weight, _, stride, padding, dilation, transposed, _, groups = args[1:]
     if transposed or not weight.is_meta or weight.dtype != x.dtype or x.shape[1] != weight.shape[1] * groups:
         return None
-    if not (len(stride) == len(padding) == len(dilation) == 2 and _is_plain(x) and _is_plain(weight)):
+    if not (len(stride) == len(padding) == len(dilation) == x.dim() - 2 and _is_plain(x) and _is_plain(weight)):
         return None
     sizes = [
         (n + 2 * p - d * (k - 1) - 1) // s + 1

@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import TraceError
 from ..undo import entered, surgery_lock, undone
-from .calls import Call, alike, leaves
+from .calls import Call, Run, alike, leaves
+from .example import Example
 from .meta_ops import MetaOps, storage
 from .snapshot import kept_globals, restored
 from .trail import Step, called, is_trusted, numbered, returned
@@ -35,13 +36,12 @@ def _same(value: Any) -> Any:
     return value
 
 
-def run(model: nn.Module, inputs: torch.Tensor, ops: MetaOps | None = None) -> int:
-    """Run `model` once, without computing, and return its multiply-adds. Use it inside `on_meta`.
+def run(model: nn.Module, example: Example, ops: MetaOps) -> None:
+    """Run `model` once, without computing. Use it inside `on_meta`.
 
     Raises:
         TraceError: The model's own forward raised on this input.
     """
-    ops = ops or MetaOps(factories=True)
     seed, state = torch.initial_seed(), torch.get_rng_state()
 
     def unseed() -> None:
@@ -51,28 +51,25 @@ def run(model: nn.Module, inputs: torch.Tensor, ops: MetaOps | None = None) -> i
     try:
         modules = list(model.modules())
         with undone(unseed), restored(modules), kept_globals({type(m) for m in modules}), entered(torch.no_grad(), ops):
-            model(inputs)
-            return ops.macs
+            example.run(model)
     except MemoryError:
         raise
     except Exception as error:
         raise TraceError(
-            f"{type(model).__name__} failed on an input of shape {tuple(inputs.shape)}: "
-            f"{type(error).__name__}: {error}. If the model needs another size, pass input_size=(C, H, W)."
+            f"{type(model).__name__} failed on {example}: {type(error).__name__}: {error}. If the model needs another size, "
+            "pass input_size=(C, H, W); for inputs of another kind, pass example_inputs=: a tensor, a tuple of arguments, or a "
+            "dict of keyword arguments."
         ) from error
 
 
-def record(model: nn.Module, inputs: torch.Tensor) -> tuple[Call, int]:
-    """Run `model` once and return the call of the model itself, and its multiply-adds. Use it inside `on_meta`.
-
-    Raises:
-        TraceError: The model's own forward raised on this input.
-    """
+def record(model: nn.Module, example: Example, ops: MetaOps) -> Run:
+    """Run `model` once and keep its calls, up to where its forward raised, if it did. Use it inside `on_meta`."""
+    example = example.marked()
     paths = {m: name for name, m in model.named_modules()}
     stack: list[Call] = []
     root: list[Call] = []
     count = 0
-    ops = MetaOps(factories=True)
+    where: str | None = None
     written: list[int] = []
     own: list[tuple[list[torch.UntypedStorage], list[Step]]] = []
     taken = (0, 0)
@@ -116,7 +113,19 @@ def record(model: nn.Module, inputs: torch.Tensor) -> tuple[Call, int]:
         call.changes_list = call.args is not args and not alike((args, kwargs), (call.args, call.kwargs))
         count += 1
 
-    numbered([inputs])
+    def fail(module: nn.Module) -> None:
+        """Leave a call that raised: it has no end. The forward around it may go on."""
+        nonlocal where
+        if where is None:
+            where = paths[module]
+        stack.pop()
+        written.pop()
+        take_own()
+        own.pop()
+        ops.detailed = not stack or not is_trusted(stack[-1].module)
+
+    numbered(example.tensors)
+    error: TraceError | None = None
     with entered(surgery_lock):
         original, thread = nn.Module.__call__, threading.get_ident()
 
@@ -125,11 +134,18 @@ def record(model: nn.Module, inputs: torch.Tensor) -> tuple[Call, int]:
             if threading.get_ident() != thread or module not in paths:
                 return original(module, *args, **kwargs)
             enter(module, args, kwargs)
-            output = original(module, *args, **kwargs)
+            try:
+                output = original(module, *args, **kwargs)
+            except BaseException:
+                fail(module)
+                raise
             leave(module, args, kwargs, output)
             return output
 
         with undone(lambda: setattr(nn.Module, "__call__", original)):
             nn.Module.__call__ = recorded  # type: ignore[method-assign]
-            macs = run(model, inputs, ops)
-    return root[0], macs
+            try:
+                run(model, example, ops)
+            except TraceError as raised:
+                error = raised
+    return Run(root[0], example.size, ops.macs // example.batch, error, where if error is not None else None)

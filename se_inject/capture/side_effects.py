@@ -59,8 +59,16 @@ def may_draw(cls: Any) -> bool:
     """Whether the file of a forward imports random numbers of Python or numpy; others show in the numbers of the trail."""
     namespace = getattr(inspect.unwrap(cls.forward), "__globals__", {})
     return any(
-        v is random or getattr(v, "__name__", "") == "numpy" or getattr(v, "__module__", "") in ("random", "numpy.random")
+        v is random or _said(v, "__name__") == "numpy" or _said(v, "__module__") in ("random", "numpy.random")
         for v in list(namespace.values()))
+
+
+def _said(value: Any, name: str) -> Any:
+    """An attribute of any object; None where it is a stand-in for a missing library, which raises when it is asked."""
+    try:
+        return getattr(value, name, None)
+    except Exception:
+        return None
 
 
 class Draws(TorchDispatchMode):

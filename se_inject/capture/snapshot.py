@@ -18,6 +18,7 @@ from torch import nn
 
 from ..undo import entered, surgery_lock, undone
 from .author_code import functions_of
+from .known_values import ORIGINAL, is_small
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
@@ -255,6 +256,8 @@ def _on_meta(model: nn.Module) -> Iterator[None]:
             return t
         if id(t) not in twins:
             twin = torch.empty_like(t, device="meta")
+            if is_small(t) and not isinstance(t, nn.Parameter):
+                twin.__dict__[ORIGINAL] = t
             twins[id(t)] = nn.Parameter(twin, requires_grad=False) if isinstance(t, nn.Parameter) else twin
         return twins[id(t)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,10 +35,11 @@ def mixes(module: nn.Module) -> bool:
 
 
 def is_conv(module: nn.Module) -> bool:
-    """Whether `module` is a 2d convolution over space, by itself: kernel larger than one."""
+    """Whether `module` is a convolution over space, by itself: kernel larger than one. ECA's is one over channels."""
     kernel = getattr(module, "kernel_size", None)
     weight = module._parameters.get("weight")
-    return weight is not None and weight.dim() >= 4 and kernel is not None and max(_ints(kernel), default=1) > 1
+    mixing = weight is not None and weight.dim() >= 3 and math.prod(weight.shape[:2]) > 1
+    return mixing and kernel is not None and max(_ints(kernel), default=1) > 1
 
 
 def is_depthwise(module: nn.Module) -> bool:

@@ -43,6 +43,7 @@ class TracedModel:
             view = None
             if self._composes(module):
                 try:
+                    self._check_ends(module)
                     view = self._view(self.calls[module][0])
                 except Refusal as error:
                     self.failures[module] = str(error)
@@ -60,9 +61,19 @@ class TracedModel:
         view = self.view(call.module)
         if view is not None and view.call is call:
             return view
+        self._check_ends(call.module)
         if call not in self._inside:
             self._inside[call] = self._view(call, reading=view is None)
         return self._inside[call]
+
+    def _check_ends(self, module: nn.Module) -> None:
+        """Raise for a module in which the recorded run ended.
+
+        Raises:
+            Refusal: It did.
+        """
+        if self.run.ended is not None and any(call.end < 0 for call in self.calls[module]):
+            raise Refusal(self.run.ended)
 
     def _view(self, call: Call, reading: bool = False) -> ModuleGraph:
         """The graph of a called module; modules with one fingerprint share a trace."""
@@ -281,7 +292,7 @@ class ModuleGraph:
                 yield self.nodes[i]
 
     def channel_dim(self, node: fx.Node) -> int:
-        """The axis of an activation's channels: 1 in NCHW, the last in NHWC and (N, L, C).
+        """The axis of an activation's channels: 1 in NCHW, NCL and NCDHW, the last in NHWC, NLC and NDHWC.
 
         Where the run lost it, the learned layer before `node` tells it.
         """
@@ -299,7 +310,7 @@ class ModuleGraph:
                         return len(dims) - 1
                     return 1 if isinstance(call.output, torch.Tensor) and call.output.dim() == len(dims) else (
                         len(dims) - 1 if len(dims) == 3 else 1)
-        return 1 if len(dims) == 4 else len(dims) - 1
+        return 1 if len(dims) > 3 else len(dims) - 1
 
     def steps_back(self, node: fx.Node) -> Iterator[Step]:
         """From a value back through what only passes it on; ends at the operator, layer or input that makes it."""

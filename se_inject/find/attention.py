@@ -10,6 +10,7 @@ from bisect import bisect_left
 from torch import fx, nn
 
 from ..capture.calls import Call
+from ..capture.channels import channel_axis
 from ..capture.graphs import subgraph
 from ..dataflow import ops
 from ..dataflow.module_graph import ModuleGraph, TracedModel
@@ -82,8 +83,9 @@ def is_gate(view: ModuleGraph, node: fx.Node) -> bool:
         xs, gs = shape(x), shape(g)
         if len(xs) < 3 or len(xs) != len(gs) or not view.ancestors[view.index[g]] >> view.index[x] & 1:
             continue
-        channel = view.channel_dim(x) if len(xs) < 5 else 2
-        places = [d for d in range(channel if len(xs) == 5 else 1, len(xs)) if d != channel]
+        of_radix = len(xs) == 5 and channel_axis(x.meta["val"]) is None  # (N, radix, C, H, W), and no volume
+        channel = 2 if of_radix else view.channel_dim(x)
+        places = [d for d in range(channel if of_radix else 1, len(xs)) if d != channel]
         between = view.region(g, x)
         pooled = all(gs[d] == 1 for d in places) and (
             any(xs[d] > 1 for d in places) or (scales and _pools(view, between)))

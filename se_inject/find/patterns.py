@@ -228,7 +228,7 @@ def _fused_by_caller(view: ModuleGraph, node: fx.Node) -> Iterator[Candidate]:
 def plain_convs(view: ModuleGraph) -> Iterator[Candidate]:
     """Convolutions over more than one position, each with its norm, up to its nonlinearity."""
     for node in view.nodes:
-        if not is_tensor(node) or len(shape(node)) != 4 or max(shape(node)[2:]) == 1:
+        if not is_tensor(node) or not 3 <= len(shape(node)) <= 5 or max(shape(node)[2:]) == 1:
             continue
         if not view.is_nonlinear(node) or view.is_learned(node):
             continue
@@ -242,7 +242,7 @@ def plain_convs(view: ModuleGraph) -> Iterator[Candidate]:
             if view.is_learned(source):
                 module = view.call_of(source).module if source.op == "call_module" else None
                 weight = None if module is None else module._parameters.get("weight")
-                if weight is not None and weight.dim() == 4 and shape(source)[1] == shape(node)[1]:
+                if weight is not None and weight.dim() == len(shape(node)) and shape(source)[1] == shape(node)[1]:
                     yield Candidate(view, "conv", node, mask, _activations(source)[0])
                 break
             if view.is_nonlinear(source):

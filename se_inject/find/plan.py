@@ -32,6 +32,8 @@ class Plan:
         params: Number of parameters of the model, without the blocks.
         macs: Multiply-adds of the model for one image, by torch's formulas for convolutions and matrix products.
         all_sites: The sites in the order of the run. Those with a `reason` get no block.
+        ended: Where and why the run of the model ended before its end, as it asked for values of tensors. Modules that it
+            calls later have no sites. None if it came to its end.
 
     Example:
         >>> import se_inject
@@ -48,6 +50,7 @@ class Plan:
     params: int
     macs: int
     all_sites: tuple[Site, ...]
+    ended: str | None = None
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -81,6 +84,7 @@ class Plan:
             "macs": self.macs,
             "added_params": self.added_params,
             "added_macs": self.added_macs,
+            "ended": self.ended,
             "sites": [
                 {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(s).items() if k != "drawing"}
                 for s in self.all_sites],
@@ -123,6 +127,8 @@ class Plan:
             f"{self.params:,} + {self.added_params:,} parameters (+{share:.1%}), "
             f"{self.macs / 1e6:,.0f} + {self.added_macs / 1e6:,.2f} M multiply-adds "
             f"at {'x'.join(map(str, self.input_size))}")
+        if self.ended is not None:
+            lines.append(f"{self.ended}: modules that are called later were not looked at")
         return "\n".join(lines)
 
 

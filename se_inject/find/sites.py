@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
@@ -11,6 +12,7 @@ from torch import fx, nn
 
 from ..blocks.build import block_spec, cost, problem
 from ..blocks.catalogue import get_block
+from ..blocks.squeeze_excite import CONVS
 from ..capture.calls import Call
 from ..capture.channels import batch_is_first, channel_axis
 from ..config import SEConfig
@@ -71,7 +73,9 @@ def _unknown(call: Call, why: str, stages: Stages) -> Site:
 
 
 def _layout(dims: Sequence[int], channels: int) -> str:
-    return "NLC" if len(dims) == 3 and channels == 2 else "NCHW" if channels == 1 else "NHWC"
+    """The letters of the axes; an unknown one is a question mark."""
+    positions = {3: "L", 4: "HW", 5: "DHW"}.get(len(dims), "?")
+    return f"NC{positions}" if channels == 1 else f"N{positions}C"
 
 
 def _positions(dims: Sequence[int], channels: int) -> tuple[int, ...]:
@@ -119,7 +123,7 @@ def _site(place: Place, slot: str, reason: str | None, stages: Stages, config: S
     channels, layout, size = dims[dim], _layout(dims, dim), _positions(dims, dim)
     wide = channels >= (out := _output_channels(c.view, channels))  # no narrow middle of a bottleneck
     base = (_input_channels(c.view) or channels) if place.inner and wide else channels
-    style = "efficientnet" if place.inner and layout == "NCHW" and (place.depthwise or channels > out) else "se"
+    style = "efficientnet" if place.inner and layout in CONVS and (place.depthwise or channels > out) else "se"
     spec = block_spec(config, channels, base, layout, style, from_input=place.inner)
     params, macs = cost(spec, config, size) if reason is None else (0, 0)
     gate = f"[{config.block.upper()} {channels}{f' to {spec.rd_channels}' if spec.rd_channels else ''}]"
@@ -147,29 +151,32 @@ def _why_not(place: Place, gates: Gates, config: SEConfig, taken: Mapping[nn.Mod
         return f"its channel attention is no module that could be swapped at {there}"
     if place.fill is None and any(call.changes_list for call in view.traces.calls[view.module]):
         return f"{type(view.module).__name__}.forward changes a list that it is given"
-    tokens = len(dims) == 3 and dim == 2
-    if tokens and _positions(dims, dim) == (1,):
+    if len(dims) != 4 and math.prod(_positions(dims, dim)) == 1:
         return "only one position: nothing to squeeze"
-    if tokens and get_block(config.block).positions:
-        return f"block={config.block!r} needs a map with height and width, and this is a sequence of tokens"
-    if tokens and (masked := _masked_by(place)) is not None:
+    if len(dims) != 4 and get_block(config.block).positions:
+        found = "a sequence of tokens" if len(dims) == 3 and dim == 2 else f"of shape {dims}"
+        return f"block={config.block!r} needs a map with height and width, and this is {found}"
+    if len(dims) == 3 and (masked := _masked_by(place, tokens=dim == 2)) is not None:
         return masked
     if place.fill is not None and place.fill.gain != 1.0 and (why := problem(config, place.fill.gain)):
         return why
     if not all(batch_is_first(n.meta["val"]) for n in _values(place, dims)):
         return f"the batch is not the first axis of its tensor, of shape {dims}"
-    if dim not in (1, len(dims) - 1) or len(dims) > 4 or (len(dims) == 3 and dim == 1):
+    if dim not in (1, len(dims) - 1) or not 3 <= len(dims) <= 5:
         return f"layout of shape {dims} is not known"
     return None
 
 
-def _masked_by(place: Place) -> str | None:
-    """Why a block could not leave out padding: the mask is given to a caller of the forward that calls the block."""
+def _masked_by(place: Place, tokens: bool) -> str | None:
+    """Why a block could not leave out padding: the mask is given to a caller of the forward that calls the block.
+
+    A block on tokens (N, L, C) gets the mask that its own forward has.
+    """
     call: Call | None = place.view.call
     while call is not None:
         name = mask_argument(call.module)
         if name is not None:
-            if call is place.view.call and place.fill is None:
+            if tokens and call is place.view.call and place.fill is None:
                 return None
             return f"{call.path or type(call.module).__name__}.forward takes {name}, which the block would not get"
         call = call.parent

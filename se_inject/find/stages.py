@@ -27,7 +27,7 @@ class Stages:
         info = getattr(info, "info", info)
         entries = [e for e in info if isinstance(e, dict)] if isinstance(info, (list, tuple)) else []
         size = traces.run.input_size
-        self._positions = size[1] * size[2] if len(size) == 3 else 0
+        self._positions, self._axes = math.prod(size[1:]), max(len(size) - 1, 1)
         self._reductions: list[float] = [e["reduction"] for e in entries if isinstance(e.get("reduction"), (int, float))]
         if len(self._reductions) != len(entries):
             self._reductions = []
@@ -51,7 +51,7 @@ class Stages:
 
     def at(self, moment: int, size: Sequence[int]) -> int:
         """The stage of a map of this `size` that was made at `moment` of the run."""
-        reduction = math.sqrt(max(self._positions / max(math.prod(size), 1), 1))
+        reduction = max(self._positions / max(math.prod(size), 1), 1) ** (1 / self._axes)
         if self._ends:
             first = next((end for end in self._ends if moment <= end), None)
             if first is None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from torch import fx, nn
 
 from ..capture.calls import Call
+from ..capture.example import Inputs, asked
 from ..capture.inputs import record_model
 from ..capture.snapshot import HOOKS, restored
 from ..dataflow.value_flow import ValueFlow
@@ -15,7 +17,7 @@ from ..errors import TraceError
 from ..surgery.load_hooks import remove_hooks
 from ..surgery.refusals import refuse
 from ..surgery.session import copied, traced
-from ..surgery.state import REPORT, block_paths, set_injections
+from ..surgery.state import REPORT, block_paths, given_inputs, set_injections
 from .find_blocks import find_blocks
 from .fold_norms import apply_folds, find_folds
 from .regions import find_rewrites, find_sums, merged
@@ -26,7 +28,9 @@ _METHODS = ("forward_features", "forward_intermediates")  # of timm's models: th
 
 
 @torch.no_grad()
-def optimize_for_inference(model: nn.Module, *, input_size: tuple[int, ...] | None = None) -> nn.Module:
+def optimize_for_inference(
+    model: nn.Module, *, input_size: tuple[int, ...] | None = None, example_inputs: Any = None,
+) -> nn.Module:  # fmt: skip
     """A copy of `model` for inference that computes the same, up to rounding, in less time. The model is not changed.
 
     - Batch norms are folded into the convolutions and linear layers before them.
@@ -41,8 +45,9 @@ def optimize_for_inference(model: nn.Module, *, input_size: tuple[int, ...] | No
 
     Args:
         model: A model with weights, injected or not.
-        input_size: (C, H, W) for the run on which the model is traced; None is the model's own. That run computes nothing,
-            and the copy takes all sizes that the model takes.
+        input_size: (C, H, W) for the run on which the model is traced; None is what its injection was given, or the model's
+            own. That run computes nothing, and the copy takes all sizes that the model takes.
+        example_inputs: What to run the model on instead, as `inject` takes it.
 
     Returns:
         The copy; ``copy.se_report`` is an `OptimizedModel`.
@@ -67,19 +72,21 @@ def optimize_for_inference(model: nn.Module, *, input_size: tuple[int, ...] | No
         1 of 4 squeezes moved upstream, 15 of 15 batch norms folded, 4 sums in place
     """
     refuse(model, "optimize_for_inference", values=True)
+    inputs = asked(input_size, example_inputs)
+    inputs = given_inputs(model) if inputs is None else inputs
     injected = set(block_paths(model))
     fast = copied(model, "optimize_for_inference").eval().requires_grad_(False)
     remove_hooks(fast)
     set_injections(fast, ())
     hooked = {m for m in fast.modules() if any(m.__dict__[kind] for kind in HOOKS)}
 
-    with traced(fast, input_size) as t:
-        others = [call for call in (_run_of(fast, method, input_size) for method in _METHODS) if call is not None]
+    with traced(fast, inputs) as t:
+        others = [call for call in (_run_of(fast, method, inputs) for method in _METHODS) if call is not None]
         folds, norms = find_folds(ValueFlow(t, hooked), others)
     apply_folds(fast, folds)
 
     values = {**dict(fast.named_parameters(remove_duplicate=False)), **dict(fast.named_buffers(remove_duplicate=False))}
-    with traced(fast, input_size) as t:
+    with traced(fast, inputs) as t:
         flow = ValueFlow(t, hooked)
         blocks, reports = find_blocks(flow, values, injected)
         sums, kept = find_sums(flow, {block.call for block in blocks})
@@ -95,13 +102,14 @@ def optimize_for_inference(model: nn.Module, *, input_size: tuple[int, ...] | No
     return fast
 
 
-def _run_of(model: nn.Module, method: str, input_size: tuple[int, ...] | None) -> Call | None:
+def _run_of(model: nn.Module, method: str, inputs: Inputs) -> Call | None:
     """The recorded run of another method of a model; None where the model has none, or it fails. Use it inside `on_meta`."""
     if not hasattr(model, method):
         return None
     with restored([model]):
         model.__dict__["forward"] = getattr(model, method)
         try:
-            return record_model(model, input_size).root
+            found = record_model(model, inputs)
         except TraceError:
             return None
+    return found.root if found.error is None else None

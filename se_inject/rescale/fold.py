@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..capture.example import Example, Inputs, asked
+from ..capture.inputs import input_sizes
 from ..capture.snapshot import all_or_nothing, evaluating
 from ..errors import ConfigError, SEInjectError, TraceError
 from ..surgery.refusals import refuse_plain
+from ..surgery.state import given_inputs
 from .gate_statistics import measure
 from .gates import GatedBlock, find_blocks
 from .proof import compare
@@ -20,7 +23,9 @@ from .report import FoldedSite, FoldReport
 
 
 @torch.no_grad()
-def fold(model: nn.Module, loader: Iterable[Any], *, max_variation: float | None = None) -> FoldReport:
+def fold(
+    model: nn.Module, loader: Iterable[Any], *, max_variation: float | None = None, example_inputs: Any = None,
+) -> FoldReport:  # fmt: skip
     """Replace gates by their mean over real data, in place, and take their blocks out.
 
     The mean gate is a factor for each channel. It is multiplied into the weights before the block, or into those behind it.
@@ -36,6 +41,8 @@ def fold(model: nn.Module, loader: Iterable[Any], *, max_variation: float | None
             twice, so a generator will not do.
         max_variation: Fold only blocks whose gate varies at most this much, see `FoldedSite.variation`. The other blocks
             stay, and `save` and `load` still work. None folds all blocks whose gate can go into weights.
+        example_inputs: The arguments of the model, as `inject` takes them, where it takes other inputs than images: a batch of
+            the loader then is a tuple that begins with them, or a dict that has them by name. None is what `inject` was given.
 
     Returns:
         For each block the mean gate, its variation, and the tensors that took it in or the reason why the block was kept;
@@ -48,7 +55,7 @@ def fold(model: nn.Module, loader: Iterable[Any], *, max_variation: float | None
             an output is not finite.
 
     Shape:
-        Images: (N, C, H, W), floating point; N may differ from batch to batch.
+        Images: (N, C, H, W), (N, C, L) or (N, C, D, H, W), floating point; N may differ from batch to batch.
 
     Source: Hu et al., Squeeze-and-Excitation Networks, arXiv 1709.01507, section 7.2, find gates in the last stage that hardly
         vary. Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction, arXiv 1906.04721,
@@ -67,9 +74,11 @@ def fold(model: nn.Module, loader: Iterable[Any], *, max_variation: float | None
     refuse_plain(model, "fold")
     if max_variation is not None and not (isinstance(max_variation, (int, float)) and max_variation >= 0):
         raise ConfigError(f"max_variation={max_variation!r}: expected a number of at least 0, such as 0.05, or None for all")
+    inputs = asked(None, example_inputs)
+    inputs = given_inputs(model) if inputs is None else inputs
     with evaluating(model):
-        blocks = _find(model, loader)
-        measure(model, _images(loader, model), [(b.gate, b.statistics) for b in blocks if b.gate is not None])
+        blocks = _find(model, loader, inputs)
+        measure(model, _batches(loader, model, inputs), [(b.gate, b.statistics) for b in blocks if b.gate is not None])
         for b in blocks:
             b.reason = _reason_to_keep(b, max_variation)
         folded = [b for b in blocks if b.reason is None]
@@ -77,13 +86,13 @@ def fold(model: nn.Module, loader: Iterable[Any], *, max_variation: float | None
     with all_or_nothing(model, [model.get_parameter(s.key) for b in folded for s in b.scalings]):
         replace_blocks(model, folded)
         with evaluating(model):
-            outputs = compare(before, model, _images(loader, model), folded)
+            outputs = compare(before, model, _batches(loader, model, inputs), folded)
         if folded:
             forget_blocks(model, [b.site.path for b in blocks if b.reason is not None])
     return FoldReport(tuple(map(_folded_site, blocks)), *outputs)
 
 
-def _find(model: nn.Module, loader: Iterable[Any]) -> list[GatedBlock]:
+def _find(model: nn.Module, loader: Iterable[Any], inputs: Inputs) -> list[GatedBlock]:
     """The blocks, found on images of the size of the first batch.
 
     Raises:
@@ -93,34 +102,52 @@ def _find(model: nn.Module, loader: Iterable[Any]) -> list[GatedBlock]:
     if iter(loader) is loader:
         raise SEInjectError(
             f"fold({name}, loader): the loader is an iterator, and fold needs two passes: pass a DataLoader or a list")
-    first = next(_images(loader, model), None)
+    first = next(_batches(loader, model, inputs), None)
     if first is None:
         raise SEInjectError(f"fold({name}, loader): the loader gave no batch; it must give image tensors (N, C, H, W)")
-    size = tuple(first.shape[1:])
     try:
-        return find_blocks(model, size)
+        return find_blocks(model, first.on_meta() if isinstance(inputs, Example) else first.size)
     except TraceError as error:
         raise SEInjectError(
-            f"fold({name}): the model does not take the loader's images, of (C, H, W) = {size}: {error}") from error
+            f"fold({name}): the model does not take the loader's images, of (C, H, W) = {first.size}: {error}") from error
 
 
-def _images(loader: Iterable[Any], model: nn.Module) -> Iterator[torch.Tensor]:
-    """The images of each batch, on the model's device.
+def _batches(loader: Iterable[Any], model: nn.Module, inputs: Inputs) -> Iterator[Example]:
+    """The arguments of the model in each batch, on its device.
 
     Raises:
-        SEInjectError: A batch is no images.
+        SEInjectError: A batch has other arguments.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    dims = 1 + len(input_sizes(model)[0])
     for batch in loader:
-        images = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
-        if not isinstance(images, torch.Tensor) or images.dim() != 4 or not images.is_floating_point():
-            what = f"a tensor of {tuple(images.shape)} and {images.dtype}" if isinstance(images, torch.Tensor) else (
-                f"a {type(images).__name__}")
-            raise SEInjectError(
-                f"fold: the loader gave {what}; it must give batches of floating-point images (N, C, H, W), or tuples with "
-                "the images first")
-        if len(images):
-            yield images.to(device)
+        found = _arguments(batch, inputs) if isinstance(inputs, Example) else _images(batch, dims)
+        if all(t.dim() == 0 or len(t) for t in found.tensors):
+            yield found.to(device)
+
+
+def _images(batch: Any, dims: int) -> Example:
+    images = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
+    if not isinstance(images, torch.Tensor) or images.dim() != dims or not images.is_floating_point():
+        what = f"a tensor of {tuple(images.shape)} and {images.dtype}" if isinstance(images, torch.Tensor) else (
+            f"a {type(images).__name__}")
+        raise SEInjectError(
+            f"fold: the loader gave {what}; it must give batches of floating-point images (N, C, H, W), or tuples with "
+            "the images first; for a model that takes other inputs, pass example_inputs=")
+    return Example((images,))
+
+
+def _arguments(batch: Any, inputs: Example) -> Example:
+    """Of a batch the arguments that `inputs` has: by name, or the first ones."""
+    given = tuple(batch) if isinstance(batch, (list, tuple)) else (batch,)
+    if inputs.kwargs:
+        if isinstance(batch, Mapping) and inputs.kwargs.keys() <= batch.keys():
+            return Example.of({name: batch[name] for name in inputs.kwargs}, on_meta=False)
+    elif len(given) >= len(inputs.args):
+        return Example.of(given[:len(inputs.args)], on_meta=False)
+    raise SEInjectError(
+        f"fold: the loader gave a {type(batch).__name__}, and the model was given {inputs}: it must give batches of such "
+        "arguments, a tuple or a dict of them")
 
 
 def _reason_to_keep(b: GatedBlock, max_variation: float | None) -> str | None:

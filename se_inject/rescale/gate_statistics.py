@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ..capture.example import Example
 from ..find.attention import Gate
 from ..undo import undone
 
@@ -63,7 +64,7 @@ class GateStatistics:
         return float(relative.mean())
 
 
-def measure(model: nn.Module, batches: Iterable[torch.Tensor], gates: Iterable[tuple[Gate, GateStatistics]]) -> None:
+def measure(model: nn.Module, batches: Iterable[Example], gates: Iterable[tuple[Gate, GateStatistics]]) -> None:
     """Run the model on all images and add its gates to their statistics.
 
     A gate is computed by its block's own traced code from the block's input. The quotient of the block's output and input
@@ -77,5 +78,5 @@ def measure(model: nn.Module, batches: Iterable[torch.Tensor], gates: Iterable[t
         for gate, statistics in gates:
             owner = gate.view.module
             handles.append(owner.register_forward_pre_hook(hook(gate.function().eval(), statistics)))
-        for images in batches:
-            model(images)
+        for batch in batches:
+            batch.run(model)

@@ -10,6 +10,7 @@ import dataclasses
 import torch
 from torch import fx, nn
 
+from ..capture.example import Inputs
 from ..capture.forward import trace_forward
 from ..capture.snapshot import restored
 from ..dataflow.module_graph import ModuleGraph
@@ -51,17 +52,17 @@ class GatedBlock:
 
     def channel_axis(self, dims: int) -> int:
         """The axis of the channels in the block's input, which has `dims` axes."""
-        return 1 if self.site.layout == "NCHW" else dims - 1
+        return self.site.layout.index("C")
 
 
-def find_blocks(model: nn.Module, size: tuple[int, ...]) -> list[GatedBlock]:
+def find_blocks(model: nn.Module, inputs: Inputs) -> list[GatedBlock]:
     """All blocks in the order of their sites, each with the parameters that take in its gate, or the reason why none do.
 
     Raises:
-        TraceError: The model does not take images of this (C, H, W).
+        TraceError: The model does not take these inputs.
     """
     blocks = [GatedBlock(site) for injection in injections_of(model) for site in injection.sites]
-    with traced(model, size) as t:
+    with traced(model, inputs) as t:
         absorber = Absorber(model, t)
         for b in blocks:
             try:

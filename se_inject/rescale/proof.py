@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ..capture.example import Example
 from ..capture.values import tensors
 from ..errors import SEInjectError
 from ..undo import undone
@@ -27,7 +28,7 @@ class Comparison(NamedTuple):
 
 
 def compare(
-    before: nn.Module, after: nn.Module, batches: Iterable[torch.Tensor], folded: Collection[GatedBlock]
+    before: nn.Module, after: nn.Module, batches: Iterable[Example], folded: Collection[GatedBlock]
 ) -> Comparison:
     """Run both models on all images; on the first batch, prove that `after` is `before` with constant gates.
 
@@ -36,10 +37,10 @@ def compare(
     """
     images, change, size, same, classes = 0, 0.0, 0.0, 0, True
     for batch in batches:
-        expected, found = tensors(before(batch)), tensors(after(batch))
+        expected, found = tensors(batch.run(before)), tensors(batch.run(after))
         if images == 0:
             _prove(before, after, batch, found, folded)
-        images += len(batch)
+        images += batch.batch
         for a, b in zip(expected, found):
             change += float((a.double() - b.double()).square().sum())
             size += float(a.double().square().sum())
@@ -54,7 +55,7 @@ def compare(
 
 
 def _prove(
-    before: nn.Module, after: nn.Module, batch: torch.Tensor, found: list[torch.Tensor], folded: Collection[GatedBlock]
+    before: nn.Module, after: nn.Module, batch: Example, found: list[torch.Tensor], folded: Collection[GatedBlock]
 ) -> None:  # fmt: skip
     """Compare the folded model with the model whose blocks multiply by their mean gates.
 
@@ -64,12 +65,12 @@ def _prove(
         SEInjectError: They differ in double precision, too.
     """
     with _constant_gates(before, folded):
-        expected = tensors(before(batch))
+        expected = tensors(batch.run(before))
     if _is_close(expected, found):
         return
-    if batch.dtype != torch.float64:
+    if any(t.is_floating_point() and t.dtype != torch.float64 for t in batch.tensors):
         before, after, batch = copy.deepcopy(before).double(), copy.deepcopy(after).double(), batch.double()
-        _prove(before, after, batch, tensors(after(batch)), folded)
+        _prove(before, after, batch, tensors(batch.run(after)), folded)
         return
     raise SEInjectError(
         "fold: the folded weights do not do what the mean gates do, which is a defect of se_inject; the model was not "

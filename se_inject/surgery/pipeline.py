@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..blocks.build import problem
+from ..capture.example import Inputs, asked
 from ..capture.snapshot import all_or_nothing
 from ..config import SEConfig
 from ..dataflow.module_graph import TracedModel
@@ -52,12 +53,12 @@ class Prepared:
 
     plan: Plan
     jobs: tuple[Job, ...]
-    input_size: tuple[int, ...] | None = None  # where it was asked for
+    inputs: Inputs = None  # where they were asked for
 
 
 def plan(
     model: nn.Module | str, config: SEConfig | dict[str, Any] | None = None, *,
-    input_size: tuple[int, ...] | None = None, **options: Any,
+    input_size: tuple[int, ...] | None = None, example_inputs: Any = None, **options: Any,
 ) -> Plan:  # fmt: skip
     """Show which sites `inject` would fill, and which it would skip and why. Changes nothing.
 
@@ -65,6 +66,8 @@ def plan(
         model: A model, or a timm name; for a name no memory is taken for weights.
         config: An `SEConfig` or a dict of its fields.
         input_size: (C, H, W) to run the model on, without computing; None is the model's own.
+        example_inputs: What to run the model on instead: a tensor, a tuple of arguments, or a dict of keyword arguments. Shapes
+            and data types matter, on any device; values are not read.
         **options: Fields of `SEConfig`, on top of `config`.
 
     Returns:
@@ -92,12 +95,12 @@ def plan(
     name = model if isinstance(model, str) else _model_name(model)
     if isinstance(model, str):
         model = skeleton(model)
-    return prepare(model, config, input_size, name, what="plan", drawn=True).plan
+    return prepare(model, config, asked(input_size, example_inputs), name, what="plan", drawn=True).plan
 
 
 def inject(
     model: nn.Module, config: SEConfig | dict[str, Any] | None = None, *,
-    input_size: tuple[int, ...] | None = None, verify: bool = False, **options: Any,
+    input_size: tuple[int, ...] | None = None, example_inputs: Any = None, verify: bool = False, **options: Any,
 ) -> nn.Module:  # fmt: skip
     """Put blocks into `model`, in place, and return it. On any error the model is as it was.
 
@@ -109,6 +112,8 @@ def inject(
         model: A model; changed in place.
         config: An `SEConfig` or a dict of its fields.
         input_size: (C, H, W) to run the model on, without computing; None is the model's own.
+        example_inputs: What to run the model on instead: a tensor, a tuple of arguments, or a dict of keyword arguments. Shapes
+            and data types matter, on any device; values are not read.
         verify: Whether to run copies of the base and of the injected model on random images, in both modes, and to undo the
             injection where their outputs are not equal. Use it for models of your own.
         **options: Fields of `SEConfig`, on top of `config`.
@@ -138,7 +143,7 @@ def inject(
         raise ConfigError(
             f"inject({model!r}) needs a model; write timm.create_model('se_inject/{model}') to make one by name")
     config = SEConfig.of(config, **options)
-    return apply(model, prepare(model, config, input_size, _model_name(model)), verify=verify)
+    return apply(model, prepare(model, config, asked(input_size, example_inputs), _model_name(model)), verify=verify)
 
 
 def apply(model: nn.Module, prepared: Prepared, *, verify: bool = False) -> nn.Module:
@@ -165,8 +170,8 @@ def apply(model: nn.Module, prepared: Prepared, *, verify: bool = False) -> nn.M
         _attach(model)
         if base is not None:
             factors = {s.site.path: s.gain for job in prepared.jobs for s in job.found}
-            check_outputs(base, copied(model, "inject(verify=True)"), factors, prepared.plan.input_size)
-        set_injections(model, (*injections_of(model), Injection(config, prepared.plan.sites, prepared.input_size)))
+            check_outputs(base, copied(model, "inject(verify=True)"), factors, prepared.inputs, prepared.plan.input_size)
+        set_injections(model, (*injections_of(model), Injection(config, prepared.plan.sites, prepared.inputs)))
         rename(model, injected=True)
     if replaced:
         _logger.info("%d base tensors replaced: %s", len(replaced), ", ".join(replaced))
@@ -251,28 +256,28 @@ def forget_injections(model: nn.Module) -> None:
 
 
 def prepare(
-    model: nn.Module, config: SEConfig, input_size: tuple[int, ...] | None, name: str, *, what: str = "inject",
+    model: nn.Module, config: SEConfig, inputs: Inputs, name: str, *, what: str = "inject",
     drawn: bool = False,
 ) -> Prepared:  # fmt: skip
     """Find the sites and make everything that can fail, without changing the model. `what` is the function, for errors."""
-    with recorded(model, config, input_size, what) as t:
+    with recorded(model, config, inputs, what) as t:
         found, untraced = placed_sites(model, t, config, drawn=drawn)
         jobs = owner_jobs(found, t)
     params = sum(p.numel() for p in model.parameters())
-    plan = Plan(name, config, t.run.input_size, params, t.run.macs, (*(s.site for s in found), *untraced))
-    return Prepared(plan, tuple(jobs), None if input_size is None else tuple(input_size))
+    plan = Plan(name, config, t.run.input_size, params, t.run.macs, (*(s.site for s in found), *untraced), t.run.ended)
+    return Prepared(plan, tuple(jobs), inputs)
 
 
 @contextlib.contextmanager
 def recorded(
-    model: nn.Module, config: SEConfig, input_size: tuple[int, ...] | None = None, what: str = "inject"
+    model: nn.Module, config: SEConfig, inputs: Inputs = None, what: str = "inject"
 ) -> Iterator[TracedModel]:
     """Check model and options, and run the model on the meta device. Inside, its modules can be traced."""
     refuse(model, what)
     with entered(torch.inference_mode(False)):  # a block is made to see whether it can be
         if (why := problem(config)) is not None:
             raise ConfigError(why)
-    with traced(model, input_size) as t:
+    with traced(model, inputs, to_the_end=False) as t:
         yield t
 
 

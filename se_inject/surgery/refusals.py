@@ -73,11 +73,6 @@ def _why_not_traced(path: str, m: nn.Module, what: str) -> str | None:
             return f"is compiled: {what}(model._orig_mod), the original module, then compile it"
         return (f"is compiled: put its original module back, model.set_submodule({path!r}, {_at(path, '._orig_mod')}), then "
                 f"{what}(model), then compile that module again")
-    if any(c.__module__.startswith("torchvision.models.detection.") for c in type(m).__mro__) and (
-            backbone := m._modules.get("backbone")) is not None:
-        within = next((f".backbone.{name}" for name in ("body", "features") if name in backbone._modules), ".backbone")
-        return (f"is a detector of torchvision ({type(m).__name__}), which takes a list of images, and its boxes depend on "
-                f"their values: {what}({_at(path, within)}), its network on images")
     tensors = (*m._parameters.values(), *m._buffers.values())
     if any(t is not None and nn.parameter.is_lazy(t) for t in tensors):
         return ("is a lazy layer without weights: run the model on one batch first (lazy layers then have their shapes), then "
@@ -123,9 +118,10 @@ def injected_inside(model: nn.Module) -> str | None:
 def no_sites(model: nn.Module, made: Plan) -> NoSitesError:
     """The error for the plan of a model in which no site gets a block; it gives the reasons."""
     if not made.all_sites:
+        ended = f" ({made.ended})" if made.ended is not None else ""
         return NoSitesError(
-            f"{made.model}: no site found at input size {made.input_size}: no residual, aggregation or convolution that a "
-            "block could gate; print(se_inject.plan(model)) shows what was looked at")
+            f"{made.model}: no site found at input size {made.input_size}{ended}: no residual, aggregation or convolution that "
+            "a block could gate; print(se_inject.plan(model)) shows what was looked at")
     counts: dict[str, int] = defaultdict(int)
     for s in made.all_sites:
         assert s.reason is not None

@@ -8,34 +8,42 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from ..capture.example import Inputs
 from ..capture.inputs import record_model
 from ..capture.snapshot import on_meta
 from ..capture.tracer import patched
 from ..dataflow.module_graph import TracedModel
-from ..errors import SEInjectError
+from ..errors import SEInjectError, TraceError
 from ..undo import entered, surgery_lock
 from .codegen import regenerate
-from .state import edited_owners
+from .state import edited_owners, given_inputs
 
 
 @contextlib.contextmanager
-def traced(model: nn.Module, input_size: tuple[int, ...] | None = None) -> Iterator[TracedModel]:
+def traced(model: nn.Module, inputs: Inputs = None, *, to_the_end: bool = True) -> Iterator[TracedModel]:
     """Inside, `model` is as `on_meta` makes it, and was run once. Afterwards it is as it was.
 
     An owner whose attributes were set since its last call has a stale forward, so such owners are rewritten first.
 
     Args:
         model: A model, injected or not.
-        input_size: (C, H, W) to run the model on; None is the model's own.
+        inputs: What to run the model on. None is what its last injection was given, or else its own size.
+        to_the_end: Whether a run that ends before its end, as it asks for values, is an error.
 
     Raises:
-        ConfigError: `input_size` is no (C, H, W).
-        TraceError: The model does not take it, or a stale owner cannot be rewritten.
+        TraceError: The model does not take the inputs, or a stale owner cannot be rewritten.
     """
     for owner in edited_owners(model):
         regenerate(owner)
     with on_meta(model):
-        traces = TracedModel(record_model(model, input_size))
+        run = record_model(model, inputs if inputs is not None else given_inputs(model))
+        if to_the_end and run.error is not None:
+            parts = [call for call in run.root.children if call.end >= 0]
+            part = max(parts, key=lambda call: sum(p.numel() for p in call.module.parameters())).path if parts else ""
+            raise TraceError(
+                f"{type(model).__name__}: {run.ended}, so that what it does then is not known: give a part of it that ends "
+                f"before{f', such as its module {part!r}' if part else ''}") from run.error
+        traces = TracedModel(run)
         with patched():  # once for all traces
             yield traces
 

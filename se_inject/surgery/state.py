@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..capture.example import Inputs
 from ..config import SEConfig
 from ..site import Site
 
@@ -50,7 +51,7 @@ class Injection:
 
     config: SEConfig
     sites: tuple[Site, ...]
-    input_size: tuple[int, ...] | None = None  # where it was asked for
+    inputs: Inputs = None  # where they were asked for
 
     def written(self) -> SEConfig:
         """The options as they go to a file: the sites that a `filter_fn` chose are there by name."""
@@ -111,6 +112,11 @@ def injections_of(model: nn.Module) -> tuple[Injection, ...]:
     """What was injected into `model`, in order."""
     done: tuple[Injection, ...] = model.__dict__.get(_INJECTIONS, ())
     return done
+
+
+def given_inputs(model: nn.Module) -> Inputs:
+    """What the last injection that was given inputs was run on."""
+    return next((i.inputs for i in reversed(injections_of(model)) if i.inputs is not None), None)
 
 
 def set_injections(model: nn.Module, injections: tuple[Injection, ...]) -> None:

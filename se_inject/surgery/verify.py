@@ -8,14 +8,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..capture.inputs import BATCH, dtype_of
+from ..capture.example import Example, Inputs
+from ..capture.inputs import dtype_of
 from ..capture.values import equal
 from ..errors import SEInjectError
 from ..undo import entered
 
 
-def check_outputs(base: nn.Module, model: nn.Module, blocks: Mapping[str, float], size: tuple[int, ...]) -> None:
-    """Run a base and the same model with blocks on random images, in eval and in train mode, and compare all outputs.
+def check_outputs(
+    base: nn.Module, model: nn.Module, blocks: Mapping[str, float], inputs: Inputs, size: tuple[int, ...]
+) -> None:
+    """Run a base and the same model with blocks on random inputs, in eval and in train mode, and compare all outputs.
 
     Each block returns its input instead, whatever its weights are. Both models should be copies, as they are run.
 
@@ -23,7 +26,8 @@ def check_outputs(base: nn.Module, model: nn.Module, blocks: Mapping[str, float]
         base: The model before the injection.
         model: The model after it.
         blocks: The blocks' paths, each with the factor that the model puts behind the block.
-        size: (C, H, W) of the images.
+        inputs: What the injection was given.
+        size: (C, H, W) of the images where it was given nothing.
 
     Raises:
         SEInjectError: Outputs are not equal; the message names the first module whose output differs.
@@ -31,7 +35,8 @@ def check_outputs(base: nn.Module, model: nn.Module, blocks: Mapping[str, float]
     for path, factor in blocks.items():
         model.get_submodule(path).register_forward_hook(lambda _, args, output, factor=factor: args[0] / factor)
     device = next((p.device for p in base.parameters()), torch.device("cpu"))
-    images = torch.randn(BATCH, *size, generator=torch.Generator().manual_seed(0)).to(device, dtype_of(base))
+    example = inputs if isinstance(inputs, Example) else Example.images(size, dtype_of(base))
+    example = example.filled(device)
     modules = {path for path, _ in base.named_modules()}
     for training in (False, True):
         outputs: list[list[tuple[str, Any]]] = []
@@ -43,7 +48,7 @@ def check_outputs(base: nn.Module, model: nn.Module, blocks: Mapping[str, float]
                 for path, child in m.named_modules() if path in modules]
             with entered(torch.no_grad()), torch.random.fork_rng(range(torch.cuda.device_count())):
                 torch.manual_seed(0)
-                m(images)
+                example.run(m)
             for handle in handles:
                 handle.remove()
             outputs.append(seen)

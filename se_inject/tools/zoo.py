@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..capture import recording
+from ..capture.example import Example
 from ..capture.inputs import smallest_input, without_values
 from ..capture.meta_ops import MetaOps
 from ..capture.snapshot import on_meta
@@ -123,7 +124,7 @@ def _inject_and_compare(model: nn.Module, prepared: Prepared, verify: str) -> No
         apply(model, prepared)
     if verify == "meta":
         with on_meta(model):
-            recording.run(model, images)
+            recording.run(model, Example((images,)), MetaOps(factories=True))
     elif not equal(before, run(model, images)):
         raise SEInjectError("the injected model's outputs differ from the base's")
     if sum(p.numel() for p in model.parameters()) != prepared.plan.params + prepared.plan.added_params:

@@ -187,8 +187,8 @@ def inject_as_said(
         for config in said if len(said) > 1 else (SEConfig.of(said[0], **options),):
             inject(net, config, verify=verify)
         return
-    for config, size in zip(found.recipe.configs, found.recipe.input_sizes):
-        prepared = prepare(net, config, size, type(net).__name__)
+    for config, inputs in zip(found.recipe.configs, found.recipe.inputs):
+        prepared = prepare(net, config, inputs, type(net).__name__)
         for site in prepared.plan.sites:
             held = sum(t.numel() for k, t in found.tensors.items() if k.startswith(f"{site.path}."))
             if held and site.params > held + _SMALL:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from ..capture.example import Example, Inputs
 from ..config import SEConfig
 from ..errors import ConfigError, WeightsError
 from ..surgery.state import Injection
@@ -38,7 +39,7 @@ class Recipe:
         architecture: The timm name of the base, or None for a model that is not timm's.
         model_args: The arguments of `timm.create_model` that differ from its defaults.
         configs: The options of the injections, in order.
-        input_sizes: The `input_size` argument of each injection, (C, H, W) or None.
+        inputs: What each injection was run on, where it was asked for: `input_size` or `example_inputs`.
         sites: Paths of the blocks.
         content: ``full``, or the parts that the file holds, such as ``se`` or ``se+head+stats``.
     """
@@ -46,7 +47,7 @@ class Recipe:
     architecture: str | None
     model_args: dict[str, Any]
     configs: tuple[SEConfig, ...]
-    input_sizes: tuple[tuple[int, ...] | None, ...]
+    inputs: tuple[Inputs, ...]
     sites: tuple[str, ...]
     content: str
 
@@ -60,13 +61,14 @@ class Recipe:
         architecture, args = _created_by(model)
         return cls(
             architecture, args, tuple(i.written() for i in injections),
-            tuple(i.input_size for i in injections), tuple(s.path for i in injections for s in i.sites), content)
+            tuple(i.inputs for i in injections), tuple(s.path for i in injections for s in i.sites), content)
 
     def to_json(self) -> str:
         """The recipe as a string for the header of a file."""
         return json.dumps({
             "version": VERSION, "architecture": self.architecture, "model_args": self.model_args,
-            "configs": [c.to_dict() for c in self.configs], "input_sizes": list(self.input_sizes),
+            "configs": [c.to_dict() for c in self.configs],
+            "input_sizes": [i.to_json() if isinstance(i, Example) else i for i in self.inputs],
             "sites": list(self.sites), "content": self.content,
         }, sort_keys=True)  # fmt: skip
 
@@ -96,15 +98,20 @@ class Recipe:
                 "install the se_inject that wrote the file")
         try:
             configs = tuple(SEConfig.of(dict(c)) for c in said["configs"])
-            sizes = tuple(None if size is None else tuple(map(int, size)) for size in said["input_sizes"])
+            inputs = tuple(map(_inputs, said["input_sizes"]))
         except (ConfigError, TypeError, ValueError, OverflowError) as error:
             raise WeightsError(f"{source}: its recipe is not valid ({error}); save the model again") from error
-        if not configs or len(configs) != len(sizes):
+        if not configs or len(configs) != len(inputs):
             raise WeightsError(
-                f"{source}: its recipe has {len(configs)} injections with {len(sizes)} input sizes; save the model again")
+                f"{source}: its recipe has {len(configs)} injections with {len(inputs)} input sizes; save the model again")
         return cls(
-            said["architecture"], checked_args(said["model_args"], source), configs, sizes,
+            said["architecture"], checked_args(said["model_args"], source), configs, inputs,
             tuple(map(str, said["sites"])), said["content"])
+
+
+def _inputs(said: Any) -> Inputs:
+    """What an injection was run on, as `Recipe.to_json` wrote it."""
+    return Example.from_json(said) if isinstance(said, dict) else None if said is None else tuple(map(int, said))
 
 
 def content_of(parts: Collection[str]) -> str:

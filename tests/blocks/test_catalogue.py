@@ -175,7 +175,7 @@ def test_a_block_that_is_fitted_to_its_site_is_one_row(monkeypatch):
         "efficientnet_lite0", block="film", ratio=0.5).sites, strict=True))
     model = se_inject.inject(timm.create_model("tiny_vit_5m_224", **SHORT), block="film")
     kinds = {s.layout: type(model.get_submodule(s.path)).__name__ for s in theirs.sites}
-    assert kinds == {"NCHW": "Film", "NLC": "Film", "NHWC": "ChannelsLast"}
+    assert kinds == {"NCHW": "Film", "NLC": "Film", "NHWC": "AsMap"}
 
 
 def test_gather_excite_is_timms_but_for_the_layer_that_timm_cannot_make():

@@ -62,7 +62,7 @@ def test_planning_an_injected_model_changes_nothing(name, placement):
         assert torch.equal(model(x), before)
 
 
-@pytest.mark.parametrize("size", [224, "a", (3, 32.0, 32), (3, -1, 2), (3, 32)])
+@pytest.mark.parametrize("size", [224, "a", (3, 32.0, 32), (3, -1, 2), (3,)])
 def test_a_wrong_input_size_is_said(size):
     with pytest.raises(se_inject.SEInjectError, match="expected \\(C, H, W\\)"):
         se_inject.plan(Network(Unit()), input_size=size)
