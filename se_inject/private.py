@@ -103,6 +103,26 @@ def safetensors_dtypes() -> frozenset[torch.dtype]:
     return frozenset(t for t in _SIZE if isinstance(t, torch.dtype))
 
 
+# transformers
+
+
+def names_in_files(model: nn.Module) -> dict[str, str]:
+    """The names of a model's tensors by those in its files, where they differ: transformers writes some older names.
+
+    None where transformers has no such names, or the model is not its own.
+    """
+    if not any(c.__module__ == "transformers.modeling_utils" for c in type(model).__mro__):
+        return {}
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # before transformers 5
+        return {}
+    own = dict(model.state_dict(keep_vars=True))
+    names = {id(t): key for key, t in own.items()}
+    written = revert_weight_conversion(model, dict(own))  # type: ignore[arg-type]
+    return {key: names[id(t)] for key, t in written.items() if key not in own and id(t) in names}
+
+
 # timm; imported inside functions, because the import takes seconds
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError, WeightsError
+from ..private import names_in_files
 from ..surgery.parts import Parts, own_tensors
 from ..surgery.pipeline import eject
 from ..surgery.refusals import injected_inside, refuse_optimized
@@ -207,7 +208,12 @@ def load_found(
         elif found.recipe is not None:
             check_blocks(net, found.recipe, path)
         parts = Parts.of(net)
-        found = found.for_model(parts.everything(), path)  # again, for a file of blocks alone
+        found = found.for_model(parts.everything(), path).renamed(names_in_files(net))  # again, for a file of blocks alone
+        full = found.recipe is not None and found.recipe.content == FULL
+        if full and parts.se and not parts.se.keys() & found.tensors.keys():
+            raise WeightsError(
+                f"{str(path)!r} names {len(parts.blocks)} blocks in its config, and has no weights of theirs: a model that "
+                "from_pretrained had made without blocks was saved there; take the folder of the injected model")
         tensors = _joined(net, parts, found, below, base, top, head)
         if not given and not pretrained and parts.is_partial(tensors):  # the base that was built has random weights
             files = ", ".join(repr(str(p)) for p in (path, base, head) if p is not None)

@@ -31,7 +31,7 @@ class Checkpoint:
         tensors: The tensors of the file.
         architecture: A timm name, which may be that of a twin; None if the file does not say it.
         model_args: Arguments of `timm.create_model`.
-        recipe: The recipe in a file of `se_inject.save`; None in others.
+        recipe: The recipe in a file of `se_inject.save`, or in the folder of a model that was injected; None in others.
         prefix: What was taken off all names.
         metadata: The strings in the header of a safetensors file.
     """
@@ -56,6 +56,11 @@ class Checkpoint:
         tensors = _without(prefix, dict(zip(full, self.tensors.values())))
         return dataclasses.replace(self, tensors=tensors, prefix=prefix)
 
+    def renamed(self, names: Mapping[str, str]) -> Checkpoint:
+        """The same with other names, by those of the file, but for names that two tensors would have."""
+        new = {key: names[key] for key in self.tensors if key in names and names[key] not in self.tensors}
+        return dataclasses.replace(self, tensors={new.get(key, key): t for key, t in self.tensors.items()}) if new else self
+
     @property
     def may_have_prefix(self) -> bool:
         """Whether its names share one."""
@@ -63,7 +68,7 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Read a safetensors file, a PyTorch file, or a folder with timm's ``config.json``.
+    """Read a safetensors file, a PyTorch file, or a folder with the ``config.json`` of timm or transformers.
 
     Pickles are read with ``weights_only=True``, which runs no code. A training checkpoint gives its EMA weights, if it has
     some. The prefixes of DDP and `torch.compile` are removed; others tell themselves from names of children where the model
@@ -223,30 +228,36 @@ def _unpickled(file: Path) -> Any:
 
 
 def _read_folder(folder: Path) -> Checkpoint:
-    """Read a folder that timm's `save_for_hf` wrote: architecture and arguments in ``config.json``, and the weights.
+    """Read a folder of timm's `save_for_hf` or of Hugging Face's `save_pretrained`: ``config.json``, and the weights.
 
     Raises:
         WeightsError: The config is not valid, or there are no weights.
     """
     config = folder / "config.json"
     if not config.is_file():
-        raise WeightsError(f"{folder} has no config.json: give a folder that timm saved, or a file of weights")
+        raise WeightsError(
+            f"{folder} has no config.json: give a folder that timm or save_pretrained has written, or a file of weights")
     try:
         said = parsed(config.read_text())
-        architecture, model_args = said["architecture"], dict(said.get("model_args") or {})
-        if not isinstance(architecture, str):
-            raise TypeError("architecture is no string")
-    except (ValueError, KeyError, TypeError) as error:
-        raise WeightsError(f"{config} is no config of timm's ({error!r}): write JSON with 'architecture'") from error
+        is_timms = isinstance(said.get("architecture"), str)
+        model_args = dict(said.get("model_args") or {}) if is_timms else {}
+        if not is_timms and not {"model_type", "architectures", KEY} & said.keys():
+            raise KeyError("architecture")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(
+            f"{config} is no config of timm's or transformers' ({error!r}): write JSON with 'architecture'") from error
     model_args = checked_args(model_args, config)
-    if isinstance(said.get("num_classes"), int):
+    if is_timms and isinstance(said.get("num_classes"), int):
         model_args.setdefault("num_classes", said["num_classes"])
+    recipe = Recipe.from_config(said[KEY], config) if KEY in said else None
     for name in ("model.safetensors", f"model{INDEX}", "pytorch_model.bin"):
         if (folder / name).is_file():
             found = read_checkpoint(folder / name)
             if found.recipe is not None:
                 return found
-            return dataclasses.replace(found, architecture=architecture, model_args=model_args)
+            if recipe is not None:
+                return dataclasses.replace(found, recipe=recipe)
+            return dataclasses.replace(found, architecture=said["architecture"] if is_timms else None, model_args=model_args)
     raise WeightsError(f"{folder} has no model.safetensors and no pytorch_model.bin: add the weights under one of these names")
 
 

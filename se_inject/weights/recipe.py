@@ -14,11 +14,11 @@ from torch import nn
 
 from ..config import SEConfig
 from ..errors import ConfigError, WeightsError
+from ..surgery.save_pretrained import KEY as KEY  # the files of this folder take it from here
+from ..surgery.save_pretrained import VERSION
 from ..surgery.state import Injection
 from ..timm_names import architecture_of, base_name, model_args
 
-KEY = "se_inject"  # of the recipe in the header of a file
-VERSION = 1
 PARTS = {"se": "blocks", "head": "head", "stats": "statistics"}  # of a model, which a file may hold alone
 FULL = "full"  # the content of a file that holds all parts and the base
 _FIELDS = {
@@ -105,6 +105,17 @@ class Recipe:
         return cls(
             said["architecture"], checked_args(said["model_args"], source), configs, sizes,
             tuple(map(str, said["sites"])), said["content"])
+
+
+    @classmethod
+    def from_config(cls, said: Any, source: object) -> Recipe:
+        """Parse and check what `save_pretrained` of an injected model has written to the config `source`.
+
+        Raises:
+            WeightsError: It is no recipe of a known version.
+        """
+        whole: dict[str, Any] = {"architecture": None, "model_args": {}, "content": FULL}
+        return cls.from_json(json.dumps({**said, **whole} if isinstance(said, dict) else said), source)
 
 
 def content_of(parts: Collection[str]) -> str:

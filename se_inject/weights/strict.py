@@ -124,9 +124,11 @@ def _check_fit(
     if wrong:
         raise WeightsError(
             f"{source}: {len(wrong)} of {len(tensors)} tensors have another shape ({'; '.join(wrong[:3])}): {check}")
+    there = {id(own[k]) for k in tensors if k in own}  # a file may have one of the names of a parameter that is shared
     missing = [] if parts.is_partial(tensors) else [
         k for k in (*parts.base, *parts.head)
-        if k not in tensors and not k.endswith("num_batches_tracked")]  # torch does not need it
+        if k not in tensors and not k.endswith("num_batches_tracked")  # torch does not need it
+        and id(own.get(k)) not in there]
     missing += parts.absent_from_blocks(tensors)
     unknown = [k for k in tensors if k not in own]
     if missing or unknown:
