@@ -25,7 +25,8 @@ def se_parameters(model: nn.Module, optimizer: torch.optim.Optimizer | None = No
     do not see a new group.
 
     Args:
-        model: An injected model, which DDP or `torch.compile` may wrap.
+        model: An injected model, which DDP or `torch.compile` may wrap; or what fx has traced of one, such as torchvision's
+            feature extractors.
         optimizer: Leave out the parameters that this optimizer has.
 
     Returns:
