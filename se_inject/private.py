@@ -7,7 +7,6 @@ attributes of an object, such as `_parameters` of a module and `_schema` of an o
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -104,6 +103,26 @@ def safetensors_dtypes() -> frozenset[torch.dtype]:
     return frozenset(t for t in _SIZE if isinstance(t, torch.dtype))
 
 
+# transformers
+
+
+def names_in_files(model: nn.Module) -> dict[str, str]:
+    """The names of a model's tensors by those in its files, where they differ: transformers writes some older names.
+
+    None where transformers has no such names, or the model is not its own.
+    """
+    if not any(c.__module__ == "transformers.modeling_utils" for c in type(model).__mro__):
+        return {}
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # before transformers 5
+        return {}
+    own = dict(model.state_dict(keep_vars=True))
+    names = {id(t): key for key, t in own.items()}
+    written = revert_weight_conversion(model, dict(own))  # type: ignore[arg-type]
+    return {key: names[id(t)] for key, t in written.items() if key not in own and id(t) in names}
+
+
 # timm; imported inside functions, because the import takes seconds
 
 
@@ -121,45 +140,25 @@ def home_of(name: str) -> str | None:
     return _model_to_module.get(name)
 
 
+def registry() -> Any:
+    """timm's Python module with the tables of models."""
+    from timm.models import _registry
+
+    return _registry
+
+
 def entrypoints() -> dict[str, Callable[..., Any]]:
     """timm's table of the functions that create models."""
-    from timm.models import _registry
-
-    return _registry._model_entrypoints
-
-
-def deprecated_names() -> Mapping[str, Any]:
-    """The names of models that timm maps to other names."""
-    from timm.models import _registry
-
-    return _registry._deprecated_models
-
-
-def register_twin(name: str, prefix: str, module: str) -> None:
-    """Give the twin ``prefix + name`` the pretrained tags of `name`, as a model of the Python module `module`."""
-    from timm.models import _registry
-
-    twin = prefix + name
-    _registry._model_to_module[twin] = module
-    _registry._module_to_models[module].add(twin)
-    if name in _registry._model_default_cfgs:
-        _registry._model_default_cfgs[twin] = _registry._model_default_cfgs[name]
-    tags = _registry._model_with_tags.get(name)
-    if tags is not None:
-        _registry._model_with_tags[twin] = [prefix + tag for tag in tags]
-    for tagged in {name, *(tags or ())}:
-        cfg = _registry._model_pretrained_cfgs.get(tagged)
-        if cfg is not None:
-            _registry._model_pretrained_cfgs[prefix + tagged] = dataclasses.replace(cfg, architecture=twin)
-        if tagged in _registry._model_has_pretrained:
-            _registry._model_has_pretrained.add(prefix + tagged)
+    table: dict[str, Callable[..., Any]] = registry()._model_entrypoints
+    return table
 
 
 def _timm_functions() -> dict[str, Any]:
     """The functions of timm that are wrapped, and the module through which timm calls each."""
     from timm.models import _builder, _factory, _hub
 
-    return {"parse_model_name": _factory, "load_pretrained": _builder, "save_config_for_hf": _hub}
+    return {
+        "parse_model_name": _factory, "load_pretrained": _builder, "save_config_for_hf": _hub, "list_models": registry()}
 
 
 def missing_in_timm(functions: Iterable[str]) -> list[str]:
@@ -168,14 +167,16 @@ def missing_in_timm(functions: Iterable[str]) -> list[str]:
     return [name for name in functions if not hasattr(modules[name], name)]
 
 
-def replace_in_timm(table: Any, wrappers: Mapping[str, Callable[[Any], Any]]) -> None:
-    """Put `table` in the place of timm's entry points, and around each function of timm what `wrappers` makes of it.
+def replace_in_timm(tables: Mapping[str, Any], wrappers: Mapping[str, Callable[[Any], Any]]) -> None:
+    """Put `tables` in the place of the registry's own, and around each function of timm what `wrappers` makes of it.
 
     No code of Python runs between the replacements, so that an interrupt leaves either all or none.
     """
-    from timm.models import _builder, _factory, _hub, _registry
+    import timm
+    from timm.models import _builder, _factory, _hub
 
-    parse, load, save = (
+    parse, load, save, listed = (
         wrappers[name](getattr(module, name)) for name, module in _timm_functions().items())
-    _factory.parse_model_name, _builder.load_pretrained, _hub.save_config_for_hf, _registry._model_entrypoints = (
-        parse, load, save, table)
+    _factory.parse_model_name, _builder.load_pretrained, _hub.save_config_for_hf = parse, load, save
+    timm.list_models = timm.models.list_models = listed
+    vars(registry()).update(tables, list_models=listed)

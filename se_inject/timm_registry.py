@@ -1,26 +1,35 @@
 """timm's door: ``timm.create_model("se_inject/<name>[.tag]", se_<option>=...)``.
 
-timm looks up its entry points in one table. Here, a table that has a twin for every name replaces it, and timm's parser of
-model names learns the prefix. A name that is registered later gets its twin, too.
+timm looks up models by name in tables. Here, tables that have a twin for every name replace them, and timm's parser of model
+names learns the prefix. A name that is registered later has its twin, too.
 """
 
 from __future__ import annotations
 
+import collections
 import contextvars
 import dataclasses
 import functools
 import inspect
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from .config import SEConfig
 from .errors import SEInjectError, TraceError
-from .private import deprecated_names, entrypoints, feature_getter, missing_in_timm, register_twin, replace_in_timm
+from .private import entrypoints, feature_getter, missing_in_timm, registry, replace_in_timm
 from .timm_names import ALIAS, PREFIX, base_name, door_options, model_args, remember_args, rename, split_options
+from .timm_tables import (
+    MODULE,
+    TwinEntrypoints,
+    TwinSet,
+    TwinsOf,
+    TwinTable,
+    cfg_of_twin,
+    listing_aliases,
+    tags_of_twin,
+)
 from .undo import entered, import_lock, undone
 
-_MODULE = "se_inject"
 _pending: contextvars.ContextVar[_Pending | None] = contextvars.ContextVar("se_inject_pending", default=None)
 
 
@@ -40,78 +49,14 @@ class _Pending:
         self.done = True
 
 
-class TwinEntrypoints(dict[str, Callable[..., Any]]):
-    """timm's entry points, each with its twins ``se_inject/<name>`` and ``se_inject_<name>``.
+@functools.cache
+def _entrypoint_of(base: str) -> Callable[..., Any]:
+    """The entry point of a twin: the same function by name and by alias, whatever timm's entry point of the base is then."""
 
-    timm fills its tables of tags after this table, so that twins are added when the table is read. The alias without a
-    slash can be used, but is not listed.
-    """
-
-    def __init__(self, table: dict[str, Callable[..., Any]]) -> None:
-        super().__init__(table)
-        self._deprecated = deprecated_names()
-        self._lock = threading.RLock()
-        self._waiting = [n for n in table if n not in self._deprecated]
-        for name in self._waiting:
-            for twin in (PREFIX + name, ALIAS + name):
-                if twin in table:
-                    raise SEInjectError(
-                        f"timm already has a model named {twin!r}, and se_inject needs this name for the twin of {name!r}: "
-                        "register that model under another name")
-
-    def __setitem__(self, name: str, fn: Callable[..., Any]) -> None:
-        if name.startswith((PREFIX, ALIAS)):
-            raise SEInjectError(
-                f"the model name {name!r} belongs to se_inject, which derives it from {base_name(name)!r}: "
-                "register the model under a name without that prefix")
-        super().__setitem__(name, fn)
-        self._waiting.append(name)
-
-    def __getitem__(self, name: str) -> Callable[..., Any]:
-        self._flush()
-        if name.startswith(ALIAS) and not super().__contains__(name):
-            name = PREFIX + base_name(name)
-        return super().__getitem__(name)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return self[name] if name in self else default  # noqa: SIM401 (this is the get that it asks for)
-
-    def __contains__(self, name: object) -> bool:
-        self._flush()
-        if isinstance(name, str) and name.startswith(ALIAS):
-            name = PREFIX + base_name(name)
-        return super().__contains__(name)
-
-    def __iter__(self) -> Iterator[str]:
-        self._flush()
-        return super().__iter__()
-
-    def __len__(self) -> int:
-        self._flush()
-        return super().__len__()
-
-    def keys(self) -> Any:
-        self._flush()
-        return super().keys()
-
-    def _flush(self) -> None:
-        """Add the twins of the names that wait. A name waits until its twin is whole: other threads wait for it, too."""
-        if not self._waiting:
-            return
-        with entered(self._lock):
-            while self._waiting:
-                name = self._waiting[-1]
-                if name not in self._deprecated:
-                    super().__setitem__(PREFIX + name, _twin_entrypoint(name))
-                    register_twin(name, PREFIX, _MODULE)
-                self._waiting.remove(name)
-
-
-def _twin_entrypoint(name: str) -> Callable[..., Any]:
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> Any:
-        return create(name, pretrained, **kwargs)
+        return create(base, pretrained, **kwargs)
 
-    entrypoint.__name__ = entrypoint.__qualname__ = PREFIX + name
+    entrypoint.__name__ = entrypoint.__qualname__ = PREFIX + base
     return entrypoint
 
 
@@ -192,8 +137,27 @@ def _parse_prefix(parse_model_name: Callable[[str], Any]) -> Callable[[str], Any
     return wrapper
 
 
+def _list_aliases(list_models: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    """timm's listing, with the aliases where a filter begins with their prefix. `list_pretrained` calls it."""
+    signature = inspect.signature(list_models)
+
+    @functools.wraps(list_models)
+    def wrapper(*args: Any, **kwargs: Any) -> list[str]:
+        call = signature.bind(*args, **kwargs)
+        asked = call.arguments.get("filter") or ()
+        filters = [asked] if isinstance(asked, str) else [*asked]
+        if not any(f.startswith(ALIAS) for f in filters):
+            return list_models(*args, **kwargs)
+        call.arguments["filter"] = filters  # an iterator is read by now
+        with listing_aliases():
+            return list_models(*call.args, **call.kwargs)
+
+    return wrapper
+
+
 _WRAPPERS: dict[str, Callable[[Any], Any]] = {
-    "parse_model_name": _parse_prefix, "load_pretrained": _inject_before, "save_config_for_hf": _describe_twins}
+    "parse_model_name": _parse_prefix, "load_pretrained": _inject_before, "save_config_for_hf": _describe_twins,
+    "list_models": _list_aliases}
 
 
 def register() -> None:
@@ -203,12 +167,22 @@ def register() -> None:
         SEInjectError: timm has a model with the name of a twin, or does not have a function that is wrapped here. timm is
             then unchanged.
     """
-    table = entrypoints()
-    if isinstance(table, TwinEntrypoints):
+    if isinstance(entrypoints(), TwinTable):
         return
     gone = missing_in_timm(_WRAPPERS)
     if gone:
         raise SEInjectError(
             f"this timm has no {gone[0]} for se_inject to wrap, and would build or save plain models "
             "for 'se_inject/...' names: use timm 1.0.15 to 1.0.31, or se_inject.inject(model)")
-    replace_in_timm(TwinEntrypoints(table), _WRAPPERS)
+    timms = registry()
+    old = timms._deprecated_models
+    models = TwinEntrypoints(timms._model_entrypoints, old, lambda name, _: _entrypoint_of(base_name(name)))
+    replace_in_timm({
+        "_module_to_models": collections.defaultdict(set, {**timms._module_to_models, MODULE: TwinsOf(models)}),
+        "_model_to_module": TwinTable(timms._model_to_module, old, lambda name, _: MODULE),
+        "_model_default_cfgs": TwinTable(timms._model_default_cfgs, old),
+        "_model_with_tags": TwinTable(timms._model_with_tags, old, tags_of_twin),
+        "_model_pretrained_cfgs": TwinTable(timms._model_pretrained_cfgs, old, cfg_of_twin),
+        "_model_has_pretrained": TwinSet(timms._model_has_pretrained, old),
+        "_model_entrypoints": models,
+    }, _WRAPPERS)

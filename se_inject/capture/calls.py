@@ -11,8 +11,6 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from ..errors import TraceError
-
 
 @dataclasses.dataclass(eq=False)
 class Call:
@@ -74,7 +72,7 @@ class Run:
     root: Call
     input_size: tuple[int, ...]
     macs: int
-    error: TraceError | None = None
+    error: Exception | None = None
     where: str | None = None
 
     @property

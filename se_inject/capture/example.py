@@ -126,23 +126,28 @@ class Example:
         parts = [*map(str, shown[0]), *(f"{name}={value}" for name, value in shown[1].items())]
         return "an input of shape " + parts[0] if len(parts) == 1 and not self.kwargs else f"inputs ({', '.join(parts)})"
 
-    def to_json(self) -> dict[str, Any]:
-        """JSON types from which `from_json` makes the same."""
-        return {"args": [_to_json(a) for a in self.args], "kwargs": {name: _to_json(a) for name, a in self.kwargs.items()}}
-
-    @classmethod
-    def from_json(cls, said: Any) -> Example:
-        """What `to_json` wrote.
-
-        Raises:
-            ValueError: It is something else.
-        """
-        if not isinstance(said, dict) or said.keys() != {"args", "kwargs"} or not isinstance(said["kwargs"], dict):
-            raise ValueError(f"no example inputs: {said!r}")
-        return cls(tuple(map(_from_json, said["args"])), {str(k): _from_json(v) for k, v in said["kwargs"].items()})
-
 
 Inputs = tuple[int, ...] | Example | None  # what a user may ask for: a size, example inputs, or the model's own size
+
+
+def to_json(inputs: Inputs) -> Any:
+    """JSON types from which `from_json` makes the same."""
+    if not isinstance(inputs, Example):
+        return None if inputs is None else list(inputs)
+    return {"args": [_to_json(a) for a in inputs.args], "kwargs": {name: _to_json(a) for name, a in inputs.kwargs.items()}}
+
+
+def from_json(said: Any) -> Inputs:
+    """What `to_json` wrote.
+
+    Raises:
+        ValueError, TypeError, OverflowError: It is something else.
+    """
+    if not isinstance(said, dict):
+        return None if said is None else tuple(map(int, said))
+    if said.keys() != {"args", "kwargs"} or not isinstance(said["kwargs"], dict):
+        raise ValueError(f"no example inputs: {said!r}")
+    return Example(tuple(map(_from_json, said["args"])), {str(k): _from_json(v) for k, v in said["kwargs"].items()})
 
 
 def asked(input_size: object, example_inputs: object) -> Inputs:

@@ -40,9 +40,11 @@ class _OwnTracer(QuickTracer):
     """
 
     def __init__(
-        self, constants: dict[str, Any], decide: Callable[[fx.Node], bool] | None, reading: bool, unknown: Collection[str]
+        self, constants: dict[str, Any], decide: Callable[[fx.Node], bool] | None, reading: bool, unknown: Collection[str],
+        drawing: bool,
     ) -> None:  # fmt: skip
         super().__init__()
+        self.drawing = drawing
         self.unknown = unknown
         self.proxy_buffer_attributes = self.reading = reading
         self.constants = constants
@@ -124,7 +126,7 @@ ATTEMPTS = 4  # traces of a forward while another thread draws random numbers
 
 def trace_forward(
     module: nn.Module, constants: dict[str, Any], decide: Callable[[fx.Node], bool] | None = None, reading: bool = False,
-    unknown: Collection[str] = (),
+    unknown: Collection[str] = (), drawing: bool = False,
 ) -> fx.Graph:
     """Trace `module`'s own forward with its children as leaves. `module` is not changed.
 
@@ -135,6 +137,7 @@ def trace_forward(
         reading: Whether the trace is only read, and no code is made of it: the forward may then set attributes, and
             operators on buffers are traced.
         unknown: Names of arguments that may be something else than a tensor.
+        drawing: Whether the forward may draw random numbers by torch: what draws is then a node.
 
     Raises:
         Refusal: The forward does something that fx cannot follow.
@@ -157,7 +160,7 @@ def trace_forward(
         draws = Draws()
         with restored([module]) as changed, kept_globals([cls]) as globals_changed, other_modes(), entered(draws):
             before = state_of(module)
-            tracer = _OwnTracer(constants, decide, reading, unknown)
+            tracer = _OwnTracer(constants, decide, reading, unknown, drawing)
             try:
                 graph = tracer.trace(module)
             except MemoryError:

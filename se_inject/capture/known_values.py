@@ -14,10 +14,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .meta_ops import MetaOps
+from .snapshot import ORIGINAL, is_small
 
-ORIGINAL = "_se_original"  # of a twin on the meta device: the tensor that it stands for
 _VALUE = "_se_value"  # of a tensor on the meta device
-_LARGEST = 4096  # numbers that a tensor of known values holds at most
 _aten = torch.ops.aten
 _TO_PYTHON = {_aten._local_scalar_dense, _aten.equal}
 _FROM_DATA = {torch.tensor: 0, torch.as_tensor: 0, torch.Tensor.new_tensor: 1}  # the position of the data
@@ -67,7 +66,7 @@ class KnownValues(MetaOps):
                 raise
             return tree_map(_with_value, func(*values[0], **values[1]))
         made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
-        if values is None or any(t.numel() > _LARGEST for t in made):
+        if values is None or not all(map(is_small, made)):
             self._forget(func, args)
             return out
         computed = func(*values[0], **values[1])
@@ -102,10 +101,6 @@ class KnownValues(MetaOps):
                 value = args[i].__dict__.get(_VALUE)
                 if value is not None:
                     self._forgotten.add(value.untyped_storage())
-
-
-def is_small(t: torch.Tensor) -> bool:
-    return t.numel() <= _LARGEST
 
 
 def _is_to_cpu(func: Any, kwargs: Any) -> bool:

@@ -18,10 +18,10 @@ from torch import nn
 
 from ..undo import entered, surgery_lock, undone
 from .author_code import functions_of
-from .known_values import ORIGINAL, is_small
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
+ORIGINAL = "_se_original"  # of a twin on the meta device: the small tensor that it stands for
 _DEPTH = 5  # how far objects inside objects are followed from a module's attributes
 _LARGE = 1000  # a container with more items holds data, and its items are not followed
 _PLAIN = frozenset({type(None), bool, int, float, str})
@@ -123,6 +123,11 @@ def _globals_of(cls: Any) -> tuple[list[tuple[dict[str, Any], str]], list[Any]]:
              if name in f.__globals__}
     return list(found.values()), [
         value for f in functions for value in (*(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values())]
+
+
+def is_small(t: torch.Tensor) -> bool:
+    """Whether a tensor is one whose values a forward may read, such as sizes and strides."""
+    return t.numel() <= 4096
 
 
 def set_class(module: nn.Module, cls: type[nn.Module]) -> None:

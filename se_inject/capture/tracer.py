@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.fx.proxy import Attribute
+from torch.utils._pytree import tree_leaves
 
 from ..private import as_one_node, constant_types, fx_is_tracing, module_call, module_getattr, names_to_wrap, set_fx_tracing
 from ..undo import entered, surgery_lock, undone
@@ -53,6 +54,7 @@ class QuickTracer(fx.Tracer):
         self.refused: str | None = None
         self.reading = False
         self.sets_attributes = False
+        self.drawing = False  # whether what draws random numbers is a node, so that they are drawn again at each call
         self.tensors: set[fx.Node] = set()  # arguments that are tensors
 
     def refusal(self, reason: str) -> TypeError:
@@ -113,7 +115,7 @@ class QuickTracer(fx.Tracer):
 
     def wraps(self, function: Any) -> bool:
         """Whether a function in a Python module's namespace becomes one node."""
-        return id(function) in self._autowrap_function_ids and callable(function)
+        return callable(function) and (id(function) in self._autowrap_function_ids or (self.drawing and samples(function)))
 
 
 def _where_read_again(graph: fx.Graph) -> None:
@@ -200,7 +202,7 @@ class _Patches:
         self._parameters: dict[str, fx.Proxy] = {}
         self._visited: set[int] = set()
         self._replaced: list[tuple[dict[str, Any], str, Any]] = []
-        self._found: dict[int, tuple[dict[str, Any], list[tuple[str, Any]]]] = {}
+        self._found: dict[tuple[int, bool], tuple[dict[str, Any], list[tuple[str, Any]]]] = {}
         self._wrappers: dict[Any, Callable[..., Any]] = {}
 
     @contextlib.contextmanager
@@ -233,10 +235,11 @@ class _Patches:
         if "isinstance" not in namespace and not str(namespace.get("__name__")).startswith(("torch.", "math")):
             self._replaced.append((namespace, "isinstance", _MISSING))
             namespace["isinstance"] = self._is_instance
-        if key not in self._found:  # held, so that no other gets its address
-            self._found[key] = namespace, [
-                (name, f) for name, f in namespace.items() if not name.startswith("_") and tracer.wraps(f)]
-        for name, f in self._found[key][1]:
+        found = key, tracer.drawing
+        if found not in self._found:  # held, so that no other gets its address
+            self._found[found] = namespace, [
+                (name, f) for name, f in namespace.items() if (tracer.drawing or not name.startswith("_")) and tracer.wraps(f)]
+        for name, f in self._found[found][1]:
             self._put(namespace, name, f)
 
     def _put(self, namespace: dict[str, Any], name: str, function: Any) -> None:
@@ -267,6 +270,32 @@ _PATCHED: dict[tuple[Any, str], str] = {
        for holder in (torch, torch.random) for name in ("manual_seed", "seed", "set_rng_state")},
 }
 _open: _Patches | None = None
+
+# functions that make a tensor of a size, which fx does not see in them: random ones, and others
+_RANDOM = (torch.rand, torch.randn, torch.randint, torch.randperm)
+_MADE = (torch.empty, torch.zeros, torch.ones, torch.full)
+DRAWING = {  # functions and methods of torch that draw, or may draw
+    "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "bernoulli", "bernoulli_", "uniform_",
+    "normal_", "random_", "exponential_", "multinomial", "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout",
+    "feature_dropout", "feature_alpha_dropout", "rrelu", "gumbel_softmax", "scaled_dot_product_attention"}
+
+
+def samples(function: object) -> bool:
+    """Whether it is a function in Python, none of torch's, that draws random numbers, as a functional drop path does."""
+    return isinstance(function, types.FunctionType) and _samples(function)
+
+
+@functools.lru_cache(maxsize=4096)
+def _samples(function: types.FunctionType, depth: int = 3) -> bool:
+    if str(function.__module__).startswith(("torch.", "se_inject.")):
+        return False
+    names, todo = set[str](), [function.__code__]
+    while todo:
+        code = todo.pop()
+        names.update(code.co_names)
+        todo += [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    called = [function.__globals__.get(name) for name in names if depth]
+    return bool(names & DRAWING) or any(isinstance(f, types.FunctionType) and _samples(f, depth - 1) for f in called)
 
 
 @contextlib.contextmanager
@@ -319,15 +348,33 @@ def _patched() -> Iterator[_Patches]:
 
         return wrapper
 
+    def making(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            tracer = patches.tracer
+            if tracer is None or not tracer.drawing or threading.get_ident() != thread or _is_ours(sys._getframe(1)):
+                return original(*args, **kwargs)
+            if original in _RANDOM or any(isinstance(a, fx.Proxy) for a in tree_leaves((args, kwargs))):
+                return tracer.create_proxy("call_function", original, args, kwargs)
+            return original(*args, **kwargs)
+
+        return wrapper
+
+    made = [(f.__name__, f) for f in (*_RANDOM, *_MADE)]
+
     def put_back() -> None:
         global _open
         _open = None
         for holder, name, original in was:
             setattr(holder, name, original)
+        for name, original in made:
+            setattr(torch, name, original)
 
     with undone(put_back):
         for holder, name, original in was:
             setattr(holder, name, refusing(original, _PATCHED[holder, name]))
+        for name, original in made:
+            setattr(torch, name, making(original))
         module.__getattr__, module.__call__ = get, call
         setattr(torch, "is_tensor", is_tensor)  # noqa: B010 (mypy knows another type)
         _open = patches

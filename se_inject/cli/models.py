@@ -46,12 +46,8 @@ def plan_command(target: Target, diagram: bool, as_json: bool, options: dict[str
     """
     from ..surgery.pipeline import plan
     from ..timm_names import skeleton
-    from ..weights.reading import read_checkpoint
 
-    if target.is_file:
-        net = _base_of(read_checkpoint(target.source), target, meta=True)
-    else:
-        net = skeleton(target.source, **target.model_args)
+    net = _base_of(_read(target), target, meta=True) if target.is_file else skeleton(target.source, **target.model_args)
     made = plan(net, input_size=target.input_size(net), **options)
     click.echo(json.dumps(made.to_dict()) if as_json else made.diagram() if diagram else str(made))
     if not made.sites:
@@ -129,10 +125,11 @@ def merge_command(file: str, base: str | None, head: str | None, pretrained: boo
 def info_command(file: str, as_json: bool) -> None:
     """Show what a file holds: architecture, options, blocks, tensors."""
     from ..weights.reading import read_checkpoint
-    from ..weights.rebuild import said_blocks
+    from ..weights.rebuild import said_blocks, without_prefix
 
     logging.getLogger("se_inject").setLevel(logging.WARNING)  # `said_blocks` injects a model, which is no news to the user
     found = read_checkpoint(file)
+    found = without_prefix(found, found.architecture, file)
     recipe = found.recipe
     sites, configs = (recipe.sites, recipe.configs) if recipe else said_blocks(found, file)
     prefixes = tuple(f"{p}." for p in sites)
@@ -214,10 +211,9 @@ def to_native_command(target: Target, output: str, options: dict[str, Any]) -> N
 def saved_model(target: Target) -> Any:
     """The model of a file, with its blocks if it has any."""
     from ..weights.files import load_found
-    from ..weights.reading import read_checkpoint
     from ..weights.rebuild import said_blocks
 
-    found = read_checkpoint(target.source)
+    found = _read(target)
     if found.recipe is not None or said_blocks(found, target.source)[0]:
         return load_found(found, target.source, target.model, model_args=target.model_args)
     net = _base_of(found, target)
@@ -227,6 +223,15 @@ def saved_model(target: Target) -> Any:
         raise SEInjectError(f"{target.source!r} does not fit {type(net).__name__}: {error}; name the model with --model "
                             "and --model-kwargs") from error
     return net
+
+
+def _read(target: Target) -> Any:
+    """The checkpoint of a target, with the names of its model."""
+    from ..weights.reading import read_checkpoint
+    from ..weights.rebuild import without_prefix
+
+    found = read_checkpoint(target.source)
+    return without_prefix(found, target.model or found.architecture, target.source)
 
 
 def _base_of(found: Any, target: Target, meta: bool = False) -> Any:

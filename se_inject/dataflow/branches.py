@@ -35,9 +35,9 @@ class Branch:
 
 
 def trace_branches(
-    module: nn.Module, constants: dict[str, Any], reading: bool = False, unknown: Collection[str] = ()
+    module: nn.Module, constants: dict[str, Any], reading: bool = False, unknown: Collection[str] = (), drawing: bool = False
 ) -> list[Branch]:
-    """All branches of `module`'s forward, each traced; `reading` and `unknown` are `trace_forward`'s. `module` is not changed.
+    """All branches of `module`'s forward, each traced. `module` is not changed. Other arguments are `trace_forward`'s.
 
     Raises:
         Refusal: There is one branch, which fx cannot follow, or there are too many.
@@ -56,7 +56,7 @@ def trace_branches(
 
         graph, error, refused = None, "", False
         try:
-            graph = trace_forward(module, constants, decide, reading, unknown)
+            graph = trace_forward(module, constants, decide, reading, unknown, drawing)
         except Refusal as e:
             if not conditions:
                 raise

@@ -53,7 +53,7 @@ def export(
     kind = Path(path).suffix
     if kind not in FORMATS:
         raise ConfigError(f"export: {str(path)!r} ends in {kind!r}: give a path that ends in {' or '.join(FORMATS)}")
-    refuse(model, "export", optimized=True, values=True)
+    refuse(model, "export", optimized=True, values=True, quantized=True)
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
     size = (2 if dynamic_batch else 1, *(input_size or input_sizes(model)[0]))
     images = torch.zeros(size, dtype=weight.dtype, device=weight.device)

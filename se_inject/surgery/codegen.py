@@ -12,60 +12,18 @@ import torch
 from torch import fx, nn
 
 from ..blocks.masks import MASKS
-from ..capture.arguments import is_plain, optional_tensors, pinned
 from ..capture.graphs import same_graph, sources_of, subgraph
 from ..capture.snapshot import all_or_nothing, on_meta, set_class
 from ..capture.tracer import IN_PLACE
-from ..dataflow.branches import Branch, known_branch, same_branches, trace_branches
+from ..dataflow.branches import Branch, known_branch
 from ..dataflow.ops import draws, writes
 from ..errors import Refusal, TraceError
 from ..undo import entered, surgery_lock, undone
 from .edits import moved, put_in
 from .generated_class import ERROR_NAME, derived, generated, guards_for, new_of, with_guards
+from .modes import Modes, in_train_mode, trace_modes
 from .sequential import sequential_class
-from .state import BASE, OwnerEdits, base_class, edits_of, set_edits
-
-
-def trace_modes(
-    module: nn.Module, constants: dict[str, Any], known: Branch | None = None
-) -> tuple[list[Branch], dict[str, Any], tuple[str, ...]]:
-    """Trace an owner for rewriting: the branches of its forward, the arguments that they hold fixed, and those that are
-    None by default and that the branches hold for tensors.
-
-    An argument stays open where the forward does not branch on it. `known` is the only branch in eval mode with
-    `constants`, where it is at hand. Use it inside `on_meta`, which gives the modes back.
-
-    Raises:
-        Refusal: fx cannot follow the forward, or it differs between train and eval mode.
-    """
-    modules = list(module.modules())
-    held = pinned(type(module), constants)
-    branches = trace_branches(module, constants) if known is None else [known]
-    free = None
-    with contextlib.suppress(Refusal):
-        free = branches if constants.keys() == held.keys() else trace_branches(
-            module, held, unknown=constants.keys() - held.keys())
-    if free is not None and same_branches(branches, free, constants):
-        branches, fixed = free, held
-    else:
-        fixed = constants
-    if not all(map(is_plain, fixed.values())):
-        raise Refusal(f"{type(module).__name__}.forward depends on an argument that is no plain value")
-    graphs = [b.graph for b in branches if b.graph is not None]
-    given = tuple(name for name in optional_tensors(type(module), constants, graphs)
-                  if not _is_same_with_none(module, branches, fixed, name))
-    for m in modules:
-        m.__dict__["training"] = True
-    if not same_branches(branches, trace_branches(module, fixed), {}):
-        raise Refusal(f"{type(module).__name__}.forward differs between train and eval mode")
-    return branches, fixed, given
-
-
-def _is_same_with_none(module: nn.Module, branches: list[Branch], fixed: dict[str, Any], name: str) -> bool:
-    """Whether a forward does the same where an argument, a tensor in `branches`, is None."""
-    with contextlib.suppress(Refusal):
-        return same_branches(trace_branches(module, {**fixed, name: None}), branches, {name: None})
-    return False
+from .state import BASE, Edit, OwnerEdits, base_class, edits_of, set_edits
 
 
 def generate(
@@ -92,8 +50,8 @@ def generate_class(module: nn.Module, edits: OwnerEdits, known: fx.Graph | None 
     Raises:
         Refusal: The forward cannot be traced, or is not the one that the edits were made for.
     """
-    paths, fixed, given = _trace_without_blocks(module, edits, known)
-    main = next((p.graph for p in paths if p.outcomes == edits.decisions), None)
+    modes = _trace_without_blocks(module, edits, known)
+    main = next((p.graph for p in modes.branches if p.outcomes == edits.decisions), None)
     if main is None:
         raise Refusal(f"{base_class(module).__name__}.forward is not the one that was rewritten")
     nodes = list(main.nodes)
@@ -102,7 +60,7 @@ def generate_class(module: nn.Module, edits: OwnerEdits, known: fx.Graph | None 
             raise Refusal(
                 f"{base_class(module).__name__}.forward is not the one that was rewritten: "
                 f"node {edit.node} should be {edit.name!r}")
-    return _generate(module, edits, subgraph(main), paths, fixed, given)
+    return _generate(module, edits, subgraph(main), modes)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -136,20 +94,20 @@ def told_to_user(module: nn.Module) -> Iterator[None]:
 def _regenerate(module: nn.Module) -> None:
     edits = edits_of(module)
     assert edits is not None
-    paths, fixed, given = _trace_without_blocks(module, edits, None)
+    modes = _trace_without_blocks(module, edits, None)
     old = type(module)._se_graph  # type: ignore[attr-defined]
-    main = next((p for p in paths if p.outcomes == edits.decisions), paths[0])
+    main = next((p for p in modes.branches if p.outcomes == edits.decisions), modes.branches[0])
     if main.graph is None:
         raise Refusal(main.error)
     new = dataclasses.replace(edits, edits=moved(edits.edits, old, main.graph, module), decisions=main.outcomes)
-    cls = _generate(module, new, subgraph(main.graph), paths, fixed, given)
+    cls = _generate(module, new, subgraph(main.graph), modes)
     set_edits(module, new)
     set_class(module, cls)
 
 
 def _trace_without_blocks(
     module: nn.Module, edits: OwnerEdits, known: fx.Graph | None
-) -> tuple[list[Branch], dict[str, Any], tuple[str, ...]]:
+) -> Modes:  # fmt: skip
     """Trace the author's own forward with the blocks taken out, as an owner may iterate its children."""
     children, cls = dict(module._modules), type(module)
 
@@ -167,12 +125,11 @@ def _trace_without_blocks(
 
 
 def _generate(
-    module: nn.Module, edits: OwnerEdits, main: fx.Graph, paths: list[Branch], fixed: dict[str, Any],
-    given: tuple[str, ...],
+    module: nn.Module, edits: OwnerEdits, main: fx.Graph, modes: Modes
 ) -> type[nn.Module]:  # fmt: skip
     """The class for the branches of a forward; `edits` are those of `main`, which stays as it is."""
     base = base_class(module)
-    guards, names = guards_for(fixed, given, f"{base.__name__}.forward was rewritten for one value of {{name}}: "
+    guards, names = guards_for(modes.fixed, modes.given, f"{base.__name__}.forward was rewritten for one value of {{name}}: "
                             "eject(), then inject() the model as it is called")
     functions: list[str] = []
     head, call = _head(main)
@@ -183,10 +140,22 @@ def _generate(
             raise Refusal(f"{base.__name__}.forward gives one name to two things in its branches")
         functions.append(with_guards(code.src.replace("def forward(", f"def {name}(", 1), guards))
 
+    def place(graph: fx.Graph, training: bool) -> tuple[Edit, ...]:
+        if training:
+            return in_train_mode(edits.edits, main, graph, module)
+        return edits.edits if len(modes.branches) == 1 else moved(edits.edits, main, graph, module)
+
     def define_forward(name: str, guards: str, masks: tuple[str, ...] = ()) -> None:
+        if modes.training:
+            define_mode(f"_se_train_{name}", "", masks, modes.training, training=True)
+            guards += f"    if self.training:\n        return self._se_train_{name}({call})\n"
+        define_mode(name, guards, masks, modes.branches, training=False)
+
+    def define_mode(name: str, guards: str, masks: tuple[str, ...], paths: list[Branch], training: bool) -> None:
         if len(paths) == 1:
-            assert paths[0].graph is not None
-            define(put_in(subgraph(paths[0].graph), edits.edits, masks), name, guards)
+            graph = paths[0].graph
+            assert graph is not None
+            define(put_in(subgraph(graph), place(graph, training), masks), name, guards)
             return
 
         def branch(prefix: tuple[bool, ...], indent: str) -> str:
@@ -197,7 +166,7 @@ def _generate(
                     return f"{indent}raise {ERROR_NAME}({here[0].error!r})\n"
                 part = f"_se_branch_{len(functions)}"
                 works = any(n.op == "call_module" for n in graph.nodes)  # else an early return, where there is nothing to gate
-                define(put_in(subgraph(graph), moved(edits.edits, main, graph, module), masks) if works else graph, part)
+                define(put_in(subgraph(graph), place(graph, training), masks) if works else graph, part)
                 return f"{indent}return self.{part}({call})\n"
             test = f"_se_test_{len(functions)}"
             define(_condition(here[0].conditions[len(prefix)], base), test)
@@ -207,7 +176,7 @@ def _generate(
         body = branch((), "    ")
         functions.append(f"{head.replace('def forward(', f'def {name}(', 1)}\n{guards}{body}")
 
-    masks = tuple(str(n.target) for n in main.nodes if n.op == "placeholder" and n.target in MASKS.keys() - fixed.keys())
+    masks = tuple(str(n.target) for n in main.nodes if n.op == "placeholder" and n.target in MASKS.keys() - modes.fixed.keys())
     if masks:
         refusal = f"TorchScript leaves out no padding: call the model without {' and '.join(masks)}"
         guards += (f"    if {' or '.join(f'{name} is not None' for name in masks)}:\n"

@@ -18,7 +18,7 @@ from ..blocks.masks import WEIGHS, filled, restored, unpadded
 from ..capture.graphs import counterparts
 from ..capture.snapshot import set_class
 from ..errors import Refusal
-from .state import Edit, OwnerEdits, base_class, edits_of, has_generated_class, set_edits
+from .state import Edit, OwnerEdits, base_class, edits_of, has_generated_class, mark_inside, set_edits
 
 
 def put_in(graph: fx.Graph, edits: tuple[Edit, ...], masks: tuple[str, ...] = ()) -> fx.Graph:
@@ -113,6 +113,7 @@ def apply_edits(
     """Put `blocks` into an owner, in place. `code` is its generated class or graphs, where it has some."""
     set_edits(module, edits)
     for edit in edits.edits:
+        mark_inside(blocks[edit.slot])
         if edit.slot in module._modules:  # a registered slot keeps its place
             module._modules[edit.slot] = blocks[edit.slot]
             continue

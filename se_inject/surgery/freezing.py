@@ -15,6 +15,7 @@ from .refusals import injected_inside, refuse
 from .state import block_paths, head_paths
 
 _FROZEN = "_se_frozen"
+_RESET = "reset_running_stats"  # a method of norms
 
 
 def se_parameters(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> list[nn.Parameter]:
@@ -25,7 +26,8 @@ def se_parameters(model: nn.Module, optimizer: torch.optim.Optimizer | None = No
     do not see a new group.
 
     Args:
-        model: An injected model, which DDP or `torch.compile` may wrap.
+        model: An injected model, which DDP or `torch.compile` may wrap; or what fx has traced of one, such as torchvision's
+            feature extractors.
         optimizer: Leave out the parameters that this optimizer has.
 
     Returns:
@@ -56,7 +58,8 @@ def freeze_base(model: nn.Module, head: bool | nn.Module = True) -> nn.Module:
     """Let only the blocks and the head learn, in place, and return the model. `unfreeze_base` undoes it.
 
     `requires_grad` of all other parameters becomes False. Layers that keep statistics (BatchNorm) stay in eval mode, also
-    after ``model.train()``, so that a training step changes no tensor of the base. Dropout and drop path work as before.
+    after ``model.train()``, so that a training step changes no tensor of the base; `torch.optim.swa_utils.update_bn` leaves
+    their statistics as they are. Dropout and drop path work as before.
     Names, classes and the state dict do not change. Freeze before you create the optimizer or wrap the model in DDP or
     FSDP, and after a `reset_classifier`.
 
@@ -131,6 +134,8 @@ def unfreeze_base(model: nn.Module) -> nn.Module:
         for name, m in model.named_modules():
             if name in state.held:
                 m.training = True
+            if m.__dict__.get(_RESET) is _keep_statistics:
+                del m.__dict__[_RESET]
     return model
 
 
@@ -156,13 +161,21 @@ def _train(model: nn.Module, mode: bool = True) -> nn.Module:
     return model
 
 
+def _keep_statistics() -> None:
+    """The `reset_running_stats` of a frozen norm."""
+
+
 def _hold_statistics(model: nn.Module) -> None:
     """Put the modules that may write their buffers in train mode into eval mode: norms, and other leaves with buffers.
 
-    Other modules with buffers and children (attention) often need their own mode for the rate of a dropout.
+    Other modules with buffers and children (attention) often need their own mode for the rate of a dropout. A reset of the
+    statistics, which `update_bn` of torch.optim.swa_utils begins with, does nothing: no call would fill them again.
     """
     state: _Frozen = model.__dict__[_FROZEN]
     learns = _learning(model, state.head)
+    for name, m in model.named_modules():
+        if hasattr(type(m), _RESET) and not _inside(name, learns):
+            m.__dict__[_RESET] = _keep_statistics
     held = {
         name: m for name, m in model.named_modules()
         if m.training and m._buffers and not _inside(name, learns)

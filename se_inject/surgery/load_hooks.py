@@ -16,6 +16,7 @@ from torch import nn
 from ..blocks.identity import is_identity
 from ..blocks.start import fitted, is_on_meta, settle, started
 from .parts import Parts, own_tensors
+from .prefixes import certain_prefix
 from .state import block_paths
 
 _logger = logging.getLogger("se_inject")
@@ -41,9 +42,13 @@ def keep_absent_base(
 ) -> None:  # fmt: skip
     """Hook of an injected model: if all keys belong to blocks, head and statistics, the rest keeps its values.
 
+    A prefix of all keys comes off where they then fit the model.
+
     With ``assign=True``, blocks that the file lacks move to the device and dtype of the loaded base.
     """
     parts = Parts.of(model)
+    if not prefix:
+        drop_prefix(state_dict, parts)
     assign = local_metadata.get(_ASSIGN, False)
     found = {  # torch.distributed.checkpoint adds the model's own tensors for what a file lacks
         key[len(prefix):]: t for key, t in state_dict.items() if key.startswith(prefix) and not (assign and t.is_meta)}
@@ -55,6 +60,16 @@ def keep_absent_base(
             if not any(k in found for k in keys):
                 new = _assigned(model.get_submodule(path), *_device_and_dtype(path, parts, found))
                 state_dict.update({f"{prefix}{path}.{k}": t for k, t in new.items()})
+
+
+def drop_prefix(state_dict: dict[str, Any], parts: Parts) -> None:
+    """Rename the tensors of a state dict, in place, where all have a prefix without which they fit the model."""
+    prefix = certain_prefix(state_dict, parts)
+    if prefix:
+        _logger.info("the prefix %r is taken off all %d names", prefix, len(state_dict))
+        tensors = {key[len(prefix):]: t for key, t in state_dict.items()}
+        state_dict.clear()
+        state_dict.update(tensors)
 
 
 def _device_and_dtype(path: str, parts: Parts, loaded: Mapping[str, torch.Tensor]) -> tuple[torch.device, torch.dtype]:

@@ -31,6 +31,7 @@ from .jobs import Job, make_block_for, owner_jobs
 from .layer_decay import group_matcher
 from .load_hooks import register_hooks, remove_hooks
 from .refusals import no_sites, refuse
+from .save_pretrained import save_pretrained
 from .session import copied, traced
 from .state import (
     BASE,
@@ -184,7 +185,8 @@ def apply(model: nn.Module, prepared: Prepared, *, verify: bool = False) -> nn.M
     return model
 
 
-_METHODS: dict[str, Callable[..., Any]] = {"group_matcher": group_matcher, "init_weights": init_weights}  # of timm's models
+_METHODS: dict[str, Callable[..., Any]] = {  # of timm's models, and of those of transformers
+    "group_matcher": group_matcher, "init_weights": init_weights, "save_pretrained": save_pretrained}
 
 
 def _attach(model: nn.Module) -> None:

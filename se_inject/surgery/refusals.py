@@ -13,10 +13,14 @@ from ..find.patterns import LINEAR, UNLEARNED
 from ..find.plan import Plan, rejected
 from .state import injections_of, is_optimized
 
+# packages whose layers replace those that are quantized
+_QUANTIZERS = ("torchao", "bitsandbytes", "quanto", "hqq", "auto_gptq", "gptqmodel", "awq", "compressed_tensors")
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
 
 
-def refuse(model: object, what: str, *, optimized: bool = False, traced: bool = True, values: bool = False) -> None:
+def refuse(
+    model: object, what: str, *, optimized: bool = False, traced: bool = True, values: bool = False, quantized: bool = False
+) -> None:  # fmt: skip
     """Raise for a model that `what`, the name of a function, cannot work on.
 
     Args:
@@ -25,10 +29,12 @@ def refuse(model: object, what: str, *, optimized: bool = False, traced: bool = 
         optimized: Whether a copy made by `optimize_for_inference` will do.
         traced: Whether the function runs or traces the model; else a compiled model, a detector and lazy layers will do.
         values: Whether the weights must have values.
+        quantized: Whether quantized layers will do.
 
     Raises:
         ConfigError: It is no model.
-        TraceError: It is wrapped, sharded, compiled or scripted, has layers without weights, or takes no tensor of images.
+        TraceError: It is wrapped, sharded, compiled, scripted or quantized, has layers without weights, or takes no tensor of
+            images.
         SEInjectError: It is an optimized copy, or has no values.
     """
     if not isinstance(model, nn.Module):
@@ -37,6 +43,8 @@ def refuse(model: object, what: str, *, optimized: bool = False, traced: bool = 
         refuse_optimized(model, what)
     for path, m in model.named_modules():
         why = _why_not(path, m, what) or (_why_not_traced(path, m, what) if traced else None)
+        if why is None and traced and not quantized:
+            why = _why_quantized(path, m, what)
         if why is not None:
             raise TraceError(f"{what}: {f'its module {path!r}' if path else 'the model'} {why}")
     if values and any(p.is_meta for p in model.parameters()):
@@ -78,6 +86,27 @@ def _why_not_traced(path: str, m: nn.Module, what: str) -> str | None:
         return ("is a lazy layer without weights: run the model on one batch first (lazy layers then have their shapes), then "
                 f"{what}(model)")
     return None
+
+
+def _why_quantized(path: str, m: nn.Module, what: str) -> str | None:
+    """How a module was quantized, if it was, and what to do: the weights of such layers can be neither traced nor copied."""
+    found = None
+    where = type(m).__module__.split(".")
+    if "quantized" in where or where[0] in _QUANTIZERS or m.__dict__.get("hf_quantizer") is not None:
+        found = f"{type(m).__module__}.{type(m).__name__}"
+    for name, t in (*m._parameters.items(), *m._buffers.items()):
+        if t is not None and (_computes_itself(t) or t.is_quantized or (
+                type(t) is not nn.Parameter and isinstance(t, nn.Parameter) and not (t.is_floating_point() or t.is_complex()))):
+            found = f"its {name!r} is a {type(t).__name__} of {type(t).__module__}"
+    if found is None:
+        return None
+    return f"is quantized ({found}): {'inject' if what == 'plan' else what} first, then quantize"
+
+
+def _computes_itself(t: torch.Tensor) -> bool:
+    """Whether the class of a tensor, which is none of torch's, replaces the operators, as those of quantized tensors do."""
+    kind = type(t)
+    return not f"{kind.__module__}.".startswith("torch.") and kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
 
 
 def refuse_optimized(model: nn.Module, what: str) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
-from ..capture.example import Inputs
+from ..capture.example import Inputs, to_json
 from ..config import SEConfig
 from ..site import Site
 
@@ -60,7 +60,12 @@ class Injection:
         return dataclasses.replace(
             self.config, filter_fn=None, include=tuple(s.path for s in self.sites), exclude=None)
 
+    def written_inputs(self) -> Any:
+        """What it was run on, as JSON types."""
+        return to_json(self.inputs)
 
+
+_INSIDE = "_se_inside"  # of a module or a parameter in a block: its path there
 _EDITS, _INJECTIONS = "_se_edits", "_se_injections"  # attributes of an owner and of a model
 BASE = "_se_base"  # of a generated class: the class that it is derived from
 OPTIMIZED = "_se_code"  # of a class that `optimize_for_inference` generated: its sources
@@ -131,7 +136,7 @@ def block_paths(model: nn.Module) -> list[str]:
     """Return the dotted names of the injected blocks, in the order of the model's modules. Changes nothing.
 
     Args:
-        model: A model, with or without blocks.
+        model: A model, with or without blocks; or what fx has traced of one, such as torchvision's feature extractors.
 
     Returns:
         The names, for `get_submodule`; none for a model without blocks.
@@ -150,7 +155,31 @@ def block_paths(model: nn.Module) -> list[str]:
           (gate): Sigmoid()
         )
     """
-    return [f"{path}.{slot}" if path else slot for path, m in model.named_modules() for slot in slots_of(m)]
+    traced = any(isinstance(m, fx.GraphModule) for m in model.modules()) and not is_optimized(model)
+    found: dict[str, None] = {}
+    for path, m in model.named_modules():
+        found.update(dict.fromkeys(f"{path}.{slot}" if path else slot for slot in slots_of(m)))
+        if traced:
+            found.update(dict.fromkeys(_around(path, m)))
+    return list(found)
+
+
+def mark_inside(block: nn.Module) -> None:
+    """Let the parts of a block keep their paths in it: a trace by fx takes parts over, and neither block nor owner."""
+    for path, m in block.named_modules():
+        if path:
+            m.__dict__[_INSIDE] = path
+    for name, p in block._parameters.items():
+        if p is not None:
+            p.__dict__[_INSIDE] = name
+
+
+def _around(path: str, module: nn.Module) -> list[str]:
+    """The block of which a module is a part, or has a parameter; the module itself where its name is another one there."""
+    inside = module.__dict__.get(_INSIDE)
+    if inside is not None:
+        return [path.removesuffix(f".{inside}")]
+    return [path] if any(_INSIDE in p.__dict__ for p in module._parameters.values() if p is not None) else []
 
 
 def head_paths(model: nn.Module) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError, WeightsError
+from ..private import names_in_files
 from ..surgery.parts import Parts, own_tensors
 from ..surgery.pipeline import eject
 from ..surgery.refusals import injected_inside, refuse_optimized
@@ -19,7 +20,15 @@ from ..surgery.state import injections_of
 from ..timm_names import base_name
 from . import digest
 from .reading import Checkpoint, read_checkpoint
-from .rebuild import base_architecture, base_of, check_blocks, infer_model_args, inject_as_said, why_not_rebuilt
+from .rebuild import (
+    base_architecture,
+    base_of,
+    check_blocks,
+    infer_model_args,
+    inject_as_said,
+    why_not_rebuilt,
+    without_prefix,
+)
 from .recipe import FULL, KEY, PARTS, Recipe, content_of, parts_in_words
 from .strict import load_strictly
 from .writing import gathered, is_sharded, write_safetensors
@@ -129,7 +138,8 @@ def load(
     A warning in the log names the tensors that differ if the file was saved over another base.
 
     Args:
-        path: A file of `save` (the whole model or parts), or any checkpoint of the base weights.
+        path: A file of `save` (the whole model or parts), or any checkpoint of the base weights. A prefix of all its names,
+            such as ``model.`` in those of Lightning, is taken off if the names then are the model's.
         model: A timm name, for a file that does not say it. Or a model: it is injected, unless it has blocks already, and
             the files are loaded into it.
         base: A second file with the base weights, if `path` lacks them.
@@ -173,10 +183,15 @@ def load_found(
     """`load`, for a `path` that is already read as `found`."""
     found = dataclasses.replace(found, model_args={**found.model_args, **(model_args or {})})
     _check_request(found, path, model, base, pretrained, model_args, options)
-    below = None if base is None else _read_base(base, found, path, model)
-    over = None if head is None else read_checkpoint(head)
-    top = {} if over is None else over.tensors
     given = isinstance(model, nn.Module)
+    below, over = (None if file is None else read_checkpoint(file) for file in (base, head))
+    said = found.architecture if model is None else model
+    found = without_prefix(found, said, path)
+    below = below and without_prefix(below, said, base)
+    over = over and without_prefix(over, said, head)
+    if below is not None:
+        _check_base(below, base, found, path, model)
+    top = {} if over is None else over.tensors
     if isinstance(model, nn.Module):
         net = model
     else:
@@ -193,6 +208,12 @@ def load_found(
         elif found.recipe is not None:
             check_blocks(net, found.recipe, path)
         parts = Parts.of(net)
+        found = found.for_model(parts.everything(), path).renamed(names_in_files(net))  # again, for a file of blocks alone
+        full = found.recipe is not None and found.recipe.content == FULL
+        if full and parts.se and not parts.se.keys() & found.tensors.keys():
+            raise WeightsError(
+                f"{str(path)!r} names {len(parts.blocks)} blocks in its config, and has no weights of theirs: a model that "
+                "from_pretrained had made without blocks was saved there; take the folder of the injected model")
         tensors = _joined(net, parts, found, below, base, top, head)
         if not given and not pretrained and parts.is_partial(tensors):  # the base that was built has random weights
             files = ", ".join(repr(str(p)) for p in (path, base, head) if p is not None)
@@ -238,15 +259,14 @@ def _check_request(
             f"with weights; in the command, `se-inject merge {path} --base FILE -o FULL`")
 
 
-def _read_base(
-    base: str | os.PathLike[str], found: Checkpoint, path: object, model: nn.Module | str | None
-) -> Checkpoint:
-    """Read the file of the base weights.
+def _check_base(
+    below: Checkpoint, base: object, found: Checkpoint, path: object, model: nn.Module | str | None
+) -> None:  # fmt: skip
+    """Check the file of the base weights, `below`.
 
     Raises:
         WeightsError: It adds nothing, or belongs to another architecture.
     """
-    below = read_checkpoint(base)
     if below.tensors.keys() <= found.tensors.keys():
         raise WeightsError(
             f"{str(path)!r} has all {len(below.tensors)} tensors of base={str(base)!r}, so that none would be taken from "
@@ -255,7 +275,6 @@ def _read_base(
         raise WeightsError(
             f"{str(path)!r} is of {found.architecture}, and base={str(base)!r} of {below.architecture}, in which equal names "
             f"may mean something else: give the base of {found.architecture}, or confirm with model={found.architecture!r}")
-    return below
 
 
 def _joined(

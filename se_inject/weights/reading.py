@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import os
+import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import WeightsError
+from ..surgery.prefixes import common_prefixes, likely_prefix
 from ..undo import entered
 from .recipe import KEY, Recipe, checked_args, described_args, parsed
 from .writing import INDEX, index_of
+
+_logger = logging.getLogger("se_inject")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +31,8 @@ class Checkpoint:
         tensors: The tensors of the file.
         architecture: A timm name, which may be that of a twin; None if the file does not say it.
         model_args: Arguments of `timm.create_model`.
-        recipe: The recipe in a file of `se_inject.save`; None in others.
+        recipe: The recipe in a file of `se_inject.save`, or in the folder of a model that was injected; None in others.
+        prefix: What was taken off all names.
         metadata: The strings in the header of a safetensors file.
     """
 
@@ -35,13 +41,38 @@ class Checkpoint:
     model_args: dict[str, Any] = dataclasses.field(default_factory=dict)
     recipe: Recipe | None = None
     metadata: dict[str, str] = dataclasses.field(default_factory=dict)
+    prefix: str = ""
+
+    def for_model(self, own: Collection[str], source: object) -> Checkpoint:
+        """The same, without the prefix of its names that keeps them from being those of a model, `own`.
+
+        A file of `save` has none. The caller checks each name.
+        """
+        full = [self.prefix + key for key in self.tensors]
+        prefix = self.prefix if self.recipe is not None else likely_prefix(full, own, self.prefix)
+        if prefix == self.prefix:
+            return self
+        _logger.info("%s: the prefix %r is taken off all names", source, prefix)
+        tensors = _without(prefix, dict(zip(full, self.tensors.values())))
+        return dataclasses.replace(self, tensors=tensors, prefix=prefix)
+
+    def renamed(self, names: Mapping[str, str]) -> Checkpoint:
+        """The same with other names, by those of the file, but for names that two tensors would have."""
+        new = {key: names[key] for key in self.tensors if key in names and names[key] not in self.tensors}
+        return dataclasses.replace(self, tensors={new.get(key, key): t for key, t in self.tensors.items()}) if new else self
+
+    @property
+    def may_have_prefix(self) -> bool:
+        """Whether its names share one."""
+        return self.recipe is None and (bool(self.prefix) or len(common_prefixes(self.tensors)) > 1)
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Read a safetensors file, a PyTorch file, or a folder with timm's ``config.json``.
+    """Read a safetensors file, a PyTorch file, or a folder with the ``config.json`` of timm or transformers.
 
     Pickles are read with ``weights_only=True``, which runs no code. A training checkpoint gives its EMA weights, if it has
-    some. The prefixes of DDP and `torch.compile` are removed. Tensors are mapped from the file: what nobody uses, such as
+    some. The prefixes of DDP and `torch.compile` are removed; others tell themselves from names of children where the model
+    is known (`Checkpoint.for_model`). Tensors are mapped from the file: what nobody uses, such as
     the state of an optimizer, takes no memory.
 
     Raises:
@@ -93,7 +124,8 @@ def _described(tensors: dict[str, torch.Tensor], metadata: dict[str, str], file:
         return Checkpoint(tensors, recipe.architecture, recipe.model_args, recipe, metadata)  # `save` wrote no prefixes
     architecture = metadata.get("architecture")
     args = described_args(metadata, file) if architecture else {}
-    return Checkpoint(_clean(tensors), architecture, args, metadata=metadata)
+    prefix = _wrappers_prefix(tensors)
+    return Checkpoint(_without(prefix, tensors), architecture, args, metadata=metadata, prefix=prefix)
 
 
 def _read_shards(index: Path) -> Checkpoint:
@@ -132,8 +164,7 @@ def _read_pickle(file: Path) -> Checkpoint:
         WeightsError: It holds neither, or needs code to be run.
     """
     try:
-        with entered(torch.serialization.safe_globals([argparse.Namespace])):  # timm's train.py saves its arguments
-            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        loaded = _unpickled(file)
     except Exception as error:
         raise WeightsError(
             f"{file} cannot be read as weights ({type(error).__name__}: {str(error).partition(chr(10))[0]}); no pickled code "
@@ -141,11 +172,7 @@ def _read_pickle(file: Path) -> Checkpoint:
     if not isinstance(loaded, Mapping):
         raise WeightsError(f"{file} holds a {type(loaded).__name__}, and no weights: write a state dict, as "
                            "torch.save(model.state_dict(), path) does, or a training checkpoint")
-    tensors: Any = loaded
-    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
-        if isinstance(loaded.get(key), Mapping):
-            tensors = loaded[key]
-            break
+    tensors = state_dict_in(loaded)
     other = [k for k, v in tensors.items() if not (isinstance(k, str) and isinstance(v, torch.Tensor))]
     if other or not tensors:
         raise WeightsError(
@@ -154,39 +181,91 @@ def _read_pickle(file: Path) -> Checkpoint:
     arch = loaded.get("arch")
     args = getattr(loaded.get("args"), "model_kwargs", None)
     args = checked_args(args, file) if isinstance(args, Mapping) else {}
-    return Checkpoint(_clean(tensors), arch if isinstance(arch, str) else None, args)
+    prefix = _wrappers_prefix(tensors)
+    return Checkpoint(_without(prefix, tensors), arch if isinstance(arch, str) else None, args, prefix=prefix)
+
+
+def state_dict_in(loaded: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The weights in a training checkpoint, the averaged ones if it has some. A state dict is returned as it is."""
+    keys = ("state_dict_ema", "model_ema", "state_dict", "model")
+    return next((loaded[key] for key in keys if isinstance(loaded.get(key), Mapping)), loaded)
+
+
+class _Unknown(dict[Any, Any]):
+    """What stands for an object of another library, such as a hyperparameter in a checkpoint of Lightning: it does nothing."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+    def __new__(cls, *args: object, **kwargs: object) -> _Unknown:
+        return super().__new__(cls)
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def _unpickled(file: Path) -> Any:
+    """The content of a PyTorch file. No code in it is run: `_Unknown` stands for objects that are no weights."""
+    known: list[Any] = [argparse.Namespace]  # timm's train.py saves its arguments
+
+    def load() -> Any:
+        with entered(torch.serialization.safe_globals(known)):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+
+    try:
+        return load()
+    except pickle.UnpicklingError:
+        if not zipfile.is_zipfile(file):
+            raise
+        unknown = set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - {"argparse.Namespace"}
+        known += [(type("_Unknown", (_Unknown,), {}), name) for name in sorted(unknown)]
+        loaded = load()
+        if isinstance(loaded, _Unknown):  # a whole model, say
+            raise
+        return loaded
 
 
 def _read_folder(folder: Path) -> Checkpoint:
-    """Read a folder that timm's `save_for_hf` wrote: architecture and arguments in ``config.json``, and the weights.
+    """Read a folder of timm's `save_for_hf` or of Hugging Face's `save_pretrained`: ``config.json``, and the weights.
 
     Raises:
         WeightsError: The config is not valid, or there are no weights.
     """
     config = folder / "config.json"
     if not config.is_file():
-        raise WeightsError(f"{folder} has no config.json: give a folder that timm saved, or a file of weights")
+        raise WeightsError(
+            f"{folder} has no config.json: give a folder that timm or save_pretrained has written, or a file of weights")
     try:
         said = parsed(config.read_text())
-        architecture, model_args = said["architecture"], dict(said.get("model_args") or {})
-        if not isinstance(architecture, str):
-            raise TypeError("architecture is no string")
-    except (ValueError, KeyError, TypeError) as error:
-        raise WeightsError(f"{config} is no config of timm's ({error!r}): write JSON with 'architecture'") from error
+        is_timms = isinstance(said.get("architecture"), str)
+        model_args = dict(said.get("model_args") or {}) if is_timms else {}
+        if not is_timms and not {"model_type", "architectures", KEY} & said.keys():
+            raise KeyError("architecture")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(
+            f"{config} is no config of timm's or transformers' ({error!r}): write JSON with 'architecture'") from error
     model_args = checked_args(model_args, config)
-    if isinstance(said.get("num_classes"), int):
+    if is_timms and isinstance(said.get("num_classes"), int):
         model_args.setdefault("num_classes", said["num_classes"])
+    recipe = Recipe.from_config(said[KEY], config) if KEY in said else None
     for name in ("model.safetensors", f"model{INDEX}", "pytorch_model.bin"):
         if (folder / name).is_file():
             found = read_checkpoint(folder / name)
             if found.recipe is not None:
                 return found
-            return dataclasses.replace(found, architecture=architecture, model_args=model_args)
+            if recipe is not None:
+                return dataclasses.replace(found, recipe=recipe)
+            return dataclasses.replace(found, architecture=said["architecture"] if is_timms else None, model_args=model_args)
     raise WeightsError(f"{folder} has no model.safetensors and no pytorch_model.bin: add the weights under one of these names")
 
 
-def _clean(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors without the prefixes of DDP and `torch.compile`."""
-    from timm.models import clean_state_dict
+def _wrappers_prefix(tensors: Mapping[str, torch.Tensor]) -> str:
+    """The prefix of DDP, of `torch.compile`, or of both, if all names have it."""
+    known = {"module", "_orig_mod"}
+    return [p for p in common_prefixes(tensors) if known.issuperset(p.split(".")[:-1])][-1]
 
-    return dict(clean_state_dict(dict(tensors)))
+
+def _without(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key[len(prefix):]: t for key, t in tensors.items()}

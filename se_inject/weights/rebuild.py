@@ -13,7 +13,7 @@ from torch import nn
 from ..capture.inputs import without_values
 from ..config import SEConfig
 from ..errors import SEInjectError, WeightsError
-from ..surgery.parts import Parts
+from ..surgery.parts import Parts, own_tensors
 from ..surgery.pipeline import apply, inject, prepare
 from ..surgery.state import block_paths, injections_of
 from ..timm_names import base_name, remember_args, skeleton, split_options, unknown_model_message
@@ -108,6 +108,24 @@ def _differ(own: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor])
     return [
         f"{k} {tuple(t.shape)} is {tuple(others[k].shape) if k in others else 'not'} there" for k, t in own.items()
         if not k.endswith("num_batches_tracked") and (k not in others or others[k].shape != t.shape)]
+
+
+def without_prefix(found: Checkpoint, model: nn.Module | str | None, path: object) -> Checkpoint:
+    """A checkpoint without the prefix that keeps its names from being those of a model, or of timm's model of this name."""
+    import timm
+
+    if not found.may_have_prefix or model is None:
+        return found
+    if isinstance(model, nn.Module):
+        return found.for_model(own_tensors(model), path)
+    bare = base_name(model)
+    if not timm.is_model(bare):
+        return found
+    try:
+        parts = base_parts(bare, split_options(found.model_args)[1])
+    except Exception:  # arguments that timm does not take: `base_of` says so
+        return found
+    return found.for_model({**parts.base, **parts.head}, path)
 
 
 def why_not_rebuilt(recipe: Recipe, parts: Parts) -> str:

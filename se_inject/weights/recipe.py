@@ -12,14 +12,14 @@ from typing import Any
 
 from torch import nn
 
-from ..capture.example import Example, Inputs
+from ..capture.example import Inputs, from_json, to_json
 from ..config import SEConfig
 from ..errors import ConfigError, WeightsError
+from ..surgery.save_pretrained import KEY as KEY  # the files of this folder take it from here
+from ..surgery.save_pretrained import VERSION
 from ..surgery.state import Injection
 from ..timm_names import architecture_of, base_name, model_args
 
-KEY = "se_inject"  # of the recipe in the header of a file
-VERSION = 1
 PARTS = {"se": "blocks", "head": "head", "stats": "statistics"}  # of a model, which a file may hold alone
 FULL = "full"  # the content of a file that holds all parts and the base
 _FIELDS = {
@@ -68,7 +68,7 @@ class Recipe:
         return json.dumps({
             "version": VERSION, "architecture": self.architecture, "model_args": self.model_args,
             "configs": [c.to_dict() for c in self.configs],
-            "input_sizes": [i.to_json() if isinstance(i, Example) else i for i in self.inputs],
+            "input_sizes": list(map(to_json, self.inputs)),
             "sites": list(self.sites), "content": self.content,
         }, sort_keys=True)  # fmt: skip
 
@@ -98,7 +98,7 @@ class Recipe:
                 "install the se_inject that wrote the file")
         try:
             configs = tuple(SEConfig.of(dict(c)) for c in said["configs"])
-            inputs = tuple(map(_inputs, said["input_sizes"]))
+            inputs = tuple(map(from_json, said["input_sizes"]))
         except (ConfigError, TypeError, ValueError, OverflowError) as error:
             raise WeightsError(f"{source}: its recipe is not valid ({error}); save the model again") from error
         if not configs or len(configs) != len(inputs):
@@ -109,9 +109,15 @@ class Recipe:
             tuple(map(str, said["sites"])), said["content"])
 
 
-def _inputs(said: Any) -> Inputs:
-    """What an injection was run on, as `Recipe.to_json` wrote it."""
-    return Example.from_json(said) if isinstance(said, dict) else None if said is None else tuple(map(int, said))
+    @classmethod
+    def from_config(cls, said: Any, source: object) -> Recipe:
+        """Parse and check what `save_pretrained` of an injected model has written to the config `source`.
+
+        Raises:
+            WeightsError: It is no recipe of a known version.
+        """
+        whole: dict[str, Any] = {"architecture": None, "model_args": {}, "content": FULL}
+        return cls.from_json(json.dumps({**said, **whole} if isinstance(said, dict) else said), source)
 
 
 def content_of(parts: Collection[str]) -> str:

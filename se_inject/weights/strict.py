@@ -11,9 +11,11 @@ from torch import nn
 
 from ..errors import WeightsError
 from ..private import PLAIN_LOADS, copy_each
-from ..surgery.load_hooks import has_other_hooks, log_load
+from ..surgery.load_hooks import drop_prefix, has_other_hooks, log_load
 from ..surgery.parts import Parts
+from ..surgery.prefixes import prefix_of_some
 from ..undo import entered
+from .reading import state_dict_in
 from .writing import has_memory
 
 
@@ -26,6 +28,8 @@ def around_blocks(filter_fn: Callable[..., Any] | None) -> Callable[..., Any]:
 
     def filtered(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
         parts = Parts.of(model)
+        state_dict = dict(state_dict_in(state_dict))  # from the Hub, timm gives a training checkpoint as it is
+        drop_prefix(state_dict, parts)  # where it is certain: the filters of some families know prefixes of others' files
         absent = parts.absent_from_blocks(state_dict)
         if absent:
             raise WeightsError(
@@ -120,14 +124,21 @@ def _check_fit(
     if wrong:
         raise WeightsError(
             f"{source}: {len(wrong)} of {len(tensors)} tensors have another shape ({'; '.join(wrong[:3])}): {check}")
+    there = {id(own[k]) for k in tensors if k in own}  # a file may have one of the names of a parameter that is shared
     missing = [] if parts.is_partial(tensors) else [
         k for k in (*parts.base, *parts.head)
-        if k not in tensors and not k.endswith("num_batches_tracked")]  # torch does not need it
+        if k not in tensors and not k.endswith("num_batches_tracked")  # torch does not need it
+        and id(own.get(k)) not in there]
     missing += parts.absent_from_blocks(tensors)
     unknown = [k for k in tensors if k not in own]
     if missing or unknown:
         said = [f"{len(keys)} {word} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
                 for word, keys in (("missing", missing), ("unknown", unknown)) if keys]
+        prefix = prefix_of_some(unknown, own)
+        if prefix is not None and all(prefix + k in tensors for k in missing):
+            others = [k for k in unknown if not k.startswith(prefix)]
+            check = (f"the names under {prefix!r} are the model's, and {len(others)} others are not ({', '.join(others[:3])}): "
+                     f"write {{k[{len(prefix)}:]: t for k, t in state_dict.items() if k.startswith({prefix!r})}} to a file")
         raise WeightsError(
             f"{source} does not fit {type(model).__name__}: {' and '.join(said)} of its {len(own)} tensors; {check}")
     integers = [k for k, t in tensors.items() if own[k].is_floating_point() and not t.is_floating_point()]

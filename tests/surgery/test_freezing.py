@@ -218,3 +218,26 @@ def test_a_fold_of_a_frozen_model_gives_back_what_it_held(kept):
     report = se_inject.fold(model, [torch.randn(2, 3, 64, 64)], max_variation=0)
     assert model.training and len(report.kept) == 4 * kept and model.bn1.training is not kept
     assert se_inject.unfreeze_base(model).bn1.training
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_averaging_of_weights_leaves_the_statistics(averaged):
+    model = small("test_resnet")
+    randomise(model)
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.num_batches_tracked.fill_(7)
+    head = nn.Sequential(nn.BatchNorm1d(model.fc.in_features), model.fc)
+    model.fc = head
+    se_inject.freeze_base(model.eval(), head=head)
+    model = torch.optim.swa_utils.AveragedModel(model) if averaged else model
+    before = {k: t.clone() for k, t in model.named_buffers() if ".fc." not in f".{k}" and k != "n_averaged"}
+    torch.optim.swa_utils.update_bn([torch.randn(4, 3, 32, 32) for _ in range(2)], model.train())
+    buffers = dict(model.named_buffers())
+    assert before and all(torch.equal(buffers[k], t) for k, t in before.items())
+    own = model.module if averaged else model
+    assert own.fc[0].num_batches_tracked == 2  # the head learns
+    se_inject.unfreeze_base(own)
+    assert not any("reset_running_stats" in m.__dict__ for m in own.modules())
+    torch.optim.swa_utils.update_bn([torch.randn(4, 3, 32, 32)], own)
+    assert not any(torch.equal(buffers[k], t) for k, t in before.items())

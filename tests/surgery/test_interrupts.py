@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 import se_inject
-from se_inject.timm_registry import TwinEntrypoints
+from se_inject.timm_tables import TwinEntrypoints
 
 from ..support.interrupts import Action, Case, interrupted_call, points, process_state
 from ..support.residual import Network, Unit

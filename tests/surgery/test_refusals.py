@@ -125,3 +125,64 @@ def test_a_detector_is_pointed_at_its_network_on_images():
     detector = detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None).eval()
     with pytest.raises(TraceError, match=r"SSD: the run without values ended in .* such as its module 'backbone'"):
         se_inject.optimize_for_inference(detector)
+    se_inject.optimize_for_inference(detector.backbone)
+
+
+class Int8(torch.Tensor):
+    """As the tensors of torchao and others."""
+
+    @staticmethod
+    def __new__(cls, data):
+        return torch.Tensor._make_wrapper_subclass(cls, data.shape, dtype=data.dtype)
+
+    def __init__(self, data):
+        self.data8, self.scale = (data * 100).to(torch.int8), 0.01
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        args = torch.utils._pytree.tree_map_only(Int8, lambda t: t.data8.float() * t.scale, args)
+        result = func(*args, **(kwargs or {}))
+        return Int8(result) if func is torch.ops.aten.detach.default else result
+
+
+class Packed(nn.Parameter):
+    """As the parameters of bitsandbytes."""
+
+
+def tensors_of_int8(model):
+    model.fc.weight = nn.Parameter(Int8(model.fc.weight.detach()), requires_grad=False)
+
+
+def packed(model):
+    model.layer1[0].conv1.weight = Packed(torch.ones(4, dtype=torch.uint8), requires_grad=False)
+
+
+def dynamic(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, inplace=True)
+
+
+def by_transformers(model):
+    model.hf_quantizer = object()
+
+
+@pytest.mark.parametrize("quantize, where", [
+    (tensors_of_int8, "module 'fc' is quantized.*'weight' is a Int8 of"), (packed, "layer1.0.conv1' is quantized.*Packed"),
+    (dynamic, "module 'fc' is quantized.*torch.ao.nn.quantized"), (by_transformers, "the model is quantized")])
+def test_quantized_models_are_refused(quantize, where):
+    model = timm.create_model("test_resnet").eval()
+    quantize(model)
+    for what in (se_inject.plan, se_inject.inject, se_inject.optimize_for_inference):
+        with pytest.raises(TraceError, match=rf"{what.__name__}: .*{where}.*: \w+ first, then quantize"):
+            what(model)
+
+
+def test_an_injected_model_can_be_quantized():
+    model = se_inject.inject(timm.create_model("test_resnet")).eval()
+    x = torch.randn(2, 3, 64, 64)
+    expected = model(x)
+    tensors_of_int8(model)
+    assert (model(x) - expected).abs().max() < 1 and len(se_inject.block_paths(model)) == 4
+    assert se_inject.freeze_base(model) is model
+    assert not se_inject.block_paths(se_inject.eject(model))

@@ -1,9 +1,11 @@
 """timm's door: names, listing, arguments, and the errors for bad ones."""
 
 import argparse
+import dataclasses
 import subprocess
 import sys
 import types
+import warnings
 
 import pytest
 import timm
@@ -14,7 +16,8 @@ import se_inject
 from se_inject import block_paths
 from se_inject.config import SEConfig
 from se_inject.timm_names import ALIAS, PREFIX, split_options
-from se_inject.timm_registry import TwinEntrypoints, register
+from se_inject.timm_registry import register
+from se_inject.timm_tables import TwinEntrypoints
 
 
 def run(code: str) -> str:
@@ -34,6 +37,61 @@ def test_tags_are_the_bases_own():
     ours = timm.get_pretrained_cfg("se_inject/resnet50.a1_in1k")
     theirs = timm.get_pretrained_cfg("resnet50.a1_in1k")
     assert ours.hf_hub_id == theirs.hf_hub_id and ours.tag == theirs.tag == "a1_in1k"
+
+
+def test_the_alias_is_a_full_name():
+    """As tools ask for it before they load weights: segmentation_models_pytorch, for its encoder tu-se_inject_test_resnet."""
+    for tag in ("", ".r160_in1k"):
+        alias, twin, base = (f"{prefix}test_resnet{tag}" for prefix in (ALIAS, PREFIX, ""))
+        assert timm.models.is_model_pretrained(alias) and timm.models.is_model_pretrained(twin)
+        cfg, theirs = timm.models.get_pretrained_cfg(alias), timm.models.get_pretrained_cfg(base)
+        assert cfg == timm.models.get_pretrained_cfg(twin) == dataclasses.replace(theirs, architecture="se_inject/test_resnet")
+        assert timm.models.get_pretrained_cfg_value(alias, "mean") == theirs.mean
+    assert not timm.models.is_model_pretrained(f"{ALIAS}test_resnet.r999")
+    with pytest.raises(RuntimeError, match="Invalid pretrained tag"):
+        timm.models.get_pretrained_cfg(f"{ALIAS}test_resnet.r999")
+    assert timm.models.get_pretrained_cfg(f"{ALIAS}unknown") is None
+    assert timm.models.model_entrypoint(f"{ALIAS}test_resnet", "se_inject") is timm.models.model_entrypoint(twin)
+    assert timm.models.is_model_in_modules(f"{ALIAS}test_resnet", ["se_inject"])
+    assert not timm.models.is_model_in_modules(f"{ALIAS}test_resnet", ["resnet"])
+
+
+def test_aliases_are_listed_where_they_are_asked_for():
+    assert timm.list_pretrained(f"{ALIAS}test_resnet") == [f"{ALIAS}test_resnet.r160_in1k"]
+    assert timm.list_models(f"{ALIAS}resnet5*") == [ALIAS + n for n in timm.list_models("resnet5*")]
+    assert timm.list_models([f"{ALIAS}test_resnet", "test_resnet"]) == [f"{ALIAS}test_resnet", "test_resnet"]
+    assert timm.list_models(f"{ALIAS}test_*", exclude_filters=f"{ALIAS}*vit*", module="se_inject")
+    assert not any(n.startswith(ALIAS) for n in (*timm.list_models(), *timm.list_models(module="se_inject")))
+    assert not any(n.startswith(ALIAS) for n in timm.list_models("*test_resnet"))
+
+
+def test_twins_follow_what_becomes_of_their_base(monkeypatch):
+    def late_vit(pretrained=False, **kwargs):
+        return timm.create_model("test_vit", **kwargs)
+
+    module = types.ModuleType("late")
+    late_vit.__module__ = "late"
+    monkeypatch.setitem(sys.modules, "late", module)
+    cfg = {"url": "https://a.b/c.pth"}
+    try:
+        for tag, other in (("a", "b"), ("b", "a")):
+            module.default_cfgs = timm.models.generate_default_cfgs({f"late_vit.{tag}": cfg})
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                timm.models.register_model(late_vit)
+            for prefix in (PREFIX, ALIAS):
+                assert timm.models.is_model_pretrained(f"{prefix}late_vit.{tag}")
+                if hasattr(_registry, "_clear_model_entries"):  # older timm keeps the tags of a model that is overwritten
+                    assert not timm.models.is_model_pretrained(f"{prefix}late_vit.{other}")
+                    assert timm.list_pretrained(f"{prefix}late_vit") == [f"{prefix}late_vit.{tag}"]
+    finally:
+        for table in ("_model_entrypoints", "_model_to_module", "_model_default_cfgs", "_model_with_tags"):
+            getattr(_registry, table).pop("late_vit", None)
+        for tag in ("", ".a", ".b"):
+            _registry._model_pretrained_cfgs.pop(f"late_vit{tag}", None)
+            _registry._model_has_pretrained.discard(f"late_vit{tag}")
+        _registry._module_to_models.pop("late", None)
+    assert not timm.is_model("se_inject/late_vit") and "se_inject/late_vit" not in timm.list_models()
 
 
 def test_a_name_registered_later_has_a_twin(monkeypatch):
@@ -155,7 +213,9 @@ def test_every_feature_wrapper(name, options):
         assert all(torch.equal(a, b) for a, b in zip(ours(x), theirs(x), strict=True))
 
 
-MADE = "; m = timm.create_model('se_inject_test_resnet'); print(type(m).__name__, 'layer1.0.se.fc1.weight' in m.state_dict())"
+# the first line is asked before any listing
+MADE = ("; print(timm.models.is_model_pretrained('se_inject_test_resnet'), end=' ')"
+        "; m = timm.create_model('se_inject_test_resnet'); print(type(m).__name__, 'layer1.0.se.fc1.weight' in m.state_dict())")
 
 
 def test_importing_after_timm_registers_and_costs_little():
@@ -164,11 +224,11 @@ def test_importing_after_timm_registers_and_costs_little():
               f"print(*sorted({{m.partition('.')[0] for m in set(sys.modules) - before}})){MADE}")
     imports, made = out.splitlines()
     assert set(imports.split()) <= {"se_inject", "wrapt", "__future__"} | set(sys.stdlib_module_names)
-    assert made == "ResNet True"
+    assert made == "True ResNet True"
 
 
 def test_importing_before_timm_registers_and_imports_no_torch():
-    assert run(f"import sys, se_inject; print('torch' in sys.modules); import timm{MADE}") == "False\nResNet True"
+    assert run(f"import sys, se_inject; print('torch' in sys.modules); import timm{MADE}") == "False\nTrue ResNet True"
 
 
 def test_config_is_checked():

@@ -24,7 +24,7 @@ FAMILIES = {
     "vit_tiny_patch16_224": {"img_size": 64, "depth": 1, "embed_dim": 48}}
 NORMED = {"test_resnet": {}}  # with statistics, which the others lack
 SIZES = {"num_classes": 3, "in_chans": 1}
-FORMATS = {".safetensors": save_file, ".pth": torch.save}
+FORMATS = {".safetensors": save_file, ".pth": torch.save, ".ckpt": torch.save}
 
 
 def images(channels: int = 3) -> torch.Tensor:
@@ -71,6 +71,8 @@ class Kind:
             return path, base, expected
         state = base if self.content == "base" else full
         saved = {"": state, "DDP": {"state_dict": {f"module.{k}": t for k, t in state.items()}, "arch": f"se_inject/{name}"},
+                 "Lightning": {"pytorch-lightning_version": "2.6.0", "hyper_parameters": {"rate": 0.1},
+                               "state_dict": {f"net.model.{k}": t for k, t in state.items()}},
                  "EMA, compile": {"state_dict": {}, "state_dict_ema": {f"_orig_mod.{k}": t for k, t in state.items()}}}
         FORMATS[self.suffix](saved[self.wrap], path)
         return path, base, expected
@@ -79,6 +81,7 @@ class Kind:
 KINDS = [
     Kind("base", ".safetensors"), Kind("base", ".pth"), Kind("full", ".safetensors"), Kind("full", ".pth"),
     Kind("full", ".pth", wrap="DDP"), Kind("full", ".pth", wrap="EMA, compile"),
+    Kind("full", ".ckpt", wrap="Lightning"),
     Kind("full", ".safetensors", torch.bfloat16), Kind("full", ".safetensors", torch.float16),
     Kind("full", ".safetensors", sizes=True), Kind("SE", ".safetensors"), Kind("SE and head", ".safetensors"),
     Kind("SE and statistics", ".safetensors", families=NORMED),
@@ -98,7 +101,7 @@ def as_folder(create, path, kind, folder):
     where = folder / "hub"
     timm.models._hub.save_for_hf(create(), where)
     (where / "pytorch_model.bin").unlink()
-    shutil.copy(path, where / {".safetensors": "model.safetensors", ".pth": "pytorch_model.bin"}[path.suffix])
+    shutil.copy(path, where / {".safetensors": "model.safetensors"}.get(path.suffix, "pytorch_model.bin"))
     return where
 
 

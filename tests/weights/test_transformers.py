@@ -6,6 +6,7 @@ import pytest
 
 pytest.importorskip("transformers", reason="transformers of today needs another huggingface_hub than timm 1.0.15")
 import torch
+from safetensors.torch import load_file
 from transformers import (
     DetrConfig,
     DetrForObjectDetection,
@@ -15,6 +16,8 @@ from transformers import (
     TimmWrapperConfig,
     TimmWrapperForImageClassification,
     TimmWrapperModel,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 import se_inject
@@ -118,6 +121,52 @@ def test_a_file_may_lack_a_part_of_the_blocks(tmp_path):
     se = again.timm_model.layer2[0].se
     assert torch.equal(again.timm_model.layer1[0].se.fc2.weight, model.timm_model.layer1[0].se.fc2.weight)
     assert se_inject.blocks.identity.is_identity(se) and se.fc1.weight.isfinite().all() and se.fc1.weight.any()
+
+
+def vit():
+    return ViTForImageClassification(ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=16,
+        num_labels=3)).eval()
+
+
+def test_a_folder_of_a_model_that_inject_has_changed(tmp_path):
+    """transformers writes other names than the model's: vit.encoder.layer.0 for vit.layers.0."""
+    x = torch.randn(2, 3, 32, 32)
+    model = randomise(se_inject.inject(vit(), input_size=(3, 32, 32), ratio=0.25)).eval()
+    model.save_pretrained(tmp_path / "a")
+    assert "vit.encoder.layer.0.output.dense.weight" in load_file(tmp_path / "a" / "model.safetensors")
+    assert not hasattr(model.config, "se_inject")  # the config may be that of other models, too
+    expected = model(x).logits
+
+    given = vit()
+    assert se_inject.load(tmp_path / "a", given) is given and len(block_paths(given)) == 4
+    assert torch.equal(given(x).logits, expected)
+    again = se_inject.load(tmp_path / "a", ViTForImageClassification.from_pretrained(tmp_path / "a"))  # leaves blocks out
+    assert torch.equal(again(x).logits, expected)
+    again.save_pretrained(tmp_path / "b", max_shard_size="10KB")
+    assert len(list((tmp_path / "b").glob("model-*"))) > 1
+    assert torch.equal(se_inject.load(tmp_path / "b", vit())(x).logits, expected)
+    with pytest.raises(se_inject.SEInjectError, match="does not say its architecture"):
+        se_inject.load(tmp_path / "a")
+    with pytest.raises(se_inject.SEInjectError, match="has its own recipe"):
+        se_inject.load(tmp_path / "a", vit(), ratio=0.5)
+
+
+def test_a_folder_of_a_model_without_blocks(tmp_path):
+    x = torch.randn(2, 3, 32, 32)
+    plain = randomise(vit()).eval()
+    plain.save_pretrained(tmp_path / "plain")
+    assert torch.equal(se_inject.load(tmp_path / "plain", vit())(x).logits, plain(x).logits)
+
+    model = se_inject.inject(vit(), input_size=(3, 32, 32))
+    model.save_pretrained(tmp_path / "a")
+    ViTForImageClassification.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "stale")
+    given = vit()
+    with pytest.raises(se_inject.SEInjectError, match="no weights of theirs"):
+        se_inject.load(tmp_path / "stale", given)
+    assert not block_paths(given)
+    se_inject.eject(model).save_pretrained(tmp_path / "ejected")
+    assert "se_inject" not in (tmp_path / "ejected" / "config.json").read_text()
 
 
 def test_what_is_injected_into_a_model_of_transformers_is_not_drawn():
