@@ -90,12 +90,13 @@ def input_sizes(model: nn.Module) -> list[tuple[int, ...]]:
     """
     channels, side = next(filter(None, map(_said, model.modules())), ([], ()))
     rank = 2
-    for m in model.modules():
-        weight = m._parameters.get("weight")
-        if weight is not None and (weight.dim() == 4 or (weight.dim() in (3, 5) and isinstance(m, ConvNd))):
-            rank = weight.dim() - 2
-            channels = [*channels, weight.shape[1] * getattr(m, "groups", 1)]
-            break
+    conv = next((m for m in model.modules() if isinstance(m, ConvNd)), None)
+    if conv is not None:
+        rank = len(conv.kernel_size)
+        channels = [*channels, conv.in_channels]
+    else:  # a layer of the author's own
+        weights = (m._parameters.get("weight") for m in model.modules())
+        channels = [*channels, *(w.shape[1] for w in itertools.islice((w for w in weights if w is not None and w.dim() == 4), 1))]
     sides = [side] if side and rank == 2 else _USUAL[rank]
     return [(c, *s) for s in sides for c in dict.fromkeys(channels or [3])]
 
