@@ -96,7 +96,7 @@ def input_sizes(model: nn.Module) -> list[tuple[int, ...]]:
         channels = [*channels, conv.in_channels]
     else:  # a layer of the author's own
         weights = (m._parameters.get("weight") for m in model.modules())
-        channels = [*channels, *(w.shape[1] for w in itertools.islice((w for w in weights if w is not None and w.dim() == 4), 1))]
+        channels += [w.shape[1] for w in weights if w is not None and w.dim() == 4][:1]
     sides = [side] if side and rank == 2 else _USUAL[rank]
     return [(c, *s) for s in sides for c in dict.fromkeys(channels or [3])]
 
