@@ -80,9 +80,12 @@ class TwinTable(_Names, collections.UserDict[str, Any]):
         base = base_of_twin(name)
         if base is None:
             return self.data[name]
-        if not self._has_twin(base):
+        if self._has_twin(base):
+            return self._entry(name, self.data[base])
+        default = getattr(self.data, "default_factory", None)  # timm 1.0.15 asks for the tags of models that have none
+        if default is None:
             raise KeyError(name)
-        return self._entry(name, self.data[base])
+        return self._entry(name, default())
 
     def get(self, name: str, default: Any = None) -> Any:  # for a defaultdict: reading adds nothing
         return self[name] if name in self else default  # noqa: SIM401 (this is the get that it asks for)

@@ -18,7 +18,7 @@ from ..capture.arguments import is_plain, optional_tensors, pinned
 from ..capture.graphs import counterparts
 from ..capture.tracer import DRAWING, samples
 from ..dataflow.branches import Branch, same_branches, trace_branches
-from ..dataflow.ops import draws
+from ..dataflow.ops import draws, writes
 from ..errors import Refusal
 from .state import Edit
 
@@ -151,7 +151,8 @@ def in_train_mode(edits: tuple[Edit, ...], evaluated: fx.Graph, trained: fx.Grap
         users = None if edit.users is None else {nodes[i] for i in edit.users}
         if users is not None and users != set(node.users) and there is not None:
             gated = _readers(there, {pairs.get(u) for u in users}, set(pairs.values()))
-            there = None if gated is None else there
+            may_write = any(writes(u) or samples(u.target) for u in there.users)  # which its other readers would not see
+            there = None if gated is None or may_write else there
         else:
             gated = None
         if there is None:

@@ -3,6 +3,7 @@
 import copy
 import io
 import logging
+from pathlib import Path
 
 import pytest
 import timm
@@ -241,3 +242,14 @@ def test_averaging_of_weights_leaves_the_statistics(averaged):
     assert not any("reset_running_stats" in m.__dict__ for m in own.modules())
     torch.optim.swa_utils.update_bn([torch.randn(4, 3, 32, 32)], own)
     assert not any(torch.equal(buffers[k], t) for k, t in before.items())
+
+
+def test_the_page_puts_the_blocks_into_the_last_group_of_fastai():
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    code = page.partition("def splitter")[2].partition("\n\nlearn =")[0]
+    names = {"se_inject": se_inject}
+    exec(f"def splitter{code}", names)
+    model = small("test_resnet")
+    body, last = ([*map(id, group)] for group in names["splitter"](model))
+    assert {*last} == {id(p) for p in (*se_inject.se_parameters(model), *model.fc.parameters())}
+    assert sorted(body + last) == sorted(map(id, model.parameters()))

@@ -104,6 +104,16 @@ class Sizes(Drawing):
         return x + drop_connect(self.b(y), P, self.training)
 
 
+class InPlace(Drawing):
+    """All readers of the branch, and not the shortcut alone, see what is written into it."""
+
+    def forward(self, x):
+        y = self.b(self.a(x))
+        if self.training:
+            y.mul_(torch.rand_like(y))
+        return x + F.dropout(y, P, self.training, inplace=True) + y.mean()
+
+
 class Read(Drawing):
     """The gated value has another reader, which gets it as it was."""
 
@@ -203,6 +213,17 @@ class Early(Drawing):
         return x + self.b(self.a(x))
 
 
+class ReadInPlace(Drawing):
+    """The gated value has another reader, which sees what is written into it."""
+
+    def forward(self, x):
+        y = self.a(x)
+        z = x + self.b(y)
+        if self.training:
+            y.mul_(torch.rand_like(y))
+        return z + 0.1 * y
+
+
 class Scaled(Drawing):
     def forward(self, x):
         y = self.b(self.a(x))
@@ -219,7 +240,8 @@ STATE = [random.Random(0)]
 
 @pytest.mark.parametrize("unit, reason", [
     (Generator, "random numbers"), (Hidden, "something else than to draw|random numbers"), (Early, "other branches"),
-    (Scaled, "something else than to draw"), (Other, "other layers")])
+    (Scaled, "something else than to draw"), (InPlace, "the place of 'se'"), (ReadInPlace, "the place of 'se1'"),
+    (Other, "other layers")])
 def test_what_else_differs_is_refused(unit, reason):
     model = Network(unit())
     with pytest.raises(se_inject.NoSitesError, match=reason):
