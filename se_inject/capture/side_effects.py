@@ -67,6 +67,8 @@ def _said(value: Any, name: str) -> Any:
     """An attribute of any object; None where it is a stand-in for a missing library, which raises when it is asked."""
     try:
         return getattr(value, name, None)
+    except MemoryError:
+        raise
     except Exception:
         return None
 
