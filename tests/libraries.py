@@ -27,6 +27,7 @@ PAGE = ROOT / "docs" / "libraries.md"
 CHECKS = ("identity", "blocks", "training", "save and load")
 HEAD = ("library", "version", "torch", "script", *CHECKS, "also")
 VERSIONS = "import importlib.metadata as m, json, sys; print(json.dumps([m.version(name) for name in sys.argv[1:]]))"
+ERROR = re.compile(r"[\w.]+(Error|Exception|Interrupt|Exit)(: |$)")  # how the last line of a traceback begins
 OFFLINE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "YOLO_OFFLINE": "true"}  # a model is made, and never fetched
 
 
@@ -45,31 +46,33 @@ class Row:
     def failed(self) -> bool:
         return bool(self.error) or not all(self.checks.values())
 
-    def cells(self, scripts: Path) -> list[str]:
+    def cells(self) -> list[str]:
         said = {name: {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
                 for name, value in self.checks.items()}
         others = [name if said[name] == "yes" else f"{name}: {said[name]}" for name in said if name not in CHECKS]
-        link = f"[{self.script}]({os.path.relpath(scripts, ROOT / 'docs')}/{self.script})"
+        link = f"[{self.script}]({os.path.relpath(SCRIPTS, PAGE.parent)}/{self.script})"
         error = f"fails: {self.error}".replace("|", "\\|").replace("<", "&lt;") if self.error else ", ".join(others)
         return [self.library, self.version, self.torch, link, *(said.get(name, "") for name in CHECKS), error]
 
 
-def requirement_files(folder: Path = SCRIPTS) -> dict[str, list[Path]]:
+def requirement_files() -> dict[str, list[Path]]:
     """The scripts of each requirement file: those whose names begin with its own."""
-    return {file.stem: sorted(folder.glob(f"{file.stem}_*.py")) for file in sorted(folder.glob("*.txt"))}
+    return {file.stem: sorted(SCRIPTS.glob(f"{file.stem}_*.py")) for file in sorted(SCRIPTS.glob("*.txt"))}
 
 
-def library(name: str, folder: Path = SCRIPTS) -> str:
+def library(name: str) -> str:
     """The library of a requirement file: the first that it asks for."""
-    return re.split(r"[<>=!~\[; ]", (folder / f"{name}.txt").read_text().lstrip(), maxsplit=1)[0].strip()
+    return re.split(r"[<>=!~\[; ]", (SCRIPTS / f"{name}.txt").read_text(), maxsplit=1)[0].strip()
 
 
 def last_line(stderr: str) -> str:
     """The error that ended a program, in one line; an assertion without words is shown as it is written."""
-    lines = [line.strip() for line in stderr.splitlines() if line.strip(" ^~\n")]
-    if not lines:
-        return "no output"
-    return f"{lines[-1]}: {lines[-2]}" if lines[-1] == "AssertionError" and len(lines) > 1 else lines[-1][:300]
+    lines = [line.strip() for line in stderr.splitlines() if line.strip(" ^~")]
+    ends = [i for i, line in enumerate(lines) if ERROR.match(line)]
+    if not ends:
+        return lines[-1][:300] if lines else "no output"
+    last = lines[ends[-1]]
+    return f"{last}: {lines[ends[-1] - 1]}" if last == "AssertionError" else last[:300]
 
 
 def run(script: Path, python: str = sys.executable, timeout: float = 600) -> tuple[dict[str, bool | int], str]:
@@ -123,7 +126,7 @@ def table_of(page: str) -> dict[str, str]:
 
 def with_rows(page: str, rows: Sequence[Row]) -> str:
     """The page with new rows; the others stay, but for those of scripts that are gone."""
-    lines = {**table_of(page), **{row.script: markdown_table([], [row.cells(SCRIPTS)]).splitlines()[-1] for row in rows}}
+    lines = {**table_of(page), **{row.script: markdown_table([], [row.cells()]).splitlines()[-1] for row in rows}}
     known = [script.name for scripts in requirement_files().values() for script in scripts]
     head = markdown_table(HEAD, [], left=HEAD)
     return with_steps(page, {"table": "\n".join([head, *(lines[name] for name in known if name in lines)])})
@@ -141,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = 0
     for name in args.names or files:
         for row in (rows_of if args.here else installed_rows)(name, files[name]):
-            print(" | ".join(row.cells(SCRIPTS)), flush=True)
+            print(" | ".join(row.cells()), flush=True)
             failed += row.failed
             PAGE.write_text(with_rows(PAGE.read_text(), [row]))
     return 1 if failed else 0

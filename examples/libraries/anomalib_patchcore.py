@@ -10,7 +10,7 @@ import se_inject
 
 
 def make(name):
-    model = PatchcoreModel(["blocks.2", "blocks.4"], backbone=name, pre_trained=False)
+    model = PatchcoreModel(["blocks.2", "blocks.6"], backbone=name, pre_trained=False)
     model.feature_extractor.requires_grad = True
     return model.eval()
 
