@@ -32,7 +32,10 @@ args = TrainingArguments("checkpoints", max_steps=2, per_device_train_batch_size
 Trainer(model, args, train_dataset=data).train()
 model.eval()
 assert not any(map(torch.equal, blocks(model), start))
+se_inject.save(model, "vit.safetensors")
+assert torch.equal(se_inject.load("vit.safetensors", model=make())(images).logits, model(images).logits)
 
-again = se_inject.load("checkpoints/checkpoint-2/model.safetensors", model=se_inject.inject(make(), input_size=(3, 64, 64)))
-assert torch.equal(again(images).logits, model(images).logits)
-print(json.dumps({"identity": True, "blocks": len(start), "training": True, "save and load": True}))
+again = se_inject.inject(make(), input_size=(3, 64, 64))
+Trainer(again, args, train_dataset=data).train(resume_from_checkpoint=True)  # at its end already
+assert torch.equal(again.eval()(images).logits, model(images).logits)
+print(json.dumps({"identity": True, "blocks": len(start), "training": True, "save and load": True, "resume": True}))
