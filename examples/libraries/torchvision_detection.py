@@ -37,7 +37,7 @@ for name in ("fasterrcnn_mobilenet_v3_large_320_fpn", "retinanet_resnet50_fpn", 
     count += len(start)
 
     sum(model.train()(images, targets).values()).backward()
-    torch.optim.SGD(model.parameters(), lr=0.01).step()
+    torch.optim.SGD(model.parameters(), lr=1e-4).step()
     assert not any(map(torch.equal, blocks(model), start))
 
     se_inject.save(model.eval(), f"{name}.safetensors")
