@@ -1,0 +1,38 @@
+"""MONAI: a DenseNet for 2d images."""
+
+import json
+
+import torch
+from monai.networks.nets import DenseNet121
+from torch.nn.utils import parameters_to_vector
+
+import se_inject
+
+
+def make():
+    return DenseNet121(spatial_dims=2, in_channels=3, out_channels=2, block_config=(2, 2, 2, 2)).eval()
+
+
+def blocks(model):
+    return [parameters_to_vector(model.get_submodule(path).parameters()).detach() for path in se_inject.block_paths(model)]
+
+
+torch.manual_seed(0)
+model, images = make(), torch.randn(2, 3, 64, 64)
+before = model(images)
+plan = se_inject.plan(model, input_size=(3, 64, 64))
+se_inject.inject(model, input_size=(3, 64, 64))
+assert torch.equal(model(images), before)
+start = blocks(model)
+assert len(start) == len(plan.sites)
+
+model.train()
+model(images).square().mean().backward()
+torch.optim.SGD(model.parameters(), lr=0.1).step()
+model.eval()
+assert not any(map(torch.equal, blocks(model), start))
+
+se_inject.save(model, "densenet.safetensors")
+again = se_inject.load("densenet.safetensors", model=make())
+assert torch.equal(again(images), model(images))
+print(json.dumps({"identity": True, "blocks": len(start), "training": True, "save and load": True}))
