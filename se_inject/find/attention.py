@@ -83,7 +83,7 @@ def is_gate(view: ModuleGraph, node: fx.Node) -> bool:
         xs, gs = shape(x), shape(g)
         if len(xs) < 3 or len(xs) != len(gs) or not view.ancestors[view.index[g]] >> view.index[x] & 1:
             continue
-        of_radix = len(xs) == 5 and channel_axis(x.meta["val"]) is None  # (N, radix, C, H, W), and no volume
+        of_radix = len(xs) == 5 and channel_axis(x.meta["val"]) not in (1, 4)  # (N, radix, C, H, W), and no volume
         channel = 2 if of_radix else view.channel_dim(x)
         places = [d for d in range(channel if of_radix else 1, len(xs)) if d != channel]
         between = view.region(g, x)
