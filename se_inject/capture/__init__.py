@@ -4,5 +4,6 @@ In: a model, and a size or inputs. Out: a `Call` tree of one recorded run, and f
 whose nodes hold their values on the meta device. The model is not changed.
 Read `snapshot` (puts the model on meta, and restores it), `example` and `inputs` (what it is run on), `calls` and `recording`,
 `forward` (trace one module) with its `arguments`, `author_code` and `side_effects`, and `graphs`; then `meta_ops`, `tracer` and
-`fingerprint`, which make it quick, `known_values` (for models that read values), `channels`, which follows axes through the run, `trail`, which proves a trace, and `values` (compares outputs).
+`fingerprint`, which make it quick, `known_values` (for models that read values), `channels`, which follows axes through the
+run, `trail`, which proves a trace, and `values` (compares outputs).
 """
