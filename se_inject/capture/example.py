@@ -25,7 +25,7 @@ class Example:
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    channels_second: bool = False  # in tensors of three axes, which may be signals (N, C, L) or tokens (N, L, C)
+    channels_second: bool = False  # else a convolution says where the channels are
 
     @classmethod
     def of(cls, inputs: object, on_meta: bool = True) -> Example:
@@ -107,15 +107,13 @@ class Example:
         return Example(args, kwargs, self.channels_second)
 
     def marked(self) -> Example:
-        """The same as new tensors, with the axes of channels and batch marked, and in containers that a model may change."""
+        """The same as new tensors, with the axes of batch and channels marked, and in containers that a model may change."""
         new = self._with(torch.empty_like)
         for t in new.tensors:
-            if t.dim() == 3 and new._is_list:
-                mark(t, 0, CHANNEL_AXIS)
-            elif t.dim() > 0:
+            if t.dim() > 0 and not self._is_list:
                 mark(t, 0, BATCH_AXIS)
-                if t.dim() > 3 or (t.dim() == 3 and self.channels_second):
-                    mark(t, 1, CHANNEL_AXIS)
+            if self.channels_second:
+                mark(t, 1, CHANNEL_AXIS)
         return new
 
     def run(self, model: nn.Module) -> Any:

@@ -55,7 +55,8 @@ def record_model(model: nn.Module, inputs: Inputs = None) -> Run:
 def _asks_for_values(found: Run) -> bool:
     """Whether a run ended where an operator or Python needs the values of a tensor on the meta device."""
     cause = found.error.__cause__ if found.error is not None else None
-    return isinstance(cause, NotImplementedError) or re.search(r"\bmeta\b", str(cause), re.IGNORECASE) is not None
+    return isinstance(cause, (NotImplementedError, RuntimeError, TypeError)) and (
+        re.search(r"(?<![a-z])meta(?![a-z])", str(cause), re.IGNORECASE) is not None)
 
 
 def _examples(model: nn.Module, inputs: Inputs) -> list[Example]:

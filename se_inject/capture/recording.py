@@ -63,7 +63,11 @@ def run(model: nn.Module, example: Example, ops: MetaOps) -> None:
 
 
 def record(model: nn.Module, example: Example, ops: MetaOps) -> Run:
-    """Run `model` once and keep its calls, up to where its forward raised, if it did. Use it inside `on_meta`."""
+    """Run `model` once and keep its calls, up to where its forward raised, if it did. Use it inside `on_meta`.
+
+    Raises:
+        TraceError: The model raised before it called a forward.
+    """
     example = example.marked()
     paths = {m: name for name, m in model.named_modules()}
     stack: list[Call] = []
@@ -148,4 +152,6 @@ def record(model: nn.Module, example: Example, ops: MetaOps) -> Run:
                 run(model, example, ops)
             except TraceError as raised:
                 error = raised
+    if error is not None and not root:  # before its first call
+        raise error
     return Run(root[0], example.size, ops.macs // example.batch, error, where if error is not None else None)
