@@ -20,7 +20,7 @@ EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 
 @pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize("path", [
-    pytest.param(p, id=p.name, marks=pytest.mark.contract if p.name == "profile_cost.py" else ()) for p in EXAMPLES])
+    pytest.param(p, id=p.name, marks=pytest.mark.contract if p.name in ARGS else ()) for p in EXAMPLES])
 def test_example(path, tmp_path):
     done = fresh(script(path, tmp_path), *ARGS.get(path.name, []))
     assert done.returncode == 0, done.stderr

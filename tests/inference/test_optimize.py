@@ -252,6 +252,7 @@ def test_compile_and_export(name):
         assert deviation(expected, explained(x)) < 1e-6
 
 
+@pytest.mark.contract
 def test_onnx(tmp_path):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")

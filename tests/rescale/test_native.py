@@ -95,6 +95,7 @@ def test_the_factor_is_in_the_norm_and_the_first_layer():
 
 
 @needs_model_args
+@pytest.mark.contract
 def test_a_file_that_plain_timm_loads(tmp_path):
     model = trained("resnet18", "se", {"num_classes": 7, "in_chans": 1}, {}).eval()
     source, out = tmp_path / "ours.safetensors", tmp_path / "native.safetensors"
