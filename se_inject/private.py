@@ -109,7 +109,7 @@ def safetensors_dtypes() -> frozenset[torch.dtype]:
 def names_in_files(model: nn.Module) -> dict[str, str]:
     """The names of a model's tensors by those in its files, where they differ: transformers writes some older names.
 
-    None where transformers has no such names, or the model is not its own.
+    Empty where transformers has no such names, or the model is not its own.
     """
     if not any(c.__module__ == "transformers.modeling_utils" for c in type(model).__mro__):
         return {}

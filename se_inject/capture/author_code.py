@@ -1,4 +1,4 @@
-"""What the author's code says, read and not run: the functions behind a forward, and the questions that they ask."""
+"""What the author's code says, read and not run: the functions behind a forward, what they ask, and what draws."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import inspect
 import types
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -48,3 +49,16 @@ def _is_harmless(before: list[dis.Instruction]) -> bool:
     """Whether an `is` compares with None, or the result of a call with a constant, as in ``getattr(m, "flag", 0) is True``."""
     constant = before[-1]
     return constant.opname == "LOAD_CONST" and (constant.argval is None or before[-2].opname.startswith("CALL"))
+
+
+# functions of torch.nn.functional that are Python and call operators that draw
+_DRAW_IN_PYTHON = {"dropout1d", "dropout2d", "dropout3d", "gumbel_softmax"}
+
+
+@functools.cache
+def draws_by_name(name: str) -> bool:
+    """Whether a function or a method of torch by this name draws random numbers, in one of its overloads."""
+    packet = getattr(torch.ops.aten, name, None) if name.isidentifier() and not name.startswith("__") else None
+    overloads: list[str] = getattr(packet, "overloads", list)()
+    return name in _DRAW_IN_PYTHON or any(
+        torch.Tag.nondeterministic_seeded in getattr(packet, overload).tags for overload in overloads)

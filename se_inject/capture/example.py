@@ -21,7 +21,7 @@ _EXPECTED = "a tensor, a tuple of arguments, or a dict of keyword arguments, as 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Example:
-    """The arguments of one call of a model: plain values, and tensors on the meta device, in lists, tuples and dicts."""
+    """The arguments of one call of a model: plain values and tensors, in lists, tuples and dicts."""
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -38,8 +38,8 @@ class Example:
         for value in tree_leaves(given):
             if not isinstance(value, (torch.Tensor, *_PLAIN)):
                 raise ConfigError(
-                    f"example_inputs has a {type(value).__name__}: expected {_EXPECTED}, of tensors, numbers, texts, None, and "
-                    "lists, tuples and dicts of these")
+                    f"example_inputs has a value of class {type(value).__name__}: expected {_EXPECTED}, of tensors, numbers, "
+                    "texts, None, and lists, tuples and dicts of these")
         if not any(isinstance(value, torch.Tensor) for value in tree_leaves(given)):
             raise ConfigError(f"example_inputs={inputs!r} has no tensor: expected {_EXPECTED}")
         if isinstance(given, dict) and not all(isinstance(name, str) for name in given):

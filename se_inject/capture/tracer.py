@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..private import as_one_node, constant_types, fx_is_tracing, module_call, module_getattr, names_to_wrap, set_fx_tracing
 from ..undo import entered, surgery_lock, undone
+from .author_code import draws_by_name
 
 _MISSING = object()
 READ_AGAIN = "read again"  # in the meta of an ``x + y`` that the author wrote as ``x += y``
@@ -274,11 +275,6 @@ _open: _Patches | None = None
 # functions that make a tensor of a size, which fx does not see in them: random ones, and others
 _RANDOM = (torch.rand, torch.randn, torch.randint, torch.randperm)
 _MADE = (torch.empty, torch.zeros, torch.ones, torch.full)
-DRAWING = {  # functions and methods of torch that draw, or may draw
-    "rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "bernoulli", "bernoulli_", "uniform_",
-    "normal_", "random_", "exponential_", "multinomial", "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout",
-    "feature_dropout", "feature_alpha_dropout", "rrelu", "gumbel_softmax", "scaled_dot_product_attention"}
-
 
 def samples(function: object) -> bool:
     """Whether it is a function in Python, none of torch's, that draws random numbers, as a functional drop path does."""
@@ -295,7 +291,7 @@ def _samples(function: types.FunctionType, depth: int = 3) -> bool:
         names.update(code.co_names)
         todo += [c for c in code.co_consts if isinstance(c, types.CodeType)]
     called = [function.__globals__.get(name) for name in names if depth]
-    return bool(names & DRAWING) or any(isinstance(f, types.FunctionType) and _samples(f, depth - 1) for f in called)
+    return any(map(draws_by_name, names)) or any(isinstance(f, types.FunctionType) and _samples(f, depth - 1) for f in called)
 
 
 @contextlib.contextmanager

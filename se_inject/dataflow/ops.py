@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from ..capture.author_code import draws_by_name
 from ..private import OpOverloadPacket, schemas_of
 
 NEW, VIEW = "new", "view"
@@ -283,12 +284,8 @@ def writes(node: fx.Node) -> bool:
 
 def draws(node: fx.Node) -> bool:
     """Whether a node's operator draws random numbers, in one of its overloads."""
-    if node.op not in ("call_function", "call_method"):
-        return False
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    packet = getattr(torch.ops.aten, name, None) if name.isidentifier() and not name.startswith("__") else None
-    return isinstance(packet, OpOverloadPacket) and any(
-        torch.Tag.nondeterministic_seeded in getattr(packet, overload).tags for overload in packet.overloads())
+    return node.op in ("call_function", "call_method") and draws_by_name(name)
 
 
 def products(node: object) -> Iterator[tuple[fx.Node, Any]]:

@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from ..capture.arguments import is_plain, optional_tensors, pinned
 from ..capture.graphs import counterparts
-from ..capture.tracer import DRAWING, samples
+from ..capture.tracer import samples
 from ..dataflow.branches import Branch, same_branches, trace_branches
 from ..dataflow.ops import draws, writes
 from ..errors import Refusal
@@ -116,8 +116,7 @@ def _layers(graph: fx.Graph) -> list[tuple[str, object]]:
 
 
 def _is_drawn(node: fx.Node) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return node.op in ("call_function", "call_method") and (name in DRAWING or draws(node) or samples(node.target))
+    return draws(node) or (node.op == "call_function" and samples(node.target))
 
 
 def _groups(nodes: list[fx.Node]) -> list[set[fx.Node]]:
@@ -175,7 +174,10 @@ def _called_once(a: fx.Graph, b: fx.Graph) -> dict[fx.Node, fx.Node]:
 
 
 def _readers(node: fx.Node, wanted: set[fx.Node | None], known: set[fx.Node]) -> list[fx.Node] | None:
-    """The readers of a node that lead to those `wanted`, also by nodes that are not `known`. None where that is not clear."""
+    """The readers of a node from which the `wanted` nodes get its value, directly or through nodes that are not `known`.
+
+    None where a reader leads to others than the wanted nodes, too, or where a wanted node has no such reader.
+    """
     gated, reached = [], set[fx.Node | None]()
     for user in node.users:
         found, todo = set[fx.Node | None](), [user]

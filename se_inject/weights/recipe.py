@@ -67,8 +67,7 @@ class Recipe:
         """The recipe as a string for the header of a file."""
         return json.dumps({
             "version": VERSION, "architecture": self.architecture, "model_args": self.model_args,
-            "configs": [c.to_dict() for c in self.configs],
-            "input_sizes": list(map(to_json, self.inputs)),
+            "configs": [c.to_dict() for c in self.configs], "input_sizes": list(map(to_json, self.inputs)),
             "sites": list(self.sites), "content": self.content,
         }, sort_keys=True)  # fmt: skip
 
@@ -107,7 +106,6 @@ class Recipe:
         return cls(
             said["architecture"], checked_args(said["model_args"], source), configs, inputs,
             tuple(map(str, said["sites"])), said["content"])
-
 
     @classmethod
     def from_config(cls, said: Any, source: object) -> Recipe:

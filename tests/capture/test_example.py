@@ -94,7 +94,7 @@ def test_json_and_back(inputs):
 
 
 @pytest.mark.parametrize("inputs, message", [
-    (3, "has no tensor"), ((), "has no tensor"), ({"x": object()}, "has a object"), ("image.png", "has no tensor"),
+    (3, "has no tensor"), ((), "has no tensor"), ({"x": object()}, "value of class object"), ("image.png", "has no tensor"),
     ({1: IMAGE}, "by their names")])  # fmt: skip
 def test_other_inputs_are_said(inputs, message):
     for function in (se_inject.plan, se_inject.inject, se_inject.optimize_for_inference):

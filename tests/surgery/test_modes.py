@@ -68,6 +68,17 @@ class Inlined(Drawing):
         return x + y
 
 
+def noisy(x, training):
+    return x + torch.normal(torch.zeros(1), 0.1) if training else x
+
+
+class Noisy(Drawing):
+    """Its function draws by an operator that drops nothing."""
+
+    def forward(self, x):
+        return x + noisy(self.b(self.a(x)), self.training)
+
+
 class Method(Drawing):
     def forward(self, x):
         return x + self.drop(self.b(self.a(x)))
@@ -122,7 +133,7 @@ class Read(Drawing):
         return x + drop_connect(self.b(y), P, self.training) + 0.1 * F.dropout(y, P, self.training)
 
 
-UNITS = [Connect, IfTraining, Inlined, Method, Shortcut, Dropouts, Timms, Torchvisions, Sizes, Read]
+UNITS = [Connect, IfTraining, Inlined, Noisy, Method, Shortcut, Dropouts, Timms, Torchvisions, Sizes, Read]
 
 
 def outputs(model, x, training):
