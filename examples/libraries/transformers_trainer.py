@@ -35,7 +35,7 @@ assert not any(map(torch.equal, blocks(model), start))
 se_inject.save(model, "vit.safetensors")
 assert torch.equal(se_inject.load("vit.safetensors", model=make())(images).logits, model(images).logits)
 
-again = se_inject.inject(make(), input_size=(3, 64, 64))
-Trainer(again, args, train_dataset=data).train(resume_from_checkpoint=True)  # at its end already
-assert torch.equal(again.eval()(images).logits, model(images).logits)
-print(json.dumps({"identity": True, "blocks": len(start), "training": True, "save and load": True, "resume": True}))
+# not by resume_from_checkpoint: with transformers 5.24 it leaves a plain ViT untrained, too, and warns of missing keys
+again = se_inject.load("checkpoints/checkpoint-2", model=make())
+assert torch.equal(again(images).logits, model(images).logits)
+print(json.dumps({"identity": True, "blocks": len(start), "training": True, "save and load": True, "checkpoints": True}))

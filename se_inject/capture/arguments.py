@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import Refusal
 from .calls import Call
+from .passed_on import PassedOn
 
 STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 
@@ -68,6 +69,12 @@ def pinned(module_class: Any, constants: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in constants.items() if isinstance(v, Unpacked) or parameters[k].kind in STARS}
 
 
+def variadic_keywords(module_class: Any) -> str | None:
+    """The name of the parameter ``**kwargs`` of a class's forward; None where there is none."""
+    parameters = signature_of(module_class.forward).parameters.values()
+    return next((p.name for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD), None)
+
+
 def optional_tensors(module_class: Any, constants: dict[str, Any], graphs: Iterable[fx.Graph]) -> tuple[str, ...]:
     """The arguments that are None by default, were tensors in the recorded call, and are used in a trace."""
     used = {n.target for graph in graphs for n in graph.nodes if n.op == "placeholder" and n.users}
@@ -81,7 +88,7 @@ def is_plain(value: Any) -> bool:
         return all(map(is_plain, value))
     if isinstance(value, dict):
         return all(map(is_plain, value.values()))
-    return value is None or isinstance(value, (bool, int, float, str, Unpacked))
+    return value is None or isinstance(value, (bool, int, float, str, Unpacked, PassedOn))
 
 
 @functools.lru_cache(maxsize=1024)

@@ -25,6 +25,7 @@ from .author_code import asks_by_identity
 from .calls import Call, alike, leaves
 from .graphs import compute, evaluate, subgraph
 from .meta_ops import MetaOps, storage
+from .passed_on import PassedOn, watched
 from .side_effects import Draws, may_draw, modes, other_modes, random_state, state_of
 from .snapshot import kept_globals, restored
 from .tracer import IN_PLACE, READ_AGAIN, QuickTracer
@@ -93,7 +94,7 @@ class _OwnTracer(QuickTracer):
                 self.tensors.add(value.node)
             if name in self.constants:
                 constant = self.constants[name]
-                value = constant.of(value) if isinstance(constant, Unpacked) else constant
+                value = constant.of(value) if isinstance(constant, (Unpacked, PassedOn)) else constant
             elif star:
                 raise Refusal(f"it is called with tensors among {star}{name}")
             if star == "*":
@@ -162,13 +163,16 @@ def trace_forward(
             before = state_of(module)
             tracer = _OwnTracer(constants, decide, reading, unknown, drawing)
             try:
-                graph = tracer.trace(module)
+                with watched(cls, constants) as has_read:
+                    graph = tracer.trace(module)
             except MemoryError:
                 raise
             except Exception as error:  # fx raises what the traced code raises
                 raise Refusal(f"{name}.forward cannot be traced: {tracer.refused or error}") from error
             if tracer.refused is not None:  # which the author's code may have caught
                 raise Refusal(f"{name}.forward cannot be traced: {tracer.refused}")
+            if has_read():
+                raise Refusal(f"{name}.forward reads its keyword arguments")
             if globals_changed():
                 raise Refusal(f"{name}.forward changes a global list or dict, which a trace does not hold")
             drawn = draws.drawn or (attempts > 1 and attempt == attempts - 1 and random_state() != state)
@@ -262,7 +266,7 @@ def own_forward(call: Call, marker: str | None = None, reading: bool = False) ->
             elif node.op == "output":
                 value = args[0]
                 ops.trail.append(returned(leaves((value,), {})))
-                if not reading and _form(value) != _form(call.output):
+                if not reading and form_of(value) != form_of(call.output):
                     raise Refusal(
                         f"{type(call.module).__name__}.forward returns a {type(call.output).__name__}, which a trace does not "
                         "make")
@@ -284,15 +288,16 @@ def own_forward(call: Call, marker: str | None = None, reading: bool = False) ->
     return Forward(graph, constants, marker, tuple(decisions), trail), calls
 
 
-def _form(value: Any) -> Any:
-    """The classes of the containers in what a forward returns; a trace has its own for lists and dicts."""
-    found: Any = type(value)
-    cls = list if found is immutable_list else dict if found is immutable_dict else found
+def form_of(value: Any) -> str:
+    """The classes of the containers in what a forward returns, and of what is in them."""
+    # a trace has its own classes for lists and dicts
+    cls: type[Any] = list if type(value) is immutable_list else dict if type(value) is immutable_dict else type(value)
+    name = cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
     if isinstance(value, dict):
-        return cls, tuple((key, _form(v)) for key, v in value.items())
+        return f"{name}({', '.join(f'{key}={form_of(v)}' for key, v in value.items())})"
     if isinstance(value, (list, tuple)):
-        return cls, tuple(map(_form, value))
-    return torch.Tensor if isinstance(value, torch.Tensor) else cls
+        return f"{name}({', '.join(map(form_of, value))})"
+    return "Tensor" if isinstance(value, torch.Tensor) else name
 
 
 def _in_memory_of(call: Call, args: Any, kwargs: Any) -> tuple[Any, frozenset[int]]:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx, nn
 
 from ..errors import Refusal
+from .passed_on import REST
 
 
 def subgraph(graph: fx.Graph, nodes: Iterable[fx.Node] | None = None, output: fx.Node | None = None) -> fx.Graph:
@@ -70,6 +71,8 @@ def same_graph(a: fx.Graph, b: fx.Graph, constants: dict[str, Any]) -> bool:
         if isinstance(x, (list, tuple)) and isinstance(y, (list, tuple)):
             return len(x) == len(y) and all(map(same, x, y))
         if isinstance(x, dict) and isinstance(y, dict):
+            if REST in y and REST not in x:
+                y = {**constants.get(str(y[REST].target).lstrip("*"), {}), **{k: v for k, v in y.items() if k != REST}}
             return x.keys() == y.keys() and all(same(x[k], y[k]) for k in x)
         if isinstance(x, slice) and isinstance(y, slice):
             return same((x.start, x.stop, x.step), (y.start, y.stop, y.step))

@@ -133,7 +133,7 @@ def _where_read_again(graph: fx.Graph) -> None:
             node.meta[READ_AGAIN] = True
 
 
-def _is_ours(frame: types.FrameType) -> bool:
+def is_ours(frame: types.FrameType) -> bool:
     """Whether code of torch or of this package runs, and not the traced code, to which checkpointing belongs."""
     name = str(frame.f_globals.get("__name__"))
     return name.startswith(("torch.", "se_inject.")) and name != "torch.utils.checkpoint"
@@ -153,7 +153,7 @@ class _Quick:
         return _Attribute(self, k)
 
     def __hash__(self: Any) -> int:
-        if not _is_ours(sys._getframe(1)):
+        if not is_ours(sys._getframe(1)):
             raise self.tracer.refusal("it looks a traced value up in a table, or keeps it")
         return id(self)
 
@@ -336,7 +336,7 @@ def _patched() -> Iterator[_Patches]:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             tracer = patches.tracer
             if tracer is not None and not tracer.reading and threading.get_ident() == thread and (
-                    not _is_ours(sys._getframe(1))):
+                    not is_ours(sys._getframe(1))):
                 if reason:
                     raise tracer.refusal(reason)
                 tracer.sets_attributes = True
@@ -348,7 +348,7 @@ def _patched() -> Iterator[_Patches]:
         @functools.wraps(original)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             tracer = patches.tracer
-            if tracer is None or not tracer.drawing or threading.get_ident() != thread or _is_ours(sys._getframe(1)):
+            if tracer is None or not tracer.drawing or threading.get_ident() != thread or is_ours(sys._getframe(1)):
                 return original(*args, **kwargs)
             if original in _RANDOM or any(isinstance(a, fx.Proxy) for a in tree_leaves((args, kwargs))):
                 return tracer.create_proxy("call_function", original, args, kwargs)

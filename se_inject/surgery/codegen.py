@@ -13,13 +13,14 @@ from torch import fx, nn
 
 from ..blocks.masks import MASKS
 from ..capture.graphs import same_graph, sources_of, subgraph
+from ..capture.passed_on import REST
 from ..capture.snapshot import all_or_nothing, on_meta, set_class
 from ..capture.tracer import IN_PLACE
 from ..dataflow.branches import Branch, known_branch
 from ..dataflow.ops import draws, writes
 from ..errors import Refusal, TraceError
 from ..undo import entered, surgery_lock, undone
-from .edits import moved, put_in
+from .edits import check_forms, moved, put_in
 from .generated_class import ERROR_NAME, derived, generated, guards_for, new_of, with_guards
 from .modes import Modes, in_train_mode, trace_modes
 from .sequential import sequential_class
@@ -121,7 +122,7 @@ def _trace_without_blocks(
             module._modules.pop(edit.slot, None)
         set_class(module, base_class(module))
         with on_meta(module):
-            return trace_modes(module, dict(edits.constants), None if known is None else known_branch(known))
+            return trace_modes(module, dict(edits.constants), None if known is None else known_branch(known), edits.forms)
 
 
 def _generate(
@@ -135,10 +136,12 @@ def _generate(
     head, call = _head(main)
 
     def define(graph: fx.Graph, name: str, guards: str = "") -> None:
+        check_forms(graph, dict(edits.forms))
         code = graph.python_code("self")
         if any(names.setdefault(k, v) is not v for k, v in code.globals.items()):
             raise Refusal(f"{base.__name__}.forward gives one name to two things in its branches")
-        functions.append(with_guards(code.src.replace("def forward(", f"def {name}(", 1), guards))
+        source = code.src.replace("def forward(", f"def {name}(", 1).replace(f"{REST} = ", "**")
+        functions.append(with_guards(source, guards))
 
     def place(graph: fx.Graph, training: bool) -> tuple[Edit, ...]:
         if training:

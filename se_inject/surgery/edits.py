@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import dataclasses
 import keyword
+from typing import Any
 
 import torch
 from torch import fx, nn
 
 from ..blocks.masks import WEIGHS, filled, restored, unpadded
+from ..capture.forward import form_of
 from ..capture.graphs import counterparts
+from ..capture.passed_on import REST, passing
 from ..capture.snapshot import set_class
-from ..errors import Refusal
+from ..errors import Refusal, SEInjectError
 from .state import Edit, OwnerEdits, base_class, edits_of, has_generated_class, mark_inside, set_edits
 
 
@@ -55,6 +58,24 @@ def _insert(graph: fx.Graph, nodes: list[fx.Node], edit: Edit, masks: tuple[str,
     else:
         for i in edit.users:
             nodes[i].replace_input_with(node, call)
+
+
+def check_forms(graph: fx.Graph, forms: dict[str, str]) -> None:
+    """Let a graph check what a child returns to which it passes ``**kwargs`` on: the trace holds decisions on the form."""
+    for node in passing(graph):
+        with graph.inserting_after(node):
+            graph.call_function(check_form, (node, node.kwargs[REST], str(node.target), forms[str(node.target)]))
+
+
+def check_form(value: Any, given: dict[str, Any], child: str, form: str) -> None:
+    """
+    Raises:
+        SEInjectError: The child, which got the keyword arguments `given`, has not returned a value of this form.
+    """
+    if given and form_of(value) != form:
+        raise SEInjectError(
+            f"the layer {child!r} returned {form_of(value)} where it got {', '.join(given)}, and {form} when the model was "
+            "injected: eject(), then inject() the model as it is called")
 
 
 def call_with_masks(block: nn.Module, x: torch.Tensor, **masks: torch.Tensor | None) -> torch.Tensor:

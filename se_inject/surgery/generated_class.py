@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..capture.arguments import Unpacked
+from ..capture.passed_on import PassedOn
 from ..errors import Refusal, SEInjectError
 from .state import BASE
 
@@ -22,10 +23,11 @@ def guards_for(fixed: dict[str, Any], given: tuple[str, ...], message: str) -> t
     """Code that raises where an argument differs from its fixed value, and the names that it needs.
 
     Args:
-        fixed: Values by argument.
+        fixed: Values by argument; any value is right for a `PassedOn`.
         given: Arguments that are tensors; None raises.
         message: The error's; it has a ``{name}``.
     """
+    fixed = {name: value for name, value in fixed.items() if not isinstance(value, PassedOn)}
     # torch.jit.script takes a global for undefined where it is None
     plain = {name: repr(value) for name, value in fixed.items() if value is None or type(value) in (bool, int)}
     names: dict[str, Any] = {

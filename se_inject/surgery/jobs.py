@@ -10,8 +10,9 @@ from typing import Any
 from torch import fx, nn
 
 from ..blocks.build import BlockSpec, make_block
+from ..capture.arguments import variadic_keywords
 from ..capture.fingerprint import frozen
-from ..capture.forward import is_plain_sequential
+from ..capture.forward import form_of, is_plain_sequential
 from ..config import SEConfig
 from ..dataflow.module_graph import TracedModel
 from ..errors import Refusal
@@ -42,7 +43,7 @@ def owner_jobs(found: list[PlacedSite], traces: TracedModel) -> list[Job]:
     made: dict[Hashable, type[nn.Module] | dict[str, fx.Graph] | Refusal | None] = {}
     for module, group in owners.items():
         edits = _edits(module, group)
-        key = (traces.fingerprints.of(module), edits.edits, frozen(edits.constants), edits.decisions)
+        key = (traces.fingerprints.of(module), edits.edits, frozen(edits.constants), edits.decisions, edits.forms)
         if key not in made:
             try:
                 forward = group[0].view.forward
@@ -77,7 +78,15 @@ def _edits(module: nn.Module, group: list[PlacedSite]) -> OwnerEdits:
         graphs = {key: graph for key, graph in module.__dict__.items() if isinstance(graph, fx.Graph)}
         return OwnerEdits("graph", edits, original=graphs)
     forward = first.view.forward
-    return OwnerEdits("rewrite", edits, tuple(forward.constants.items()), forward.decisions)
+    return OwnerEdits(
+        "rewrite", edits, tuple(forward.constants.items()), forward.decisions, forms=_forms(module, forward.graph))
+
+
+def _forms(module: nn.Module, graph: fx.Graph) -> tuple[tuple[str, str], ...]:
+    """The form of what each child returned, of which the trace holds decisions, where the forward has ``**kwargs``."""
+    if variadic_keywords(type(module)) is None:
+        return ()
+    return tuple(dict.fromkeys((str(n.target), form_of(n.meta["val"])) for n in graph.nodes if n.op == "call_module"))
 
 
 def _child_before(s: PlacedSite) -> str:

@@ -10,12 +10,15 @@ import contextlib
 import dataclasses
 import random
 import sys
+from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 from torch import fx, nn
 
-from ..capture.arguments import is_plain, optional_tensors, pinned
+from ..capture.arguments import is_plain, optional_tensors, pinned, variadic_keywords
 from ..capture.graphs import counterparts
+from ..capture.passed_on import PassedOn, passing
 from ..capture.tracer import samples
 from ..dataflow.branches import Branch, same_branches, trace_branches
 from ..dataflow.ops import draws, writes
@@ -32,7 +35,7 @@ class Modes:
     Attributes:
         branches: Those in eval mode.
         training: Those in train mode, where they differ from those in eval mode; else none.
-        fixed: The arguments that the branches hold fixed.
+        fixed: The arguments that the branches hold fixed; with a `PassedOn` for those that they pass on.
         given: Those that are None by default, and that the branches hold for tensors.
     """
 
@@ -42,18 +45,36 @@ class Modes:
     given: tuple[str, ...]
 
 
-def trace_modes(module: nn.Module, constants: dict[str, Any], known: Branch | None = None) -> Modes:
+def trace_modes(
+    module: nn.Module, constants: dict[str, Any], known: Branch | None = None, forms: Collection[tuple[str, str]] = ()
+) -> Modes:  # fmt: skip
     """Trace an owner for rewriting, in both modes.
 
-    An argument stays open where the forward does not branch on it. `known` is the only branch in eval mode with
-    `constants`, where it is at hand. Use it inside `on_meta`, which gives the modes back.
+    An argument stays open where the forward does not branch on it, and ``**kwargs`` where it only passes them on, to
+    children of one form each in `forms`. `known` is the only branch in eval mode with `constants`, where it is at hand. Use
+    it inside `on_meta`, which gives the modes back.
 
     Raises:
         Refusal: fx cannot follow the forward, or it does something else in train mode than in eval mode, beside drawing.
     """
+    branches = trace_branches(module, constants) if known is None else [known]
+    name = variadic_keywords(type(module))
+    if name is not None:
+        with contextlib.suppress(Refusal):
+            passed_on = {**constants, name: PassedOn()}
+            traced = trace_branches(module, passed_on)
+            if same_branches(branches, traced, constants):
+                modes = _trace_modes(module, passed_on, traced)
+                children = Counter(target for target, _ in forms)
+                graphs = [b.graph for b in (*modes.branches, *modes.training) if b.graph is not None]
+                if all(children[str(n.target)] == 1 for graph in graphs for n in passing(graph)):
+                    return modes
+    return _trace_modes(module, constants, branches)
+
+
+def _trace_modes(module: nn.Module, constants: dict[str, Any], branches: list[Branch]) -> Modes:
     modules = list(module.modules())
     held = pinned(type(module), constants)
-    branches = trace_branches(module, constants) if known is None else [known]
     free = None
     with contextlib.suppress(Refusal):
         free = branches if constants.keys() == held.keys() else trace_branches(

@@ -33,7 +33,8 @@ class OwnerEdits:
     """All that is done to one owner; the owner keeps it, so that it can be undone and done again.
 
     `kind` is ``fill``, ``insert``, ``graph`` or ``rewrite``. `constants` are the arguments that the trace holds fixed,
-    `decisions` the outcomes of the conditions on sizes in the forward. `original` is what stood in a filled slot: the
+    `decisions` the outcomes of the conditions on sizes in the forward. `forms` are the forms of what its children returned,
+    by path, where the forward has ``**kwargs``. `original` is what stood in a filled slot: the
     module, or None with where it was kept; or the graphs of a GraphModule, by attribute.
     """
 
@@ -43,6 +44,7 @@ class OwnerEdits:
     decisions: tuple[bool, ...] = ()
     original: Any = None
     original_registered: bool = False
+    forms: tuple[tuple[str, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pytest
 from .. import libraries
 from ..libraries import PAGE, Row, last_line, requirement_files, run, table_of, with_rows
 
-MOST_USED = ("transformers_vit", "torchvision_segmentation", "smp_unet", "onnxruntime_session")
+MOST_USED = ("transformers_vit", "transformers_trainer", "torchvision_segmentation", "smp_unet", "onnxruntime_session")
 
 
 @pytest.mark.contract
