@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import Refusal
 from .calls import Call
-from .passed_on import PassedOn
 
 STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 
@@ -88,7 +87,7 @@ def is_plain(value: Any) -> bool:
         return all(map(is_plain, value))
     if isinstance(value, dict):
         return all(map(is_plain, value.values()))
-    return value is None or isinstance(value, (bool, int, float, str, Unpacked, PassedOn))
+    return value is None or isinstance(value, (bool, int, float, str, Unpacked))
 
 
 @functools.lru_cache(maxsize=1024)

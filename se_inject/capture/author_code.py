@@ -12,6 +12,12 @@ import torch
 from torch import nn
 
 
+def is_ours(frame: types.FrameType) -> bool:
+    """Whether code of torch or of this package runs, and not the traced code, to which checkpointing belongs."""
+    name = str(frame.f_globals.get("__name__"))
+    return name.startswith(("torch.", "se_inject.")) and name != "torch.utils.checkpoint"
+
+
 @functools.lru_cache(maxsize=4096)
 def functions_of(cls: Any) -> tuple[types.FunctionType, ...]:
     """The forward of a class, and the methods and functions of its file that the forward calls, directly or not."""

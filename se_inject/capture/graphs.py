@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx, nn
 
 from ..errors import Refusal
-from .passed_on import REST
+from .calls import REST
 
 
 def subgraph(graph: fx.Graph, nodes: Iterable[fx.Node] | None = None, output: fx.Node | None = None) -> fx.Graph:

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..private import as_one_node, constant_types, fx_is_tracing, module_call, module_getattr, names_to_wrap, set_fx_tracing
 from ..undo import entered, surgery_lock, undone
-from .author_code import draws_by_name
+from .author_code import draws_by_name, is_ours
 
 _MISSING = object()
 READ_AGAIN = "read again"  # in the meta of an ``x + y`` that the author wrote as ``x += y``
@@ -131,12 +131,6 @@ def _where_read_again(graph: fx.Graph) -> None:
         if any(index[user] > index[node] for user in node.args[0].users):
             node.target = IN_PLACE[node.target]
             node.meta[READ_AGAIN] = True
-
-
-def is_ours(frame: types.FrameType) -> bool:
-    """Whether code of torch or of this package runs, and not the traced code, to which checkpointing belongs."""
-    name = str(frame.f_globals.get("__name__"))
-    return name.startswith(("torch.", "se_inject.")) and name != "torch.utils.checkpoint"
 
 
 class _Quick:

@@ -12,8 +12,8 @@ import torch
 from torch import fx, nn
 
 from ..blocks.masks import MASKS
+from ..capture.calls import REST
 from ..capture.graphs import same_graph, sources_of, subgraph
-from ..capture.passed_on import REST
 from ..capture.snapshot import all_or_nothing, on_meta, set_class
 from ..capture.tracer import IN_PLACE
 from ..dataflow.branches import Branch, known_branch

@@ -16,9 +16,10 @@ import torch
 from torch import fx, nn
 
 from ..blocks.masks import WEIGHS, filled, restored, unpadded
+from ..capture.calls import REST
 from ..capture.forward import form_of
 from ..capture.graphs import counterparts
-from ..capture.passed_on import REST, passing
+from ..capture.passed_on import passing
 from ..capture.snapshot import set_class
 from ..errors import Refusal, SEInjectError
 from .state import Edit, OwnerEdits, base_class, edits_of, has_generated_class, mark_inside, set_edits

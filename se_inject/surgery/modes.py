@@ -83,7 +83,7 @@ def _trace_modes(module: nn.Module, constants: dict[str, Any], branches: list[Br
         branches, fixed = free, held
     else:
         fixed = constants
-    if not all(map(is_plain, fixed.values())):
+    if not all(is_plain(value) or isinstance(value, PassedOn) for value in fixed.values()):
         raise Refusal(f"{type(module).__name__}.forward depends on an argument that is no plain value")
     graphs = [b.graph for b in branches if b.graph is not None]
     given = tuple(name for name in optional_tensors(type(module), constants, graphs)
