@@ -106,7 +106,8 @@ def test_what_cannot_be_moved_says_why():
     assert report.blocks and not any(b.moved for b in report.blocks)
 
 
-@pytest.mark.parametrize("block", ["ese", "eca", "ge", "gc", "cbam", pytest.param("coord", marks=needs_coordinate_attention)])
+@pytest.mark.parametrize("block", [
+    "film", "ese", "eca", "ge", "gc", "cbam", pytest.param("coord", marks=needs_coordinate_attention)])
 @pytest.mark.parametrize("name", ["convnext_atto", *contract("resnet50")])
 def test_other_blocks(name, block):
     model = made(name)

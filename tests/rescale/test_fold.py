@@ -105,7 +105,7 @@ def test_gates_by_the_formula(block):
 
 
 @pytest.mark.parametrize("block, reason", [
-    ("cbam", "not its input times a gate"), ("gca", "not its input times a gate"),
+    ("film", "not its input times a gate"), ("cbam", "not its input times a gate"), ("gca", "not its input times a gate"),
     ("ge", "branches on what its layers compute"),
     pytest.param("coord", "place to place|not its input", marks=needs_coordinate_attention)])
 def test_gates_that_are_not_of_channels_are_kept(block, reason):
