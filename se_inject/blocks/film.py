@@ -17,11 +17,11 @@ from .squeeze_excite import SqueezeExcite
 
 
 class ScaleAndShift(SqueezeExcite):
-    """Squeeze-and-excitation that shifts each channel, too: ``x * gate + tanh(shift) * u``.
+    """Squeeze-and-excitation that shifts each channel, too: ``x * gate + u * tanh(0.1 * shift)``.
 
     The layer `shift` reads the same hidden units as the layer of the gate. The unit `u` is the mean over channels of the
-    absolute squeezed values, one number for each image, so that a shift is at most as large as the map's own means. An
-    unbounded shift, or one in a fixed unit, diverges at learning rates at which squeeze-and-excitation still trains.
+    absolute squeezed values, one number for each image, so that a shift is at most as large as the map's own means. With the
+    factor 0.1 the shift moves in small steps; without it, training diverges at rates at which the gate alone still trains.
 
     Args: as `SqueezeExcite`.
 
@@ -42,4 +42,4 @@ class ScaleAndShift(SqueezeExcite):
         if self.gain != 1.0:
             g = g * self.gain
         unit = m.abs().mean(self.channel_axis, keepdim=True)
-        return scale(x, g, self.dims, torch.tanh(self.shift(s)) * unit)
+        return scale(x, g, self.dims, torch.tanh(self.shift(s) * 0.1) * unit)
