@@ -113,6 +113,8 @@ def test_other_blocks(name, block):
     model = made(name)
     fast = check(randomise(se_inject.inject(model, block=block)), image(model, 64))
     assert set(se_inject.block_paths(model)) <= {b.path for b in fast.se_report.blocks}
+    if block == "film":
+        assert {b.reason for b in fast.se_report.blocks} == {"it adds a shift to its input times a gate"}
 
 
 @pytest.mark.parametrize("placement", ["pre", "post", "inner", "identity", "standard"])
