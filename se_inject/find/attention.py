@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 from bisect import bisect_left
+from collections.abc import Iterator
 
 from torch import fx, nn
 
@@ -23,13 +24,14 @@ from ..errors import Refusal
 class Gate:
     """A block multiplies its input by this: the value of `node` in the forward `view`, which varies along `axis`.
 
-    `moved` says that the input is in another layout there.
+    `moved` says that the input is in another layout there. `shift` is what the block adds, which varies along `axis` too.
     """
 
     view: ModuleGraph
     node: fx.Node
     axis: int
     moved: bool
+    shift: fx.Node | None = None
 
     def function(self) -> nn.Module:
         """A module of the same weights that returns the gate alone. Call it outside `on_meta`."""
@@ -38,8 +40,13 @@ class Gate:
         return fx.GraphModule(self.view.module, subgraph(graph, [*before, self.node], self.node))
 
 
-def gate_of(flow: ValueFlow, call: Call) -> Gate:
+def gate_of(flow: ValueFlow, call: Call, *, shifts: bool = False) -> Gate:
     """The gate of the block that was called: one factor for each image and channel.
+
+    Args:
+        flow: The values of the recorded run.
+        call: The call of the block.
+        shifts: Whether the caller takes a block that adds a shift for each image and channel, too.
 
     Raises:
         Refusal: Its output is not its input times a gate.
@@ -51,20 +58,45 @@ def gate_of(flow: ValueFlow, call: Call) -> Gate:
     if len(inputs) != 1 or not isinstance(result, fx.Node):
         raise other
     start = flow.unmoved(inside, inputs[0], computed=False)[1]
-    view, node = flow.unmoved(inside, result)
-    for x, g in ops.products(node):
-        if not is_tensor(g) or flow.unmoved(view, x, computed=False)[1] is not start or (
-                flow.unmoved(view, g, computed=False)[1] is start):
-            continue
-        g = unexpanded(g)
-        xs, gs = shape(x), shape(g)
-        if len(gs) != len(xs) or gs[0] != xs[0]:
-            raise other
-        wide = [d for d, n in enumerate(gs) if d > 0 and n != 1] or [view.channel_dim(x)]
-        if len(wide) != 1 or gs[wide[0]] != xs[wide[0]]:
-            raise Refusal("its gate differs from place to place")
-        return Gate(view, g, wide[0], flow.outward(view, x)[1] is not flow.outward(inside, inputs[0])[1])
+    outer, node = flow.unmoved(inside, result)
+    for product, shift in _summands(node):
+        view, node = flow.unmoved(outer, product)
+        for x, g in ops.products(node):
+            if not is_tensor(g) or flow.unmoved(view, x, computed=False)[1] is not start or (
+                    flow.unmoved(view, g, computed=False)[1] is start):
+                continue
+            g = unexpanded(g)
+            axis = _axis_of_gate(view, x, g)
+            if axis is None or (shift is not None and (view is not outer or shape(shift) != shape(g))):
+                raise other
+            if shift is not None and not shifts:
+                raise Refusal("it adds a shift to its input times a gate")
+            return Gate(view, g, axis, flow.outward(view, x)[1] is not flow.outward(inside, inputs[0])[1], shift)
     raise other
+
+
+def _axis_of_gate(view: ModuleGraph, x: fx.Node, g: fx.Node) -> int | None:
+    """The axis along which the factor `g` of a map varies from channel to channel; None where it is none of an image.
+
+    Raises:
+        Refusal: It varies along other axes.
+    """
+    xs, gs = shape(x), shape(g)
+    if len(gs) != len(xs) or gs[0] != xs[0]:
+        return None
+    wide = [d for d, n in enumerate(gs) if d > 0 and n != 1] or [view.channel_dim(x)]
+    if len(wide) != 1 or gs[wide[0]] != xs[wide[0]]:
+        raise Refusal("its gate differs from place to place")
+    return wide[0]
+
+
+def _summands(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node | None]]:
+    """A value, and nothing that is added to it; for a sum, then both readings of it: a map, and a shift of the map."""
+    yield node, None
+    if ops.name_of(node) == "add" and len(node.args) == 2 and not node.kwargs:
+        for x, k in (node.args, node.args[::-1]):
+            if isinstance(x, fx.Node) and isinstance(k, fx.Node) and is_tensor(x) and is_tensor(k) and shape(x) == shape(node):
+                yield x, k
 
 
 def is_gate(view: ModuleGraph, node: fx.Node) -> bool:

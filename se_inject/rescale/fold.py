@@ -78,7 +78,7 @@ def fold(
     inputs = given_inputs(model) if inputs is None else inputs
     with evaluating(model):
         blocks = _find(model, loader, inputs)
-        measure(model, _batches(loader, model, inputs), [(b.gate, b.statistics) for b in blocks if b.gate is not None])
+        measure(model, _batches(loader, model, inputs), [m for b in blocks for m in b.measured()])
         for b in blocks:
             b.reason = _reason_to_keep(b, max_variation)
         folded = [b for b in blocks if b.reason is None]
@@ -156,15 +156,15 @@ def _reason_to_keep(b: GatedBlock, max_variation: float | None) -> str | None:
     Raises:
         SEInjectError: The gate is not finite.
     """
-    variation = b.statistics.variation
-    if not b.statistics.is_finite:
+    variation = b.variation
+    if not (b.statistics.is_finite and b.shift_statistics.is_finite):
         raise SEInjectError(
             f"fold: the gate of {b.site.path!r} is NaN or infinite on these images; the model was not changed: check its "
             "weights and the normalization of the images")
     if b.reason is not None:
         return b.reason
     if max_variation is not None and not variation <= max_variation:
-        return f"its gate varies by {variation:.3g}, more than {max_variation:g}"
+        return f"its {'gate' if b.bias is None else 'gate or shift'} varies by {variation:.3g}, more than {max_variation:g}"
     if bool((b.factors < 0).any()) and b.scalings:
         return "its mean gate is negative, and would not pass a ReLU"
     return None
@@ -172,4 +172,4 @@ def _reason_to_keep(b: GatedBlock, max_variation: float | None) -> str | None:
 
 def _folded_site(b: GatedBlock) -> FoldedSite:
     into = tuple(s.key for s in b.scalings) if b.reason is None else ()
-    return FoldedSite(b.site.path, b.statistics.mean_of_channels, b.statistics.variation, b.reason, into)
+    return FoldedSite(b.site.path, b.statistics.mean_of_channels, b.variation, b.reason, into)

@@ -1,4 +1,4 @@
-"""How much gates vary from image to image: mean and variation of each, in one pass over the images."""
+"""How much gates and shifts vary from image to image: mean and variation of each, in one pass over the images."""
 
 from __future__ import annotations
 
@@ -62,6 +62,15 @@ class GateStatistics:
         deviation = (self._squares / self.images).sqrt()
         relative = torch.where(deviation == 0, torch.zeros_like(deviation), deviation / self.mean.abs())
         return float(relative.mean())
+
+
+    @property
+    def relative_to_all(self) -> float:
+        """The same relative to the mean over all channels: single means of a shift may be 0."""
+        if self.images == 0:
+            return math.nan
+        deviation, size = float((self._squares / self.images).sqrt().mean()), float(self.mean.abs().mean())
+        return deviation / size if size else math.inf if deviation else 0.0
 
 
 def measure(model: nn.Module, batches: Iterable[Example], gates: Iterable[tuple[Gate, GateStatistics]]) -> None:
