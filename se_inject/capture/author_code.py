@@ -1,4 +1,4 @@
-"""What the author's code says, read and not run: the functions behind a forward, what they ask, and what draws."""
+"""What the author's code says, read and not run: the functions behind a forward, its hooks, what it asks, and what draws."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dis
 import functools
 import inspect
 import types
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +37,26 @@ def functions_of(cls: Any) -> tuple[types.FunctionType, ...]:
             elif name not in function.__globals__ and not hasattr(nn.Module, name):
                 todo.append(getattr(cls, name, None))
     return tuple(found.values())
+
+
+def is_of_library(hook: Any, cls: Any) -> bool:
+    """Whether a hook is written in the installed library that a module's class is from: it belongs to what the module does.
+
+    Code outside of site-packages is the user's own. torch sets hooks on its modules where a user asks for them, and so does
+    this package.
+    """
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    hook = getattr(hook, "__func__", hook)
+    function = inspect.unwrap(hook if isinstance(hook, types.FunctionType) else type(hook).__call__)
+    if not isinstance(function, types.FunctionType):
+        return False
+    library, *others = (str(m).partition(".")[0] for m in (function.__module__, *(base.__module__ for base in cls.__mro__)))
+    installed = not _INSTALLED.isdisjoint(Path(function.__code__.co_filename).parts)
+    return installed and library in others and library not in ("torch", "se_inject")
+
+
+_INSTALLED = {"site-packages", "dist-packages"}
 
 
 @functools.lru_cache(maxsize=4096)

@@ -37,7 +37,7 @@ def frozen(value: Any) -> Hashable:
 class Fingerprints:
     """The fingerprints of a model's modules; modules with equal ones trace alike.
 
-    Use it inside `on_meta`, where modules have no hooks and one mode.
+    Use it inside `on_meta`, where modules have one mode.
     """
 
     def __init__(self) -> None:

@@ -20,7 +20,7 @@ from ..undo import entered, surgery_lock, undone
 from .calls import Call, Run, alike, leaves
 from .example import Example
 from .meta_ops import MetaOps, storage
-from .snapshot import kept_globals, restored
+from .snapshot import kept_globals, kept_hooks, restored
 from .trail import Step, called, is_trusted, numbered, returned
 
 
@@ -50,7 +50,8 @@ def run(model: nn.Module, example: Example, ops: MetaOps) -> None:
 
     try:
         modules = list(model.modules())
-        with undone(unseed), restored(modules), kept_globals({type(m) for m in modules}), entered(torch.no_grad(), ops):
+        with (undone(unseed), restored(modules), kept_hooks(modules), kept_globals({type(m) for m in modules}),
+              entered(torch.no_grad(), ops)):
             example.run(model)
     except MemoryError:
         raise

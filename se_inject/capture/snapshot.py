@@ -17,9 +17,11 @@ import torch
 from torch import nn
 
 from ..undo import entered, surgery_lock, undone
-from .author_code import functions_of
+from .author_code import functions_of, is_of_library
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_AT_CALL = ("_forward_hooks", "_forward_pre_hooks")
+_AT_BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
+HOOKS = (*_AT_CALL, *_AT_BACKWARD)
 _HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 ORIGINAL = "_se_original"  # of a twin on the meta device: the small tensor that it stands for
 _DEPTH = 5  # how far objects inside objects are followed from a module's attributes
@@ -172,6 +174,24 @@ def restored(modules: Iterable[nn.Module]) -> Iterator[Callable[[], bool]]:
 
 
 @contextlib.contextmanager
+def kept_hooks(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Afterwards each module has the hooks that it had before, and the containers that they hold have their items back."""
+    dicts = [m.__dict__[key] for m in modules for key in (*HOOKS, *_HOOK_FLAGS)]
+    kept = [*((d, d.copy()) for d in dicts), *_kept([held for d in dicts for hook in d.values() for held in _held_by(hook)])]
+    with undone(lambda: _put_all_back(kept)):
+        yield
+
+
+def _held_by(hook: Any) -> list[Any]:
+    """What a hook may write into: the object of its method, the arguments of a partial, what its function closes over."""
+    if isinstance(hook, functools.partial):
+        return [*hook.args, *hook.keywords.values(), *_held_by(hook.func)]
+    cells = getattr(getattr(hook, "__func__", hook), "__closure__", None) or ()
+    filled = (cell.cell_contents for cell in cells if cell != types.CellType())
+    return [getattr(hook, "__self__", hook), *filled]
+
+
+@contextlib.contextmanager
 def all_or_nothing(model: nn.Module, tensors: Iterable[torch.Tensor] = ()) -> Iterator[None]:
     """An error inside, an interrupt too, leaves `model` as it was: classes, attributes, children, hooks of loading, modes.
 
@@ -243,8 +263,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def on_meta(model: nn.Module) -> Iterator[None]:
-    """Inside, `model` is in eval mode, without hooks, and its tensors are on the meta device. Other threads wait.
+    """Inside, `model` is in eval mode, and its tensors are on the meta device. Other threads wait.
 
+    Of its hooks, those are there that its own library has set, as transformers does where a forward reads hidden states.
     Inference mode is off, as its tensors do not count writes.
     """
     with entered(surgery_lock, torch.inference_mode(False)), _on_meta(model):
@@ -279,7 +300,10 @@ def _on_meta(model: nn.Module) -> Iterator[None]:
             for key in ("_parameters", "_buffers"):
                 d[key] = {name: meta(t) for name, t in d[key].items()}
             d["_modules"] = dict(d["_modules"])
-            for key in (*HOOKS, *_HOOK_FLAGS):  # fresh ones, as a forward may register hooks on its first call
+            own = {number for key in _AT_CALL for number, hook in d[key].items() if is_of_library(hook, type(m))}
+            for key in (*_AT_CALL, *_HOOK_FLAGS):  # fresh ones, as a forward may register hooks on its first call
+                d[key] = OrderedDict((number, value) for number, value in d[key].items() if number in own)
+            for key in _AT_BACKWARD:
                 d[key] = OrderedDict()
             d["training"] = False
         yield

@@ -222,14 +222,16 @@ class _Patches:
             yield
 
     def wrap_in(self, namespace: dict[str, Any]) -> None:
-        """Wrap the functions in a Python module's namespace that become one node, and let `isinstance` there know proxies."""
+        """Wrap the functions in a module's namespace that become one node; let `isinstance` and `len` there know proxies."""
         tracer, key = self.tracer, id(namespace)
         if tracer is None or key in self._visited:
             return
         self._visited.add(key)
-        if "isinstance" not in namespace and not str(namespace.get("__name__")).startswith(("torch.", "math")):
-            self._replaced.append((namespace, "isinstance", _MISSING))
-            namespace["isinstance"] = self._is_instance
+        if not str(namespace.get("__name__")).startswith(("torch.", "math")):
+            for name, answer in (("isinstance", self._is_instance), ("len", self._length)):
+                if name not in namespace:
+                    self._replaced.append((namespace, name, _MISSING))
+                    namespace[name] = answer
         found = key, tracer.drawing
         if found not in self._found:  # held, so that no other gets its address
             self._found[found] = namespace, [
@@ -246,6 +248,12 @@ class _Patches:
     def _is_instance(self, value: Any, classes: Any) -> bool:
         """`isinstance` for the author's code: of a proxy it asks for the class of the traced value."""
         return isinstance(value if self.tracer is None else self.tracer.sample(value, classes), classes)
+
+    def _length(self, value: Any) -> Any:
+        """`len` for the author's code: of a proxy, a node, as a size is. A list of proxies has a length of its own."""
+        if self.tracer is None or not isinstance(value, fx.Proxy):
+            return len(value)
+        return self.tracer.create_proxy("call_function", len, (value,), {})
 
     def attribute(self, name: str, value: Any) -> Any:
         return value if self.tracer is None else self.tracer.getattr(name, value, self._parameters)

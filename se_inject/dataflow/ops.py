@@ -215,6 +215,7 @@ for _name in ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout",
     _row(_name, "input p training", linear=True, scales=True, drops=True, memory=NEW)
 for _name in ("size", "dim", "numel", "ndimension", "stride", "is_floating_point", "is_contiguous"):
     _row(_name, asks=True, memory=None)
+_row("len", also=(len,), asks=True, memory=None)  # a function of Python, and no method
 _row("getattr", also=(getattr,), linear=True, asks=True, memory=None)  # x.shape, but also x.T
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..capture.snapshot import all_or_nothing
 from ..errors import ConfigError, WeightsError
 from ..private import names_in_files
 from ..surgery.parts import Parts, own_tensors
-from ..surgery.pipeline import eject
 from ..surgery.refusals import injected_inside, refuse_optimized
 from ..surgery.state import injections_of
 from ..timm_names import base_name
@@ -24,6 +24,7 @@ from .rebuild import (
     base_architecture,
     base_of,
     check_blocks,
+    has_blocks_of,
     infer_model_args,
     inject_as_said,
     why_not_rebuilt,
@@ -142,8 +143,8 @@ def load(
     Args:
         path: A file of `save` (the whole model or parts), or any checkpoint of the base weights. A prefix of all its names,
             such as ``model.`` in those of Lightning, is taken off if the names then are the model's.
-        model: A timm name, for a file that does not say it. Or a model: it is injected, unless it has blocks already, and
-            the files are loaded into it.
+        model: A timm name, for a file that does not say it. Or a model: it is injected, unless it or a model inside it has
+            the blocks already, and the files are loaded into it.
         base: A second file with the base weights, if `path` lacks them.
         head: A further file, which may be a whole model. Its classifier is taken instead of all others.
         pretrained: Take timm's pretrained weights for the base, if `path` lacks them.
@@ -203,9 +204,8 @@ def load_found(
         net = base_of(dataclasses.replace(found, tensors=everything, model_args=args), model, path, pretrained=pretrained)
         if device is not None or dtype is not None:
             net.to(device=device, dtype=dtype)
-    injected_here = not injections_of(net)
-    try:
-        if injected_here:
+    with all_or_nothing(net):
+        if not has_blocks_of(net, found, options, path):
             inject_as_said(net, found, options, path, verify=verify)
         elif found.recipe is not None:
             check_blocks(net, found.recipe, path)
@@ -223,10 +223,6 @@ def load_found(
                 f"there are no weights of the base in {files}, only weights of blocks or head: add base=FILE with them, "
                 "pretrained=True, or model=a model with weights")
         load_strictly(net, parts, tensors, path, given)
-    except BaseException:
-        if given and injected_here and injections_of(net):
-            eject(net)
-        raise
     for file, source in ((found, path), (below, base), (over, head)):
         if file is not None and digest.KEY in file.metadata:
             chosen = parts.head if top and file is not over else {}  # the user asked for this head

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 import os
@@ -71,7 +72,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a safetensors file, a PyTorch file, or a folder with the ``config.json`` of timm or transformers.
 
     Pickles are read with ``weights_only=True``, which runs no code. A training checkpoint gives its EMA weights, if it has
-    some. The prefixes of DDP and `torch.compile` are removed; others tell themselves from names of children where the model
+    some. A file in a folder that `save_pretrained` of an injected model has written has the recipe in the config beside it.
+    The prefixes of DDP and `torch.compile` are removed; others tell themselves from names of children where the model
     is known (`Checkpoint.for_model`). Tensors are mapped from the file: what nobody uses, such as
     the state of an optimizer, takes no memory.
 
@@ -81,6 +83,25 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     file = Path(path)
     if file.is_dir():
         return _read_folder(file)
+    found, config = _read_file(file), file.parent / "config.json"
+    if found.recipe is not None or file.name not in _IN_FOLDERS:
+        return found
+    said: Any = None
+    with contextlib.suppress(OSError, ValueError):  # none, or not transformers'
+        said = parsed(config.read_text())
+    recipe = Recipe.from_config(said[KEY], config) if isinstance(said, dict) and KEY in said else None
+    return dataclasses.replace(found, recipe=recipe)
+
+
+_IN_FOLDERS = ("model.safetensors", f"model{INDEX}", "pytorch_model.bin")  # names in the folders of timm and transformers
+
+
+def _read_file(file: Path) -> Checkpoint:
+    """Read one file, or the shards that stand for it.
+
+    Raises:
+        WeightsError: It is missing, damaged, or no checkpoint.
+    """
     if file.name.endswith(INDEX):
         return _read_shards(file)
     for index in (index_of(file), index_of(Path(os.path.realpath(file)))):  # `save` follows a link
@@ -88,7 +109,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             return _read_shards(index)
     if not file.is_file():
         raise WeightsError(
-            f"there is no file {str(path)!r}: give a .safetensors file, a .pth file, or a folder with config.json")
+            f"there is no file {str(file)!r}: give a .safetensors file, a .pth file, or a folder with config.json")
     return _described(*_tensors_and_metadata(file), file) if _is_safetensors(file) else _read_pickle(file)
 
 
@@ -250,9 +271,9 @@ def _read_folder(folder: Path) -> Checkpoint:
     if is_timms and isinstance(said.get("num_classes"), int):
         model_args.setdefault("num_classes", said["num_classes"])
     recipe = Recipe.from_config(said[KEY], config) if KEY in said else None
-    for name in ("model.safetensors", f"model{INDEX}", "pytorch_model.bin"):
+    for name in _IN_FOLDERS:
         if (folder / name).is_file():
-            found = read_checkpoint(folder / name)
+            found = _read_file(folder / name)
             if found.recipe is not None:
                 return found
             if recipe is not None:

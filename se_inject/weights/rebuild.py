@@ -12,9 +12,10 @@ from torch import nn
 
 from ..capture.inputs import without_values
 from ..config import SEConfig
-from ..errors import SEInjectError, WeightsError
+from ..errors import NoSitesError, SEInjectError, WeightsError
 from ..surgery.parts import Parts, own_tensors
 from ..surgery.pipeline import apply, inject, prepare
+from ..surgery.refusals import injected_inside
 from ..surgery.state import block_paths, injections_of
 from ..timm_names import base_name, remember_args, skeleton, split_options, unknown_model_message
 from .reading import Checkpoint
@@ -198,7 +199,8 @@ def inject_as_said(
     """Inject `net` as the recipe of the file says. Without a recipe, its ``se_`` arguments and `options` say it.
 
     Raises:
-        WeightsError: The options of the recipe lead to other blocks than the recipe names.
+        WeightsError: The options of the recipe lead to other blocks than the recipe names, or to none, as an injected model
+            inside `net` has others.
     """
     if found.recipe is None:
         said, _ = split_options(found.model_args)
@@ -213,7 +215,13 @@ def inject_as_said(
                 raise WeightsError(
                     f"{str(path)!r}: its recipe asks for {site.params:,} values in the block {site.path!r}, and the file has "
                     f"{held:,}, so that no memory was taken: save the model again")
-        apply(net, prepared, verify=verify)
+        inside = injected_inside(net)
+        try:
+            apply(net, prepared, verify=verify)
+        except NoSitesError as error:
+            if inside is None:
+                raise
+            raise _other_blocks(net, inside, found.recipe, path) from error
     here, there = {s.path for i in injections_of(net) for s in i.sites}, set(found.recipe.sites)
     if here != there:
         differ = sorted(here ^ there)
@@ -237,6 +245,41 @@ def said_blocks(found: Checkpoint, path: object) -> tuple[tuple[str, ...], tuple
     return sites, tuple(i.config for i in injections_of(net)) if sites else ()
 
 
+def has_blocks_of(net: nn.Module, found: Checkpoint, options: Mapping[str, Any], path: object) -> bool:
+    """Whether a model has the blocks for a checkpoint already: it is injected, or an injected model inside it is.
+
+    Raises:
+        WeightsError: The blocks of the injected model inside it are not those of the recipe.
+    """
+    if injections_of(net):
+        return True
+    inside, recipe = injected_inside(net), found.recipe
+    if inside is None or recipe is None:
+        return inside is not None and not options
+    here, there = set(block_paths(net)), set(recipe.sites)
+    if any(c.existing == "replace" for c in recipe.configs):  # the blocks that are there go
+        return False
+    if here == there:
+        return True
+    if {f"{inside}.{site}" for site in there} & here:
+        raise WeightsError(
+            f"{str(path)!r}: its blocks are not those of {type(net).__name__}, but of its module {inside!r}: "
+            f"load({str(path)!r}, model=model.get_submodule({inside!r}))")
+    if here & there:
+        raise _other_blocks(net, inside, recipe, path)
+    return False
+
+
+def _other_blocks(net: nn.Module, inside: str, recipe: Recipe, path: object) -> WeightsError:
+    """The error for a model that holds an injected one with other blocks than those of the recipe."""
+    here, there = set(block_paths(net)), set(recipe.sites)
+    differ = sorted(here ^ there)
+    return WeightsError(
+        f"{str(path)!r}: its recipe names {len(there)} blocks, and {type(net).__name__}, in which {inside!r} is an injected "
+        f"model, has {len(here)} ({', '.join(differ[:3])} {'are' if len(differ) > 1 else 'is'} in only one of the two): make "
+        "that module with the options of the file, or without blocks")
+
+
 def check_blocks(net: nn.Module, recipe: Recipe, path: object) -> None:
     """Refuse blocks that compute another function of the same weights.
 
@@ -247,10 +290,11 @@ def check_blocks(net: nn.Module, recipe: Recipe, path: object) -> None:
     def said(configs: Iterable[SEConfig]) -> set[tuple[Any, ...]]:
         return {tuple(getattr(c, name) for name in _BY_FUNCTION) for c in configs}
 
-    injections = injections_of(net)
-    theirs, ours = said(recipe.configs), said(i.config for i in injections)
-    equal = recipe.configs == tuple(i.written() for i in injections) and (
-        recipe.sites == tuple(s.path for i in injections for s in i.sites))
+    modules = [("", net)] if injections_of(net) else [(f"{name}.", m) for name, m in net.named_modules()]
+    injections = [(prefix, i) for prefix, m in modules for i in injections_of(m)]
+    theirs, ours = said(recipe.configs), said(i.config for _, i in injections)
+    equal = recipe.configs == tuple(i.written() for _, i in injections) and (
+        recipe.sites == tuple(prefix + s.path for prefix, i in injections for s in i.sites))
     if theirs != ours or (len(ours) > 1 and not equal):  # with several injections, each block needs its own options
         raise WeightsError(
             f"{str(path)!r}: its blocks were made with {', '.join(_BY_FUNCTION)} = {theirs}, and those of the model with "

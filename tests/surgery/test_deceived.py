@@ -51,6 +51,13 @@ CASES = {
     "isinstance size": "y = self.f(x); return x + (y * 0.5 if isinstance(x, torch.Tensor) and x.shape[2] == 8 else y)",
     "isinstance int": "h = x.shape[2]; return x + (self.f(x) * 0.5 if isinstance(h, int) and h == 8 else self.f(x))",
     "is": "y = self.f(x); return x + (y * 0.5 if x.shape[2] is self.count else y)",
+    "rank": "y = self.f(x); return x + y * y.new_ones([1] * len(y.shape))",
+    "rank asked": "y = self.f(x); return x + (y * 0.5 if len(x.shape) == 4 else y)",
+    "batch": "y = self.f(x); return x + (y * 0.5 if len(x) == 2 else y)",
+    "length of a list": "parts = [x, self.f(x)]; return parts[0] + parts[1] * (len(parts) - 1)",
+    "length table": "y = self.f(x); return x + y * TABLE.get(len(x), 1.0)",
+    "length text": "return x + self.f(x) * {'2': 0.5}.get(str(len(x)), 1.0)",
+    "length loop": "y = self.f(x); return x + sum(y * 0.5 for _ in range(len(x)))",
     "minus one": "y = self.f(x); return x + y.softmax(-1 if str(x.shape[2]) == '10' else -2)",
     # modes
     "grad": "y = self.f(x); return x + (y * 0.5 if torch.is_grad_enabled() else y)",
@@ -98,7 +105,8 @@ CASES = {
     "sizes": "y = self.f(x); return x + (y * 0.5 if x.shape[2] == 10 else y)",
 }
 TAKEN = {  # cases that get their block
-    "isinstance", "isinstance size", "plain", "sizes", "flag", "requires_grad", "is contiguous", "torch"}  # fmt: skip
+    "isinstance", "isinstance size", "plain", "sizes", "flag", "requires_grad", "is contiguous", "torch", "rank", "rank asked",
+    "batch", "length of a list"}
 
 
 @functools.lru_cache
@@ -138,9 +146,9 @@ def net(body):
 
 
 def outputs(model, x):
-    """In eval mode without and with gradients, and in train mode, at one size and at another."""
+    """In eval mode without and with gradients, and in train mode, at one size, at another, and in a larger batch."""
     found = []
-    for images in (x, x[..., :8, :8]):
+    for images in (x, x[..., :8, :8], x.repeat(2, 1, 1, 1)):
         for training, grad in ((False, False), (False, True), (True, True)):
             m = copy.deepcopy(model).train(training)
             m[2].numbers = iter([0.5, 0.25, 0.125])

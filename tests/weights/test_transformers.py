@@ -138,18 +138,25 @@ def test_a_folder_of_a_model_that_inject_has_changed(tmp_path):
     assert not hasattr(model.config, "se_inject")  # the config may be that of other models, too
     expected = model(x).logits
 
-    given = vit()
-    assert se_inject.load(tmp_path / "a", given) is given and len(block_paths(given)) == 4
-    assert torch.equal(given(x).logits, expected)
+    for path in (tmp_path / "a", tmp_path / "a" / "model.safetensors"):
+        given = vit()
+        assert se_inject.load(path, given) is given and len(block_paths(given)) == 4
+        assert torch.equal(given(x).logits, expected)
     again = se_inject.load(tmp_path / "a", ViTForImageClassification.from_pretrained(tmp_path / "a"))  # leaves blocks out
     assert torch.equal(again(x).logits, expected)
     again.save_pretrained(tmp_path / "b", max_shard_size="10KB")
     assert len(list((tmp_path / "b").glob("model-*"))) > 1
-    assert torch.equal(se_inject.load(tmp_path / "b", vit())(x).logits, expected)
+    for path in (tmp_path / "b", tmp_path / "b" / "model.safetensors", tmp_path / "b" / "model.safetensors.index.json"):
+        assert torch.equal(se_inject.load(path, vit())(x).logits, expected)
     with pytest.raises(se_inject.SEInjectError, match="does not say its architecture"):
         se_inject.load(tmp_path / "a")
     with pytest.raises(se_inject.SEInjectError, match="has its own recipe"):
         se_inject.load(tmp_path / "a", vit(), ratio=0.5)
+    config = tmp_path / "a" / "config.json"
+    config.write_text(config.read_text().replace('"version": 1', '"version": 99'))
+    for path in (tmp_path / "a", tmp_path / "a" / "model.safetensors"):
+        with pytest.raises(se_inject.SEInjectError, match="recipe is of version 99"):
+            se_inject.load(path, vit())
 
 
 def test_a_folder_of_a_model_without_blocks(tmp_path):
