@@ -15,7 +15,8 @@ ARGS = {
         "--lrs", "0.001", "0.01", "--seeds", "1", "2", "--methods", "head", "se"],
     "profile_cost.py": ["test_resnet", "--rows", "3", "--threads", "1"],
 }  # fmt: skip
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
+SHARED = {"study.py", "from_scratch.py"}  # what others import, and what test_from_scratch.py runs
+EXAMPLES = sorted(p for p in (Path(__file__).parents[2] / "examples").glob("*.py") if p.name not in SHARED)
 
 
 @pytest.mark.xdist_group("processes")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import signal
 import subprocess
@@ -28,10 +27,16 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def finetune():
+    sys.path.insert(0, str(EXAMPLE.parent))  # as for a script
     spec = importlib.util.spec_from_file_location("finetune", EXAMPLE)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.path.remove(str(EXAMPLE.parent))
+        del sys.modules[spec.name]
 
 
 @pytest.fixture(scope="module")
@@ -59,24 +64,25 @@ def test_a_killed_run_ends_with_the_same_weights(finetune, whole, tmp_path):
     (checkpoint,) = tmp_path.glob("*/*/checkpoint.pt")
     assert 0 < torch.load(checkpoint, weights_only=True)["step"] < 8
     finetune.main(command)
-    killed, unkilled = (load_file(folder(work, "full-se") / "se.safetensors") for work in (tmp_path, whole))
+    killed, unkilled = (load_file(folder(work, "full-se") / "tuned.safetensors") for work in (tmp_path, whole))
     assert list(killed) == list(unkilled)
     assert all(torch.equal(killed[key], unkilled[key]) for key in killed)
     assert not list(tmp_path.glob("*/*/checkpoint.pt*"))
 
 
-def test_base_head_and_blocks_come_from_three_files(finetune, whole):
-    model = finetune.base_model()
+def test_what_a_run_stores_goes_over_the_base_again(finetune, whole):
+    model = finetune.pretrained("lite0")
     model.reset_classifier(10)
-    model.load_state_dict(load_file(folder(whole, "se") / "head.safetensors"), strict=False)
-    model = se_inject.load(folder(whole, "se") / "se.safetensors", model=model)
+    model = se_inject.load(folder(whole, "se") / "tuned.safetensors", model=model)
     args = finetune.parse(SMALL)
     finetune.init_distributed_device(args)
     config = finetune.resolve_model_data_config(model, args={"img_size": args.img_size, "crop_pct": 1.0})
-    test = finetune.Digits(*finetune.load_splits(args)[2], finetune.create_transform(**config))
-    result = json.loads((folder(whole, "se") / "result.json").read_text())
-    model = model.to(memory_format=torch.channels_last)
-    assert finetune.evaluate(model, test, args) == [result["top1"], result["loss"]]
+    test = finetune.Pictures(*finetune.load_splits(args, 64)[2], finetune.create_transform(**config))
+    results = finetune.Results(whole / "results.csv", finetune.SETTINGS)
+    (row,) = (row for row in results.rows.values() if row["method"] == "se")
+    top1, loss = finetune.evaluate(model.to(memory_format=torch.channels_last), test, args)
+    assert (row["top1"], row["loss"]) == (round(top1, 4), round(loss, 6))
+    assert row["bytes"] == (folder(whole, "se") / "tuned.safetensors").stat().st_size
 
 
 def test_the_methods_of_a_seed_start_with_the_same_outputs(finetune):
@@ -91,26 +97,29 @@ def test_only_what_a_method_trains_moves(finetune):
         model = finetune.build(method, seed=1)
         before = {key: value.clone() for key, value in model.state_dict().items()}
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-        model.train(not method.frozen)
+        model.train(method.base == "trained")
         model(torch.randn(8, 3, 32, 32)).logsumexp(1).sum().backward()
         optimizer.step()
         moved = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
-        ours = {key for key in before if key.startswith("classifier.") or ".se." in key}
+        ours = {key for key in before if key.startswith("classifier.") or ".se." in key or "lora_" in key}
+        norms = {key for key in before if ".bn" in key or key.startswith("bn") if key.endswith(("weight", "bias"))}
+        learned = {"frozen": ours, "lora": ours, "norms": ours | norms}
         assert moved
-        assert moved <= ours if method.frozen else moved - ours
-        assert any(".se." in key for key in moved) == method.se
+        assert moved <= learned[method.base] if method.base in learned else moved - ours - norms
+        assert any(".se." in key for key in moved) == bool(method.block)
+        assert any(key in norms for key in moved) == (method.base in ("norms", "trained"))
 
 
 def test_the_processes_share_the_batches_of_one(finetune):
-    data = finetune.Digits(torch.arange(70).tolist(), torch.arange(70).tolist(), None, seed=1)
-    data.__class__ = type("Indices", (finetune.Digits,), {"__getitem__": lambda self, i: (i, self.epoch)})
+    data = finetune.Pictures(torch.arange(70).tolist(), torch.arange(70).tolist(), None, seed=1)
+    data.__class__ = type("Indices", (finetune.Pictures,), {"__getitem__": lambda self, i: (i, self.epoch)})
 
     def drawn(world_size, start=0):
         steps = {}
         for rank in range(world_size):
             args = finetune.parse(SMALL)
             args.rank, args.world_size = rank, world_size
-            for step, indices, epochs in finetune.batches(data, args, start):
+            for step, indices, epochs in finetune.batches(data, args, 8, start):
                 steps.setdefault(step, set()).update(zip(epochs.tolist(), indices.tolist()))
         return steps
 
@@ -128,24 +137,24 @@ def test_two_processes_write_what_one_writes(whole, tmp_path):
          "--methods", "se", "--steps", "2", "--work", str(tmp_path)],
         env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("SE blocks and head") == 1
+    assert done.stdout.count("| SE, head |") == 1
     assert {path.name for path in folder(tmp_path, "se").iterdir()} == {path.name for path in folder(whole, "se").iterdir()}
 
 
 def test_more_images_than_there_are_is_said(finetune, tmp_path):
-    with pytest.raises(SystemExit, match=r"take 2128 images, and digits has 1797: leave at least 10 over"):
+    with pytest.raises(SystemExit, match=r"2000 of the 1733 images left of digits; leave 10 over"):
         finetune.main([*SMALL, "--val", "2000", "--work", str(tmp_path)])
 
 
 def test_a_page_keeps_what_stands_around_the_table(finetune, whole, tmp_path):
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{finetune.BEGIN}\nold\n{finetune.END}\nafter\n")
+    page.write_text("before\n<!-- tuning: begin -->\nformer\n<!-- tuning: end -->\nafter\n")
     command = [*SMALL, "--methods", "full-se", "se", "--work", str(whole), "--out", str(page)]
     finetune.main(command)
     text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
-    assert "old" not in text
+    assert "former" not in text
     assert all(finetune.METHODS[method].name in text for method in ("full-se", "se"))
     page.write_text("no place for a table")
     with pytest.raises(SystemExit, match="add these two lines"):
