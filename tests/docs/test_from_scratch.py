@@ -78,8 +78,8 @@ def test_a_small_study(study, folder, tmp_path, capsys):
     page, results = tmp_path / "page.md", tmp_path / "results.csv"
     page.write_text("before\n<!-- from scratch: begin -->\n<!-- from scratch: end -->\n")
     command = ["--data", str(folder), "--networks", "resnet", "--variants", "base", "SE 1/4", "FiLM 1/4", "--width", "8",
-               "--images", "640", "--test", "260", "--epochs", "2.4", "--batch-size", "64", "--seeds", "1", "2", "--results", str(results),
-               "--out", str(page), "--plot", str(tmp_path / "curves.svg")]  # fmt: skip
+               "--images", "640", "--test", "260", "--epochs", "2.4", "--batch-size", "64", "--seeds", "1", "2",
+               "--results", str(results), "--out", str(page), "--plot", str(tmp_path / "curves.svg")]  # fmt: skip
     study.main([*command, "--equal-time"])
     first, text = results.read_text(), page.read_text()
     assert text.startswith("before\n") and "| FiLM 1/4 |" in text and "minus base at equal time" in text
