@@ -44,6 +44,12 @@ class Trainable:
         norms: The norms of the base, without those in the head.
         head: The classifier that the model's ``get_classifier()`` returns.
         base: The rest of the base.
+
+    Example:
+        >>> import se_inject, timm
+        >>> report = se_inject.trainable(timm.create_model("test_resnet"))
+        >>> report.blocks.of_tensors, report.head.tensors, report.total.tensors == report.total.of_tensors
+        (0, 2, True)
     """
 
     blocks: Count

@@ -1,10 +1,12 @@
 """The rows of the catalogue: each block at the same sites, an identity at the start, or refused with the reason."""
 
+import copy
 import dataclasses
 
 import pytest
 import timm
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
 
 import se_inject
@@ -16,7 +18,7 @@ from se_inject.blocks.film import ScaleAndShift
 from se_inject.blocks.identity import Start, is_identity, make_identity
 from se_inject.config import SEConfig
 
-from ..support.checks import check_identity
+from ..support.checks import check_identity, randomise
 
 NO_IDENTITY = {"lcbam"}  # its channel gate is a mean of two squeezes' gates, its spatial one a sum of two maps
 SHORT = {"depths": (1, 1, 1, 1)}
@@ -172,6 +174,27 @@ def test_a_block_that_is_fitted_to_its_site_is_one_row():
     model = se_inject.inject(timm.create_model("tiny_vit_5m_224", **SHORT), block="film")
     kinds = {s.layout: type(model.get_submodule(s.path).fc1) for s in theirs.sites}
     assert kinds == {"NCHW": nn.Conv2d, "NLC": nn.Linear, "NHWC": nn.Linear}
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_convnext"])
+@pytest.mark.parametrize("block", ["se", "film"])
+def test_files_copies_and_dtypes(name, block, tmp_path):
+    """A trained block comes back from a file of blocks, from a full file, and from an EMA; its dtype is the model's."""
+    model = randomise(timm.create_model(f"se_inject/{name}", se_block=block, se_bias=True)).eval()
+    x, full, part = torch.randn(2, 3, 64, 64), tmp_path / "full.safetensors", tmp_path / "se.safetensors"
+    se_inject.save(model, full)
+    se_inject.save(model, part, only="se")
+    base = se_inject.eject(copy.deepcopy(model))
+    with torch.no_grad():
+        y = model(x)
+        assert not torch.allclose(base(x), y, atol=1e-3)
+        assert torch.equal(se_inject.load(part, base)(x), y)
+        assert torch.equal(timm.create_model(f"se_inject/{name}", se_block=block, checkpoint_path=str(full)).eval()(x), y)
+        assert torch.equal(ModelEmaV3(model).module(x), y)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert (model(x) - y).norm() < 0.1 * y.norm()
+        half = model.bfloat16()(x.bfloat16())
+        assert half.dtype is torch.bfloat16 and (half - y).norm() < 0.1 * y.norm()
 
 
 def test_gather_excite_is_timms_but_for_the_layer_that_timm_cannot_make():
