@@ -21,7 +21,7 @@ class ScaleAndShift(SqueezeExcite):
 
     The layer `shift` reads the same hidden units as the layer of the gate. The unit `u` is the mean over channels of the
     absolute squeezed values, one number for each image, so that a shift is at most as large as the map's own means. With the
-    factor 0.1 the shift takes smaller steps than the gate: the sum of a shift and what it feeds into itself can run away.
+    factor 0.1 the shift takes smaller steps than the gate at one learning rate.
 
     Args: as `SqueezeExcite`.
 
