@@ -69,7 +69,7 @@ def parse(argv):
     parser.add_argument("--test", type=int, default=10000, help="images to test on")
     parser.add_argument("--epochs", type=float, default=6)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--lr", type=float, default=8e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--equal-time", action="store_true", help="train each variant for the time of the base, too")
     parser.add_argument("--results", type=Path, default=Path("from-scratch.csv"), help="CSV file of the results")

@@ -177,8 +177,17 @@ def restored(modules: Iterable[nn.Module]) -> Iterator[Callable[[], bool]]:
 def kept_hooks(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Afterwards each module has the hooks that it had before, and the containers that they hold have their items back."""
     dicts = [m.__dict__[key] for m in modules for key in (*HOOKS, *_HOOK_FLAGS)]
-    kept = [*((d, d.copy()) for d in dicts), *_kept([held for d in dicts for hook in d.values() for held in _held_by(hook)])]
-    with undone(lambda: _put_all_back(kept)):
+    filled = [(d, d.copy()) for d in dicts if d]
+    held = _kept([value for d, _ in filled for hook in d.values() for value in _held_by(hook)])
+
+    def put_back() -> None:
+        for d in filter(None, dicts):
+            d.clear()
+        for d, hooks in filled:
+            d.update(hooks)
+        _put_all_back(held)
+
+    with undone(put_back):
         yield
 
 

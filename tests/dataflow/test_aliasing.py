@@ -119,7 +119,6 @@ class Caller(Network):
         return self.head((torch.cat([x, y]) if self.both else x).mean((2, 3)))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated:FutureWarning")
 @pytest.mark.parametrize("both", [False, True])
 @pytest.mark.parametrize("unit", [IntoItsInput, IntoItsInputByParts])
 def test_what_is_written_into_an_argument_is_seen_by_the_caller(unit, both):

@@ -90,7 +90,7 @@ def test_a_call_without_a_tensor_that_the_forward_asks_for_is_an_error_and_else_
             model.owner(x)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated:FutureWarning", "ignore:.*TorchScript type system")
+@pytest.mark.filterwarnings("ignore:.*TorchScript type system")
 @torch.no_grad()
 def test_torchscript_knows_that_an_optional_tensor_is_there():
     """DLA: `shortcut` is replaced by the input where it is None, and added in place."""

@@ -60,7 +60,6 @@ class Units(nn.Module):
         return self.head(self.unit(self.stem(x)).mean((2, 3)))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated:FutureWarning")
 @pytest.mark.parametrize("make", [Units, functools.partial(timm.create_model, "convnext_atto", depths=(1, 1, 1, 1))])
 def test_scripting_is_no_change(make):
     model = randomise(se_inject.inject(make(), input_size=(3, 32, 32))).eval()

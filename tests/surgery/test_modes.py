@@ -186,7 +186,6 @@ def test_the_block_is_before_what_drops():
     assert all(row.any() for row in seen[0])
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script. is deprecated:FutureWarning")
 def test_torchscript_and_compile():
     x = torch.randn(6, 3, 16, 16)
     for units, make in (((Dropouts(), Torchvisions()), torch.jit.script),
