@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import itertools
 from bisect import bisect_left
+from collections.abc import Iterator
+from typing import Any
 
 from torch import fx, nn
 
@@ -23,13 +25,14 @@ from ..errors import Refusal
 class Gate:
     """A block multiplies its input by this: the value of `node` in the forward `view`, which varies along `axis`.
 
-    `moved` says that the input is in another layout there.
+    `moved` says that the input is in another layout there, and `shifted` that the block also adds something to the product.
     """
 
     view: ModuleGraph
     node: fx.Node
     axis: int
     moved: bool
+    shifted: bool = False
 
     def function(self) -> nn.Module:
         """A module of the same weights that returns the gate alone. Call it outside `on_meta`."""
@@ -41,8 +44,10 @@ class Gate:
 def gate_of(flow: ValueFlow, call: Call) -> Gate:
     """The gate of the block that was called: one factor for each image and channel.
 
+    A shift that is added behind the gate is told from the map by its shape: it is the same at all positions.
+
     Raises:
-        Refusal: Its output is not its input times a gate.
+        Refusal: Its output is not its input times a gate, with or without a shift.
     """
     other = Refusal("its output is not its input times a gate")
     inside = flow.traces.inside(call)
@@ -51,20 +56,57 @@ def gate_of(flow: ValueFlow, call: Call) -> Gate:
     if len(inputs) != 1 or not isinstance(result, fx.Node):
         raise other
     start = flow.unmoved(inside, inputs[0], computed=False)[1]
-    view, node = flow.unmoved(inside, result)
-    for x, g in ops.products(node):
-        if not is_tensor(g) or flow.unmoved(view, x, computed=False)[1] is not start or (
-                flow.unmoved(view, g, computed=False)[1] is start):
+
+    def is_input(view: ModuleGraph, node: fx.Node) -> bool:
+        return flow.unmoved(view, node, computed=False)[1] is start
+
+    end, last = flow.unmoved(inside, result)
+    for view, x, g, added in _products(flow, end, last):
+        if not is_tensor(g) or not is_input(view, x) or is_input(view, g):
+            continue
+        if is_tensor(added) and (is_input(end, added) or not _is_shift(end, added, last)):
             continue
         g = unexpanded(g)
-        xs, gs = shape(x), shape(g)
-        if len(gs) != len(xs) or gs[0] != xs[0]:
-            raise other
-        wide = [d for d, n in enumerate(gs) if d > 0 and n != 1] or [view.channel_dim(x)]
-        if len(wide) != 1 or gs[wide[0]] != xs[wide[0]]:
-            raise Refusal("its gate differs from place to place")
-        return Gate(view, g, wide[0], flow.outward(view, x)[1] is not flow.outward(inside, inputs[0])[1])
+        moved = flow.outward(view, x)[1] is not flow.outward(inside, inputs[0])[1]
+        return Gate(view, g, _axis_of_gate(view, x, g, other), moved, added is not None)
     raise other
+
+
+def _products(flow: ValueFlow, view: ModuleGraph, node: fx.Node) -> Iterator[tuple[ModuleGraph, fx.Node, Any, Any]]:
+    """Each reading of a value as a tensor times a factor: the forward with the product, both, and what is added, or None."""
+    yield from ((view, x, g, None) for x, g in ops.products(node))
+    if ops.name_of(node) == "addcmul" and ops.argument(node, "value", 1) == 1:
+        shift, a, b = (ops.argument(node, name) for name in ("input", "tensor1", "tensor2"))
+        yield from ((view, x, g, shift) for x, g in ((a, b), (b, a)))
+    for product, added in ops.sums(node):
+        inner, made = flow.unmoved(view, product)
+        yield from ((inner, x, g, added) for x, g in ops.products(made))
+
+
+def _axis_of_gate(view: ModuleGraph, x: fx.Node, g: fx.Node, other: Refusal) -> int:
+    """The axis along which `g`, by which `x` is multiplied, differs.
+
+    Raises:
+        Refusal: It is no gate (`other`), or it differs along several.
+    """
+    xs, gs = shape(x), shape(g)
+    if len(gs) != len(xs) or gs[0] != xs[0]:
+        raise other
+    wide = _wide(gs) or [view.channel_dim(x)]
+    if len(wide) != 1 or gs[wide[0]] != xs[wide[0]]:
+        raise Refusal("its gate differs from place to place")
+    return wide[0]
+
+
+def _is_shift(view: ModuleGraph, added: fx.Node, total: fx.Node) -> bool:
+    """Whether a term of a sum is the same at all positions."""
+    dims, sizes = len(shape(total)), shape(unexpanded(added))
+    return set(_wide((1,) * (dims - len(sizes)) + sizes)) <= {view.channel_dim(total)}
+
+
+def _wide(sizes: tuple[int, ...]) -> list[int]:
+    """The axes, past that of the images, along which a value of these sizes differs."""
+    return [d for d, n in enumerate(sizes) if d > 0 and n != 1]
 
 
 def is_gate(view: ModuleGraph, node: fx.Node) -> bool:
