@@ -39,6 +39,8 @@ def strongest_channels(
 ) -> list[StrongestChannels]:  # fmt: skip
     """At some sites the channels whose gates are the greatest and the least for a picture. Changes nothing.
 
+    Channels that are zero everywhere are left out: a gate does nothing to them.
+
     Args:
         model: An injected model.
         image: A picture (C, H, W).
@@ -63,7 +65,7 @@ def strongest_channels(
     found = []
     for s in gates(model, [image[None]]).sites:
         if s.path in maps:
-            order = s.mean.argsort(descending=True).tolist()
+            order = [c for c in s.mean.argsort(descending=True).tolist() if maps[s.path][c].any()]
             n = min(count, len(order) // 2)
             shown = [tuple(ChannelMap(c, float(s.mean[c]), maps[s.path][c]) for c in channels)
                      for channels in (order[:n], order[::-1][:n])]

@@ -56,9 +56,10 @@ def write(
     drawn = gate_plots.lines(report.classes, classes)
     try:
         if path.endswith(PAGE):
-            Path(path).write_text(page(
-                report, Path(file).name, f"{Path(folder).resolve().name}/", drawn, max_variation,
-                _picture(report, model, pictures, drawn)), encoding="utf-8")
+            text = page(
+                report, Path(file).name, (getattr(model, "pretrained_cfg", None) or {}).get("architecture"),
+                f"{Path(folder).resolve().name}/", drawn, max_variation, _picture(report, model, pictures, drawn))
+            Path(path).write_text(text, encoding="utf-8")
         elif not report.sites:
             raise SEInjectError(f"{path!r}: there are no gates to draw:\n{report}")
         else:

@@ -40,7 +40,7 @@ th, td { padding: 3px 10px 3px 0; border-bottom: 1px solid #e6e6e6; }
 .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .strip { width: 42%; min-width: 110px; }
 .strip svg { display: block; width: 100%; height: 18px; overflow: visible; }
-.strip text { font-size: 12px; fill: #333; }
+.strip text { font-size: 12px; font-weight: normal; fill: #333; }
 .path { overflow-wrap: anywhere; }
 .why { color: #555; }
 .picture { display: grid; grid-template-columns: 240px 1fr; gap: 24px; margin-top: 12px; }
@@ -74,18 +74,22 @@ class Picture:
     sites: Sequence[StrongestChannels]
 
 
-def page(report: GateReport, name: str, source: str, drawn: Sequence[Line], max_variation: float, picture: Picture) -> str:
+def page(
+    report: GateReport, name: str, architecture: str | None, source: str, drawn: Sequence[Line], max_variation: float,
+    picture: Picture,
+) -> str:  # fmt: skip
     """The page as HTML.
 
     Args:
         report: What `gates` found.
         name: The model's name, for the title.
+        architecture: Its timm name, if it has one.
         source: Where the images are from.
         drawn: The classes to draw, see `gate_plots.lines`.
         max_variation: The gates up to here are marked as those that `fold` takes.
         picture: An example.
     """
-    parts = [_head(report, name, source)]
+    parts = [_head(report, architecture, source)]
     if report.sites:
         parts += [_by_channel(report, drawn), _strip(report, max_variation)]
         if picture.sites:
@@ -102,8 +106,9 @@ def page(report: GateReport, name: str, source: str, drawn: Sequence[Line], max_
         "</body>\n</html>\n")
 
 
-def _head(report: GateReport, name: str, source: str) -> str:
-    counts = f"{len(report.sites)} blocks on {report.images:,} images"
+def _head(report: GateReport, architecture: str | None, source: str) -> str:
+    of = f" of <code>{escape(architecture)}</code>" if architecture else ""
+    counts = f"{len(report.sites)} blocks{of} on {report.images:,} images"
     classes = f" of {len(report.classes)} classes" if report.classes else ""
     return (
         "<p>A squeeze-and-excitation block looks at a whole feature map and multiplies each of its channels by one number, the "
@@ -113,17 +118,17 @@ def _head(report: GateReport, name: str, source: str) -> str:
 
 def _by_channel(report: GateReport, drawn: Sequence[Line]) -> str:
     shown = early_middle_last(report)
-    where = {3: "an early, a middle and the last block", 2: "the first and the last block", 1: "the only block"}[len(shown)]
-    items = [f'<li><svg aria-hidden="true" style="fill:{c.color};stroke:{c.color}"><path d="M1 6h30"/>{_MARKS[c.marker]}</svg>'
+    where = ": the one whose gates vary most in an early, a middle and the last part of the model" if len(shown) == 3 else ""
+    items = [f'<li><svg aria-hidden="true" style="fill:#fff;stroke:{c.color};stroke-width:1.4"><path d="M1 6h30"/>{_MARKS[c.marker]}</svg>'
              f"{escape(c.name)}</li>" for c in drawn]
     items.append(f'<li><svg aria-hidden="true"><path d="M1 6h30" stroke="{ALL}" stroke-width="2"/></svg>all images</li>')
     items.append('<li><svg aria-hidden="true"><path d="M1 1h30v10h-30z" fill="#000" opacity=".12"/></svg>'
                  "± 1 standard deviation over all images</li>")
-    others = f"; {len(drawn)} of {len(report.classes)} classes are drawn" if len(drawn) < len(report.classes) else ""
+    others = f" {len(drawn)} of {len(report.classes)} classes are drawn." if len(drawn) < len(report.classes) else ""
     says = ("Where the lines of the classes lie apart, the block treats the classes differently" if drawn else
             "Where the band is wide, the block treats the images differently")
     return (
-        f'<section id="channels">\n<h2>Mean gate by channel</h2>\n<p>Each panel is one block: {where}. {says}{others}.</p>\n'
+        f'<section id="channels">\n<h2>Mean gate by channel</h2>\n<p>Each panel is one block{where}. {says}.{others}</p>\n'
         f'<ul class="legend">{"".join(items)}</ul>\n'
         f'<div class="panels">{"".join(panel(report, s, drawn) for s in shown)}</div>\n</section>')
 
@@ -131,10 +136,11 @@ def _by_channel(report: GateReport, drawn: Sequence[Line]) -> str:
 def _strip(report: GateReport, max_variation: float) -> str:
     end = 1.06 * max([max_variation, *(s.variation for s in report.sites)])
     taken = sum(s.folds(max_variation) for s in report.sites)
+    ticks_at = _ticks(end)
     rows = "\n".join(_row(s, max_variation, end) for s in report.sites)
     ticks = "".join(
-        f'<text x="{100 * t / end:.2f}%" y="14" text-anchor="{"middle" if t else "start"}">{100 * t:.3g} %</text>'
-        for t in _ticks(end))
+        f'<text class="{"" if t in (ticks_at[0], ticks_at[-1]) else "wide"}" x="{100 * t / end:.2f}%" y="14" '
+        f'text-anchor="{"middle" if t else "start"}">{100 * t:.3g} %</text>' for t in ticks_at)
     return (
         '<section id="variation">\n<h2>How much the gates vary from image to image</h2>\n'
         "<p>For each block, from the input of the model to its output: the standard deviation of the gate over the images, in "
@@ -153,8 +159,7 @@ def _strip(report: GateReport, max_variation: float) -> str:
 def _row(s: SiteGates, max_variation: float, end: float) -> str:
     taken = s.folds(max_variation)
     x, limit = f"{100 * s.variation / end:.2f}%", f"{100 * max_variation / end:.2f}%"
-    reason = s.kept or f"varies by more than {100 * max_variation:g} %"
-    fold = "takes it" if taken else f'keeps it: <span class="why">{escape(reason)}</span>'
+    fold = "takes it" if taken else f'keeps it: <span class="why">{escape(s.kept)}</span>' if s.kept else "keeps it"
     return (
         f'<tr><td class="path">{escape(s.path)}</td><td class="n wide">{len(s.mean)}</td>'
         f'<td class="n wide">{float(s.mean.mean()):.4f}</td><td class="n">{100 * s.variation:.2f} %</td>'
@@ -185,7 +190,8 @@ def _channels(picture: Picture) -> str:
     return (
         '<section id="picture">\n<h2>One picture and its strongest channels</h2>\n'
         "<p>The channels that the gates raise most and lower most for this picture, as they come into the block. Each map has "
-        "a scale of its own: dark is its least value, and bright its greatest.</p>\n"
+        "a scale of its own: dark is its least value, and bright its greatest. Channels that are zero everywhere are not "
+        "shown.</p>\n"
         f'<div class="picture"><figure><img alt="{label}" src="{_png(picture.image)}"><figcaption>{label}, as the model gets it'
         f'</figcaption></figure><div>{"".join(sites)}</div></div>\n</section>')
 

@@ -67,9 +67,18 @@ def lines(classes: Sequence[int | str], names: Sequence[str] = ()) -> tuple[Line
 
 
 def early_middle_last(report: GateReport) -> list[SiteGates]:
-    """The first, the middle and the last site, or fewer where there are no three."""
-    last = len(report.sites) - 1
-    return [report.sites[i] for i in sorted({0, last // 2, last})] if report.sites else []
+    """The sites whose gates vary most in the first, the middle and the last stage; without three stages, in thirds of the
+    sites."""
+    stages: dict[int, list[SiteGates]] = {}
+    for s in report.sites:
+        stages.setdefault(s.stage, []).append(s)
+    groups = [stages[n] for n in sorted(stages)]
+    if len(groups) < 3:
+        n = len(report.sites)
+        thirds = (report.sites[n * i // 3:n * (i + 1) // 3] for i in range(3))
+        groups = [list(g) for g in thirds if g]
+    chosen = sorted({0, len(groups) // 2, len(groups) - 1}) if groups else []
+    return [max(groups[i], key=lambda s: s.variation) for i in chosen]
 
 
 def limits(report: GateReport, drawn: Sequence[Line]) -> tuple[float, float]:
@@ -94,15 +103,21 @@ def place(site: SiteGates) -> str:
     return f"{site.path} (stage {site.stage})" if site.stage >= 0 else site.path
 
 
+def _mark(line: Line) -> dict[str, Any]:
+    return {"marker": line.marker, "markersize": 5.4 - 0.75 * COLORS.index(line.color), "mfc": "none", "mew": 0.9}
+
+
 def _draw_panel(ax: Any, site: SiteGates, drawn: Sequence[Line], y: tuple[float, float]) -> None:
     at = channels_of(site)
     mean, deviation = site.mean[at], site.deviation[at]
     ax.axhline(1, color="#999999", linewidth=0.6, linestyle=(0, (4, 3)))
     ax.fill_between(at, (mean - deviation).tolist(), (mean + deviation).tolist(), color="#000000", alpha=0.12, linewidth=0)
-    for line in drawn:
-        ax.plot(at, site.class_means[line.row][at].tolist(), color=line.color, marker=line.marker, markersize=2.6)
-    ax.plot(at, mean.tolist(), color=ALL, linewidth=1.4)
+    ax.plot(at, mean.tolist(), color=ALL, linewidth=1.6)
+    for line in drawn:  # the marks get smaller, so that equal values are seen
+        ax.plot(at, site.class_means[line.row][at].tolist(), color=line.color, linewidth=0.7, **_mark(line))
     ax.set_ylim(*y)
+    ax.margins(x=0.02)
+    ax.locator_params(axis="x", nbins=5, integer=True)
     ax.set_title(place(site), loc="left")
     count = len(site.mean)
     ax.set_xlabel(f"channel ({len(at)} of {count})" if len(at) < count else f"channel (all {count})")
@@ -113,7 +128,7 @@ def panel(report: GateReport, site: SiteGates, drawn: Sequence[Line]) -> str:
     mpl = matplotlib()
     with mpl.rc_context({**_STYLE, "font.size": 10, "axes.titlesize": 10}):
         figure = mpl.figure.Figure(figsize=(4.0, 3.2))
-        ax = figure.add_axes((0.155, 0.15, 0.82, 0.75))  # the same in all panels, so that they are aligned
+        ax = figure.add_axes((0.155, 0.15, 0.79, 0.75))  # the same in all panels, so that they are aligned
         _draw_panel(ax, site, drawn, limits(report, drawn))
         ax.set_ylabel(_Y)
         out = io.StringIO()
@@ -151,9 +166,9 @@ def write(report: GateReport, drawn: Sequence[Line], max_variation: float, path:
 def _legend(mpl: Any, figure: Any, drawn: Sequence[Line]) -> None:
     """Above the panels; names are set afterwards, as matplotlib leaves out labels that begin with an underscore."""
     line = mpl.lines.Line2D
-    handles = [line([], [], color=c.color, marker=c.marker, markersize=3) for c in drawn]
+    handles = [line([], [], color=c.color, **_mark(c)) for c in drawn]
     handles += [line([], [], color=ALL, linewidth=1.4), mpl.patches.Patch(color="#000000", alpha=0.12, linewidth=0)]
-    legend = figure.legend(handles, ["-"] * len(handles), loc="outside upper left", ncols=4, frameon=False)
+    legend = figure.legend(handles, ["-"] * len(handles), loc="outside upper left", ncols=3, frameon=False)
     for text, name in zip(legend.get_texts(), [*(c.name for c in drawn), "all images", "± 1 sd over all images"]):
         text.set_parse_math(False)
         text.set_text(name)
