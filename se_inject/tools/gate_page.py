@@ -119,8 +119,9 @@ def _head(report: GateReport, architecture: str | None, source: str) -> str:
 def _by_channel(report: GateReport, drawn: Sequence[Line]) -> str:
     shown = early_middle_last(report)
     where = ": the one whose gates vary most in an early, a middle and the last part of the model" if len(shown) == 3 else ""
-    items = [f'<li><svg aria-hidden="true" style="fill:#fff;stroke:{c.color};stroke-width:1.4"><path d="M1 6h30"/>{_MARKS[c.marker]}</svg>'
-             f"{escape(c.name)}</li>" for c in drawn]
+    items = [
+        f'<li><svg aria-hidden="true" style="fill:#fff;stroke:{c.color};stroke-width:1.4"><path d="M1 6h30"/>'
+        f"{_MARKS[c.marker]}</svg>{escape(c.name)}</li>" for c in drawn]
     items.append(f'<li><svg aria-hidden="true"><path d="M1 6h30" stroke="{ALL}" stroke-width="2"/></svg>all images</li>')
     items.append('<li><svg aria-hidden="true"><path d="M1 1h30v10h-30z" fill="#000" opacity=".12"/></svg>'
                  "± 1 standard deviation over all images</li>")

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
+from ..capture.inputs import input_sizes
 from ..errors import SEInjectError
 
 
@@ -48,7 +49,7 @@ class ImageFolder:
     def as_seen(self, image: torch.Tensor) -> torch.Tensor:
         """A prepared picture with the colors that it had: (3, H, W) from 0 to 1."""
         mean, std = (torch.tensor(v)[:, None, None] for v in (self.mean, self.std))
-        return (image * std + mean).clamp(0, 1).expand(3, -1, -1)
+        return (image * std + mean).clamp(0, 1)
 
 
 def open_folder(folder: str, model: nn.Module, size: tuple[int, ...] | None = None, limit: int | None = None) -> ImageFolder:
@@ -61,17 +62,20 @@ def open_folder(folder: str, model: nn.Module, size: tuple[int, ...] | None = No
         limit: The greatest number of pictures; they are taken at equal distances. None takes all.
 
     Raises:
-        SEInjectError: There is no such folder, or no picture in it.
+        SEInjectError: There is no such folder, or no picture in it, or the model does not take pictures in color.
     """
     from timm.data import create_dataset, create_transform, resolve_model_data_config
 
     if not Path(folder).is_dir():
         raise SEInjectError(f"there is no folder {folder!r}: give one with pictures, or with a subfolder for each class")
     config = resolve_model_data_config(model, {} if size is None else {"input_size": size})
-    mode = "L" if config["input_size"][0] == 1 else "RGB"
+    channels = input_sizes(model)[0][0]
+    if channels != 3:
+        raise SEInjectError(
+            f"the model takes images of {channels} channel{'s' * (channels > 1)}, and pictures have 3: "
+            "call se_inject.gates(model, loader) with a loader of your own")
     try:
-        found: Any = create_dataset(
-            "", folder, search_split=False, input_img_mode=mode, transform=create_transform(**config, is_training=False))
+        found: Any = create_dataset("", folder, search_split=False, transform=create_transform(**config, is_training=False))
     except RuntimeError as error:
         raise SEInjectError(f"there are no pictures in {folder!r}: {error}") from error
     by_name = found.reader.class_to_idx
