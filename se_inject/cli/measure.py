@@ -139,7 +139,7 @@ def bench_command(
 @click.option("--classes", multiple=True, metavar="NAME", help="Draw this class; repeatable; default the first four.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Take N pictures, at equal distances; default all.")
 @click.option("--batch", type=click.IntRange(1), default=32, show_default=True, metavar="N", help="Number of images at a time.")
-@click.option("--max-variation", type=click.FloatRange(0), default=0.05, show_default=True, metavar="X",
+@click.option("--max-variation", type=click.FloatRange(0, 1), default=0.05, show_default=True, metavar="X",
               help="Mark the gates that se_inject.fold takes with this limit.")  # fmt: skip
 @json_option
 def gates_command(

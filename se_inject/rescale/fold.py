@@ -74,11 +74,14 @@ def fold(
     refuse_plain(model, "fold")
     if max_variation is not None and not (isinstance(max_variation, (int, float)) and max_variation >= 0):
         raise ConfigError(f"max_variation={max_variation!r}: expected a number of at least 0, such as 0.05, or None for all")
+    if isinstance(loader, Iterator):
+        raise SEInjectError(
+            f"fold({type(model).__name__}, loader): the loader is an iterator, and fold needs two passes: pass a DataLoader "
+            "or a list")
     inputs = asked(None, example_inputs)
     inputs = given_inputs(model) if inputs is None else inputs
     with evaluating(model):
         first = first_of("fold", model, batches("fold", loader, model, inputs))
-        _two_passes(model, loader)
         blocks = find_blocks_for("fold", model, first.arguments, inputs)
         measure(model, _arguments(loader, model, inputs), [(b.gate, b.statistics.add) for b in blocks if b.gate is not None])
         for b in blocks:
@@ -92,18 +95,6 @@ def fold(
         if folded:
             forget_blocks(model, [b.site.path for b in blocks if b.reason is not None])
     return FoldReport(tuple(map(_folded_site, blocks)), *outputs)
-
-
-def _two_passes(model: nn.Module, loader: Iterable[Any]) -> None:
-    """Refuse a loader that gives its batches only once.
-
-    Raises:
-        SEInjectError: It does.
-    """
-    if iter(loader) is loader:
-        raise SEInjectError(
-            f"fold({type(model).__name__}, loader): the loader is an iterator, and fold needs two passes: pass a DataLoader "
-            "or a list")
 
 
 def _arguments(loader: Iterable[Any], model: nn.Module, inputs: Inputs) -> Iterator[Example]:

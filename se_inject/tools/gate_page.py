@@ -38,7 +38,7 @@ table { border-collapse: collapse; width: 100%; font-size: 14px; }
 th { text-align: left; font-weight: 600; vertical-align: bottom; }
 th, td { padding: 3px 10px 3px 0; border-bottom: 1px solid #e6e6e6; }
 .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.strip { width: 42%; min-width: 110px; }
+.strip { width: 42%; min-width: 110px; padding-left: 8px; }
 .strip svg { display: block; width: 100%; height: 18px; overflow: visible; }
 .strip text { font-size: 12px; font-weight: normal; fill: #333; }
 .path { overflow-wrap: anywhere; }
@@ -55,7 +55,9 @@ footer { margin-top: 48px; padding-top: 10px; border-top: 1px solid #ccc; font-s
   body { padding: 16px 14px 32px; }
   h1 { font-size: 23px; }
   .wide { display: none; }
-  .strip { width: 34%; }
+  table { font-size: 13px; }
+  th, td { padding-right: 8px; }
+  .strip { width: 26%; min-width: 84px; }
   .picture { grid-template-columns: 1fr; }
   .picture > figure { max-width: 240px; }
   .maps { grid-template-columns: repeat(3, minmax(0, 1fr)); }
@@ -135,7 +137,7 @@ def _by_channel(report: GateReport, drawn: Sequence[Line]) -> str:
 
 
 def _strip(report: GateReport, max_variation: float) -> str:
-    end = 1.06 * max([max_variation, *(s.variation for s in report.sites)])
+    end = 1.06 * max([max_variation, *(s.variation for s in report.sites)]) or 0.01
     taken = sum(s.folds(max_variation) for s in report.sites)
     ticks_at = _ticks(end)
     rows = "\n".join(_row(s, max_variation, end) for s in report.sites)
@@ -162,11 +164,16 @@ def _row(s: SiteGates, max_variation: float, end: float) -> str:
     x, limit = f"{100 * s.variation / end:.2f}%", f"{100 * max_variation / end:.2f}%"
     fold = "takes it" if taken else f'keeps it: <span class="why">{escape(s.kept)}</span>' if s.kept else "keeps it"
     return (
-        f'<tr><td class="path">{escape(s.path)}</td><td class="n wide">{len(s.mean)}</td>'
+        f'<tr><td class="path">{_breakable(s.path)}</td><td class="n wide">{len(s.mean)}</td>'
         f'<td class="n wide">{float(s.mean.mean()):.4f}</td><td class="n">{100 * s.variation:.2f} %</td>'
         f'<td class="strip"><svg aria-hidden="true"><line x1="{limit}" x2="{limit}" y1="-4" y2="22" stroke="#555" '
         f'stroke-dasharray="3 2"/><line x1="0" x2="{x}" y1="9" y2="9" stroke="{TAKEN if taken else KEPT}"/>'
         f"{_dot(x, taken, 9)}</svg></td><td>{fold}</td></tr>")
+
+
+def _breakable(path: str) -> str:
+    """A dotted name that may be broken behind its dots."""
+    return escape(path).replace(".", ".<wbr>")
 
 
 def _dot(x: str, taken: bool, y: int = 6) -> str:

@@ -184,7 +184,7 @@ def _draw_strip(mpl: Any, ax: Any, report: GateReport, max_variation: float) -> 
     ax.axhline(100 * max_variation, color="#555555", linewidth=0.8, linestyle=(0, (4, 3)))
     ax.set_xticks(range(len(report.sites)), [s.path for s in report.sites], rotation=45, ha="right", rotation_mode="anchor",
                   fontsize=7 if len(report.sites) <= 32 else 4)
-    ax.set_ylim(0, 108 * max([max_variation, *(s.variation for s in report.sites)]))
+    ax.set_ylim(0, 108 * max([max_variation, *(s.variation for s in report.sites)]) or 1)
     ax.set_ylabel("sd over images (% of mean)")
     line = mpl.lines.Line2D
     ax.legend(

@@ -169,6 +169,17 @@ def test_blocks_without_gates_are_on_the_page(folder, tmp_path):
     assert not (tmp_path / "x.svg").exists()
 
 
+def test_a_model_that_was_not_trained(folder, tmp_path):
+    """All gates are 1, and no variation is the limit of itself."""
+    file = tmp_path / "m.safetensors"
+    se_inject.save(se_inject.inject(timm.create_model("test_resnet")), file)
+    for out in (tmp_path / "x.html", tmp_path / "x.svg"):
+        call("gates", file, folder, "--img-size", SIZE, "--limit", 6, "--max-variation", 0, "-o", out)
+    text = (tmp_path / "x.html").read_text()
+    assert "takes 4 of 4 blocks out" in text and text.count('<circle cx="0.00%"') == 4
+    assert "takes it" in call("gates", file, folder, "--img-size", SIZE, "--limit", 6)[0]
+
+
 def test_the_strongest_channels(file):
     """Their gates and maps are those of the block's own call; a channel that is zero is not shown."""
     model, x, seen_by = se_inject.load(file), torch.randn(3, SIZE, SIZE), {}
