@@ -188,6 +188,12 @@ class Doubled(Film):
         return torch.add(shift, x * gate, alpha=2)
 
 
+class DoubledAddcmul(Film):
+    def forward(self, x):
+        gate, shift = self.gate_and_shift(x)
+        return torch.addcmul(shift, x, gate, value=2)
+
+
 class OfPlaces(Film):
     def forward(self, x):
         gate, _ = self.gate_and_shift(x)
@@ -215,7 +221,8 @@ def test_a_scale_with_a_shift_is_a_gate(cls, monkeypatch):
     assert all("adds a shift" in s.reason for s in se_inject.fold(model, [x]).sites)
 
 
-@pytest.mark.parametrize("cls, size", [(Residual, 32), (Residual, 64), (Doubled, 32), (Doubled, 64), (OfPlaces, 64)])
+@pytest.mark.parametrize("cls, size", [
+    (Residual, 32), (Residual, 64), (Doubled, 64), (DoubledAddcmul, 64), (OfPlaces, 64)])
 def test_other_sums_are_no_shift(cls, size, monkeypatch):
     """At 32 the last map has one position, on which the block's input has the shape of a shift."""
     report = se_inject.gates(shifting(cls, monkeypatch), [images(2, (3, size, size))])
