@@ -41,13 +41,18 @@ class Gate:
         return fx.GraphModule(self.view.module, subgraph(graph, [*before, self.node], self.node))
 
 
-def gate_of(flow: ValueFlow, call: Call) -> Gate:
+def gate_of(flow: ValueFlow, call: Call, *, shifts: bool = False) -> Gate:
     """The gate of the block that was called: one factor for each image and channel.
 
     A shift that is added behind the gate is told from the map by its shape: it is the same at all positions.
 
+    Args:
+        flow: The values of the recorded run.
+        call: The call of the block.
+        shifts: Whether the caller takes a block that adds a shift, too.
+
     Raises:
-        Refusal: Its output is not its input times a gate, with or without a shift.
+        Refusal: Its output is not its input times a gate.
     """
     other = Refusal("its output is not its input times a gate")
     inside = flow.traces.inside(call)
@@ -66,6 +71,8 @@ def gate_of(flow: ValueFlow, call: Call) -> Gate:
             continue
         if is_tensor(added) and (is_input(end, added) or not _is_shift(end, added, last)):
             continue
+        if added is not None and not shifts:
+            raise Refusal("it adds a shift to its input times a gate")
         g = unexpanded(g)
         moved = flow.outward(view, x)[1] is not flow.outward(inside, inputs[0])[1]
         return Gate(view, g, _axis_of_gate(view, x, g, other), moved, added is not None)

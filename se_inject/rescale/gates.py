@@ -115,7 +115,7 @@ def _find_scalings(absorber: Absorber, b: GatedBlock, module: nn.Module) -> None
     calls = absorber.traces.calls.get(module, [])
     if not calls:
         raise Refusal("it is not called on these images")
-    b.gate = gate_of(absorber.flow, calls[0])
+    b.gate = gate_of(absorber.flow, calls[0], shifts=True)
     if b.gate.shifted:
         raise Refusal("it adds a shift to the map, and a constant factor does not")
     if b.site.replaces:

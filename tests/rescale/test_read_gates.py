@@ -219,6 +219,9 @@ def test_a_scale_with_a_shift_is_a_gate(cls, monkeypatch):
     for s in report.sites:
         assert torch.allclose(s.mean.float(), seen[s.path].mean(0)) and not s.folds() and "shift" in s.kept
     assert all("adds a shift" in s.reason for s in se_inject.fold(model, [x]).sites)
+    with torch.no_grad():
+        expected = model(x)
+        assert (se_inject.optimize_for_inference(model)(x) - expected).norm() <= 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("cls, size", [
