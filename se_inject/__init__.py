@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from .surgery.pipeline import inject as inject
     from .surgery.pipeline import plan as plan
     from .surgery.state import block_paths as block_paths
+    from .surgery.trainable import Trainable as Trainable
+    from .surgery.trainable import trainable as trainable
     from .weights.files import load as load
     from .weights.files import save as save
 
@@ -43,6 +45,7 @@ _HOMES = {
     "SEConfig": "config", "SEInjectError": "errors", "NoSitesError": "errors", "Site": "site", "Plan": "find.plan",
     "plan": "surgery.pipeline", "inject": "surgery.pipeline", "eject": "surgery.pipeline",
     "block_paths": "surgery.state", "input_sizes": "capture.inputs",
+    "trainable": "surgery.trainable", "Trainable": "surgery.trainable",
     "se_parameters": "surgery.freezing", "freeze_base": "surgery.freezing", "unfreeze_base": "surgery.freezing",
     "save": "weights.files", "load": "weights.files", "register_block": "blocks.catalogue",
     "optimize_for_inference": "inference.optimize", "OptimizedModel": "inference.report", "OptimisedModel": "inference.report",

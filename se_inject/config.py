@@ -31,7 +31,8 @@ class SEConfig:
             EfficientNet's SqueezeExcite).
         placement: ``auto`` (a slot that the author left empty, otherwise ``standard``), ``standard``, ``inner``, ``pre``,
             ``post`` or ``identity``.
-        block: Name of the block: ``se``, another of timm's ``create_attn`` names, or a name given to `register_block`.
+        block: Name of the block: ``se``, ``film`` (which also shifts each channel), one of timm's ``create_attn`` names, or a
+            name given to `register_block`.
         init: ``identity`` (all gates are 1 until the blocks are trained) or ``timm`` (timm's own initialization and plain
             gate).
         act_layer: Activation between the two excitation layers, by timm's ``create_act`` name. None is ReLU, or, at an

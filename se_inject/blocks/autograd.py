@@ -1,4 +1,4 @@
-"""Squeeze and scale in a training step: values and gradients of the plain expressions, in fewer passes over the map.
+"""Squeeze, scale and shift in a training step: values and gradients of the plain expressions, in fewer passes over the map.
 
 The plain backward of ``x * gate(x.mean(...))`` writes three maps of the size of ``x`` besides the gradient: the product
 whose sum is the gradient of the gate, the expanded gradient of the mean, and the scaled gradient. Here, the gradient of
@@ -31,16 +31,28 @@ def squeeze(x: torch.Tensor, dims: list[int]) -> torch.Tensor:
         return y
 
 
-def scale(x: torch.Tensor, gate: torch.Tensor, dims: list[int]) -> torch.Tensor:
-    """``x * gate``; `gate` has size 1 in `dims`, and the size of `x` in all other dimensions."""
+def scale(x: torch.Tensor, gate: torch.Tensor, dims: list[int], shift: torch.Tensor | None = None) -> torch.Tensor:
+    """``x * gate``, or ``x * gate + shift``; both have size 1 in `dims`, and the size of `x` in all other dimensions."""
     if torch.jit.is_scripting():
-        return x * gate
+        return x * gate if shift is None else x * gate + shift
     else:
         if not _trains_eagerly(x, gate):
-            return x * gate
+            return _scaled(x, gate, shift)
         norm = _norm_of(x)
-        y: torch.Tensor = _Scale.apply(x, gate, dims) if norm is None else _ScaleOfNorm.apply(x, gate, dims, *norm)
+        y: torch.Tensor = (
+            _Scale.apply(x, gate, shift, dims) if norm is None else _ScaleOfNorm.apply(x, gate, shift, dims, *norm))
         return y
+
+
+def _scaled(x: torch.Tensor, gate: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
+    """The plain expression; with a shift one pass, where the operator has values to compute and the dtypes agree."""
+    if shift is None:
+        return x * gate
+    is_eager = (
+        not torch.compiler.is_compiling() and type(x) is torch.Tensor and not x.is_meta and x.dtype is gate.dtype is shift.dtype
+        and not torch.jit.is_tracing() and not transforms_are_active()
+    )  # fmt: skip
+    return torch.addcmul(shift, x, gate) if is_eager else x * gate + shift
 
 
 def _norm_of(x: torch.Tensor) -> tuple[Any, ...] | None:
@@ -76,13 +88,15 @@ class _Squeeze(Function):
 
 class _Scale(Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, gate: torch.Tensor, dims: list[int]) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, gate: torch.Tensor, shift: torch.Tensor | None, dims: list[int]
+    ) -> torch.Tensor:  # fmt: skip
         ctx.save_for_backward(x, gate)
         ctx.dims = dims
-        return x * gate
+        return _scaled(x, gate, shift)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, gate = ctx.saved_tensors
         return *_gradients(ctx, grad, gate, grad * x), None
 
@@ -90,44 +104,45 @@ class _Scale(Function):
 class _ScaleOfNorm(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, gate: torch.Tensor, dims: list[int], norm_input: torch.Tensor, weight: torch.Tensor,
-        bias: torch.Tensor, mean: torch.Tensor, invstd: torch.Tensor, eps: float,
+        ctx: Any, x: torch.Tensor, gate: torch.Tensor, shift: torch.Tensor | None, dims: list[int], norm_input: torch.Tensor,
+        weight: torch.Tensor, bias: torch.Tensor, mean: torch.Tensor, invstd: torch.Tensor, eps: float,
     ) -> torch.Tensor:  # fmt: skip
         factor = weight * invstd
         ctx.save_for_backward(gate, norm_input, weight, bias, factor, bias - mean * factor)
         ctx.dims, ctx.eps = dims, eps
-        return x * gate
+        return _scaled(x, gate, shift)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gate, norm_input, weight, bias, factor, shift = ctx.saved_tensors
+        gate, norm_input, weight, bias, factor, offset = ctx.saved_tensors
         if torch.is_grad_enabled():  # a function of the norm's input, for the gradient of this gradient
             product = grad * torch.batch_norm(norm_input, weight, bias, None, None, True, 0.0, ctx.eps, False)
         else:
-            x = _normed(norm_input, factor, shift)
+            x = _normed(norm_input, factor, offset)
             product = grad * x if _is_batched(grad) else torch.mul(grad, x, out=x)
         return *_gradients(ctx, grad, gate, product), *(None,) * 7
 
 
-def _normed(x: torch.Tensor, factor: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+def _normed(x: torch.Tensor, factor: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
     """The output of a batch norm, by the quicker of two operators."""
     if x.dtype is factor.dtype and x.stride(1) == 1:
         channels = [-1] + [1] * (x.dim() - 2)
-        return torch.addcmul(shift.view(channels), x, factor.view(channels))
+        return torch.addcmul(offset.view(channels), x, factor.view(channels))
     mean, var = torch.zeros_like(factor), torch.ones_like(factor)
-    return torch.native_batch_norm(x, factor, shift, mean, var, False, 0.0, 0.0)[0]
+    return torch.native_batch_norm(x, factor, offset, mean, var, False, 0.0, 0.0)[0]
 
 
 def _gradients(
     ctx: Any, grad: torch.Tensor, gate: torch.Tensor, product: torch.Tensor
-) -> tuple[torch.Tensor | None, torch.Tensor]:  # fmt: skip
-    """The gradients of ``x`` and of the gate, from ``grad * x``. The buffer of `product` is reused."""
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """The gradients of ``x``, the gate and the shift, from ``grad * x``. The buffer of `product` is reused."""
     of_gate = product.sum(ctx.dims, keepdim=True)
+    of_shift = grad.sum(ctx.dims, keepdim=True) if ctx.needs_input_grad[2] else None
     if not ctx.needs_input_grad[0]:
-        return None, of_gate
+        return None, of_gate, of_shift
     if torch.is_grad_enabled() or _is_batched(grad):  # with gradients enabled, the product is needed again
-        return grad * gate, of_gate
-    return torch.mul(grad, gate, out=product), of_gate
+        return grad * gate, of_gate, of_shift
+    return torch.mul(grad, gate, out=product), of_gate, of_shift
 
 
 def _is_batched(grad: torch.Tensor) -> bool:

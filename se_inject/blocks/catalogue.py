@@ -13,6 +13,7 @@ from torch import nn
 
 from ..config import SEConfig, did_you_mean
 from ..errors import ConfigError
+from .film import ScaleAndShift
 from .gather_excite import GatherExcite
 from .identity import Start
 from .squeeze_excite import LAYOUTS, EfficientNetSqueezeExcite, SqueezeExcite, squeeze_width
@@ -71,7 +72,10 @@ _SE = Block(
     "se", SqueezeExcite, Start(("fc2",), ("gate",), "fc1"), layouts=LAYOUTS, width=squeeze_width, site_act=True)
 _EFFICIENTNET_SE = dataclasses.replace(
     _SE, cls=EfficientNetSqueezeExcite, start=Start(("conv_expand",), ("gate",), "conv_reduce"))
-_rows = {"se": dataclasses.replace(_SE, styles={"efficientnet": _EFFICIENTNET_SE})}
+_rows = {
+    "se": dataclasses.replace(_SE, styles={"efficientnet": _EFFICIENTNET_SE}),
+    "film": dataclasses.replace(_SE, name="film", cls=ScaleAndShift, start=Start(("fc2", "shift"), ("gate",), "fc1")),
+}
 for _name, _start, _positions in (  # timm's, by their create_attn names
     ("ese", Start(("fc",), ("gate",)), False),
     ("eca", Start(("conv",), ("gate",)), False),

@@ -34,6 +34,15 @@ def mixes(module: nn.Module) -> bool:
     return any(is_weight(p) for p in module._parameters.values() if p is not None)
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm: one of torch's or derived from it, or a layer that is called so and mixes nothing."""
+    named = [c for c in type(module).__mro__ if "norm" in c.__name__.lower()]
+    if any(c.__module__.startswith("torch.nn.") for c in named):
+        return True
+    inner = any(True for child in module.children() for _ in child.parameters())
+    return bool(named) and not inner and not mixes(module)
+
+
 def is_conv(module: nn.Module) -> bool:
     """Whether `module` is a convolution over space, by itself: kernel larger than one. ECA's is one over channels."""
     kernel = getattr(module, "kernel_size", None)

@@ -25,7 +25,8 @@ from ..errors import Refusal
 class Gate:
     """A block multiplies its input by this: the value of `node` in the forward `view`, which varies along `axis`.
 
-    `moved` says that the input is in another layout there, and `shifted` that the block also adds something to the product.
+    `moved` says that the input is in another layout there, and `shifted` that the block also adds something to the product;
+    `shift` is that, where it is a value of the gate's shape in the same forward.
     """
 
     view: ModuleGraph
@@ -33,6 +34,7 @@ class Gate:
     axis: int
     moved: bool
     shifted: bool = False
+    shift: fx.Node | None = None
 
     def function(self) -> nn.Module:
         """A module of the same weights that returns the gate alone. Call it outside `on_meta`."""
@@ -66,7 +68,7 @@ def gate_of(flow: ValueFlow, call: Call, *, shifts: bool = False) -> Gate:
         return flow.unmoved(view, node, computed=False)[1] is start
 
     end, last = flow.unmoved(inside, result)
-    for view, x, g, added in _products(flow, end, last):
+    for view, x, g, added, plain in _products(flow, end, last):
         if not is_tensor(g) or not is_input(view, x) or is_input(view, g):
             continue
         if is_tensor(added) and (is_input(end, added) or not _is_shift(end, added, last)):
@@ -75,19 +77,25 @@ def gate_of(flow: ValueFlow, call: Call, *, shifts: bool = False) -> Gate:
             raise Refusal("it adds a shift to its input times a gate")
         g = unexpanded(g)
         moved = flow.outward(view, x)[1] is not flow.outward(inside, inputs[0])[1]
-        return Gate(view, g, _axis_of_gate(view, x, g, other), moved, added is not None)
+        axis = _axis_of_gate(view, x, g, other)
+        shift = added if plain and is_tensor(added) and view is end and shape(added) == shape(g) else None
+        return Gate(view, g, axis, moved, added is not None, shift)
     raise other
 
 
-def _products(flow: ValueFlow, view: ModuleGraph, node: fx.Node) -> Iterator[tuple[ModuleGraph, fx.Node, Any, Any]]:
-    """Each reading of a value as a tensor times a factor: the forward with the product, both, and what is added, or None."""
-    yield from ((view, x, g, None) for x, g in ops.products(node))
+def _products(
+    flow: ValueFlow, view: ModuleGraph, node: fx.Node,
+) -> Iterator[tuple[ModuleGraph, fx.Node, Any, Any, bool]]:  # fmt: skip
+    """Each reading of a value as a tensor times a factor: the forward with the product, both, what is added, or None, and
+    whether that is added as it is."""
+    yield from ((view, x, g, None, False) for x, g in ops.products(node))
     if ops.name_of(node) == "addcmul" and ops.argument(node, "value", 1) == 1:
         shift, a, b = (ops.argument(node, name) for name in ("input", "tensor1", "tensor2"))
-        yield from ((view, x, g, shift) for x, g in ((a, b), (b, a)))
+        yield from ((view, x, g, shift, True) for x, g in ((a, b), (b, a)))
+    plain = ops.name_of(node) == "add" and ops.argument(node, "alpha", 1) == 1
     for product, added in ops.sums(node):
         inner, made = flow.unmoved(view, product)
-        yield from ((inner, x, g, added) for x, g in ops.products(made))
+        yield from ((inner, x, g, added, plain) for x, g in ops.products(made))
 
 
 def _axis_of_gate(view: ModuleGraph, x: fx.Node, g: fx.Node, other: Refusal) -> int:

@@ -83,7 +83,8 @@ def fold(
     with evaluating(model):
         first = first_of("fold", model, batches("fold", loader, model, inputs))
         blocks = find_blocks_for("fold", model, first.arguments, inputs)
-        measure(model, _arguments(loader, model, inputs), [(b.gate, b.statistics.add) for b in blocks if b.gate is not None])
+        measured = [(gate, statistics.add) for b in blocks for gate, statistics in b.measured()]
+        measure(model, _arguments(loader, model, inputs), measured)
         for b in blocks:
             b.reason = reason_to_keep("fold", b, max_variation)
         folded = [b for b in blocks if b.reason is None]
@@ -103,4 +104,4 @@ def _arguments(loader: Iterable[Any], model: nn.Module, inputs: Inputs) -> Itera
 
 def _folded_site(b: GatedBlock) -> FoldedSite:
     into = tuple(s.key for s in b.scalings) if b.reason is None else ()
-    return FoldedSite(b.site.path, b.statistics.mean_of_channels, b.statistics.variation, b.reason, into)
+    return FoldedSite(b.site.path, b.statistics.mean_of_channels, b.variation, b.reason, into)

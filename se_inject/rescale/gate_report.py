@@ -22,7 +22,8 @@ class SiteGates:
         mean: The mean over the images (C,).
         deviation: The standard deviation over the images (C,).
         class_means: The mean over the images of each class (K, C), in the order of `GateReport.classes`.
-        variation: How much the gate varies from image to image, see `FoldedSite.variation`.
+        variation: How much the gate varies from image to image, see `FoldedSite.variation`; of a block with a
+            shift how much that varies, if `fold` can take it and it varies more.
         kept: Why `fold` would keep the block; None if it can fold it.
     """
 

@@ -1,4 +1,4 @@
-"""How much gates vary from image to image: mean and variation of each, in one pass over the images."""
+"""How much gates and shifts vary from image to image: mean and variation of each, in one pass over the images."""
 
 from __future__ import annotations
 
@@ -67,6 +67,14 @@ class GateStatistics:
         deviation = self.deviation
         relative = torch.where(deviation == 0, torch.zeros_like(deviation), deviation / self.mean.abs())
         return float(relative.mean())
+
+    @property
+    def relative_to_all(self) -> float:
+        """The same relative to the mean over all channels: single means of a shift may be 0."""
+        if self.images == 0:
+            return math.nan
+        deviation, size = float(self.deviation.mean()), float(self.mean.abs().mean())
+        return deviation / size if size else math.inf if deviation else 0.0
 
 
 class Labels:

@@ -13,8 +13,8 @@ from torch import fx, nn
 from ..capture.example import Example, Inputs
 from ..capture.forward import trace_forward
 from ..capture.snapshot import restored
-from ..dataflow.module_graph import ModuleGraph
-from ..dataflow.ops import name_of, shape
+from ..dataflow.module_graph import ModuleGraph, spelled
+from ..dataflow.ops import argument, name_of, shape
 from ..errors import Refusal, SEInjectError, TraceError
 from ..find.attention import Gate, gate_of
 from ..site import Site
@@ -33,22 +33,46 @@ class GatedBlock:
         site: Where the block is.
         gate: Its gate; None if the block is not its input times a gate.
         scalings: The parameters that take in the mean gate, times `gain`.
+        bias: The parameter that takes in the mean shift, times `gain`; None if the block has no shift.
         gain: The factor that the owner's forward applies only if the block is there, see `outer_gain`.
         reason: Why the block is kept; None if it is folded.
         statistics: Those of the gate.
+        shift_statistics: Those of the shift.
     """
 
     site: Site
     gate: Gate | None = None
     scalings: tuple[Scaling, ...] = ()
+    bias: str | None = None
     gain: float = 1.0
     reason: str | None = None
     statistics: GateStatistics = dataclasses.field(default_factory=GateStatistics)
+    shift_statistics: GateStatistics = dataclasses.field(default_factory=GateStatistics)
 
     @property
     def factors(self) -> torch.Tensor:
         """What takes the place of the block: a factor for each channel (C,)."""
         return self.statistics.mean * self.gain
+
+    @property
+    def terms(self) -> torch.Tensor:
+        """What is added to the bias in the place of the block, for each channel (C,)."""
+        return self.shift_statistics.mean * self.gain
+
+    @property
+    def variation(self) -> float:
+        """How much the gate varies from image to image, or the shift where that varies more."""
+        gate, shift = self.statistics.variation, self.shift_statistics.relative_to_all
+        return max(gate, shift) if self.bias is not None else gate
+
+    def measured(self) -> list[tuple[Gate, GateStatistics]]:
+        """The gate and the shift, each with its statistics."""
+        if self.gate is None:
+            return []
+        found = [(self.gate, self.statistics)]
+        if self.gate.shift is not None:
+            found.append((dataclasses.replace(self.gate, node=self.gate.shift), self.shift_statistics))
+        return found
 
     def channel_axis(self, dims: int) -> int:
         """The axis of the channels in the block's input, which has `dims` axes."""
@@ -92,15 +116,15 @@ def reason_to_keep(what: str, b: GatedBlock, max_variation: float | None) -> str
     Raises:
         SEInjectError: The gate is not finite.
     """
-    variation = b.statistics.variation
-    if not b.statistics.is_finite:
+    variation = b.variation
+    if not (b.statistics.is_finite and b.shift_statistics.is_finite):
         raise SEInjectError(
             f"{what}: the gate of {b.site.path!r} is NaN or infinite on these images; the model was not changed: check its "
             "weights and the normalization of the images")
     if b.reason is not None:
         return b.reason
     if max_variation is not None and not variation <= max_variation:
-        return f"its gate varies by {variation:.3g}, more than {max_variation:g}"
+        return f"its {'gate' if b.bias is None else 'gate or shift'} varies by {variation:.3g}, more than {max_variation:g}"
     if bool((b.factors < 0).any()) and b.scalings:
         return "its mean gate is negative, and would not pass a ReLU"
     return None
@@ -116,13 +140,17 @@ def _find_scalings(absorber: Absorber, b: GatedBlock, module: nn.Module) -> None
     if not calls:
         raise Refusal("it is not called on these images")
     b.gate = gate_of(absorber.flow, calls[0], shifts=True)
-    if b.gate.shifted:
-        raise Refusal("it adds a shift to the map, and a constant factor does not")
+    if b.gate.shifted and b.gate.shift is None:
+        raise Refusal("it adds a shift in a form that no bias takes in")
     if b.site.replaces:
         raise Refusal("it replaced the base's own attention, which would come back")
     view, node = only_call(absorber, module)
     b.gain = outer_gain(view, b.site.slot)
-    b.scalings = tuple(absorb_gate(absorber, view, node, b.channel_axis(len(shape(node)))))
+    axis = b.channel_axis(len(shape(node)))
+    if b.gate.shift is None:
+        b.scalings = tuple(absorb_gate(absorber, view, node, axis))
+    else:
+        b.scalings, b.bias = absorb_shift(absorber, view, node, axis)
 
 
 def only_call(absorber: Absorber, block: nn.Module) -> tuple[ModuleGraph, fx.Node]:
@@ -158,6 +186,33 @@ def absorb_gate(absorber: Absorber, view: ModuleGraph, node: fx.Node, axis: int)
         return absorber.behind(view, node, labels)
     except Refusal as refusal:
         raise Refusal(f"before it: {before}; behind it: {refusal}") from None
+
+
+def absorb_shift(absorber: Absorber, view: ModuleGraph, node: fx.Node, axis: int) -> tuple[tuple[Scaling, ...], str]:
+    """The scalings before a block that do what its constant gate does, and the bias that takes in its shift.
+
+    That is the bias of the layer which computes the block's input, where each of the bias's elements is scaled by the factor
+    of its own channel: then nothing but changes of layout is between them, and a sum commutes with those.
+
+    Raises:
+        Refusal: There are none.
+    """
+    labels = label_channels(shape(node), axis)
+    try:
+        scalings = absorber.before(view, node.args[0], labels, node)
+    except Refusal as refusal:
+        raise Refusal(f"its shift goes into the bias of the layer before it: {refusal}") from None
+    x = node.args[0]
+    assert isinstance(x, fx.Node)
+    inside, layer = absorber.flow.unmoved(view, x)
+    bias = argument(layer, "bias")
+    if not isinstance(bias, fx.Node) or bias.op != "get_attr":
+        raise Refusal(f"its shift needs a bias, and {spelled(layer, inside)} before it has none")
+    key = f"{inside.path}.{bias.target}" if inside.path else str(bias.target)
+    channels = torch.arange(shape(node)[axis], dtype=torch.float64)
+    if not any(s.key == key and s.power == 1 and torch.equal(s.labels, channels) for s in scalings):
+        raise Refusal(f"its shift needs a bias for each channel, and {key} is none")
+    return tuple(scalings), key
 
 
 def outer_gain(view: ModuleGraph, slot: str) -> float:

@@ -93,8 +93,9 @@ def _constant_gates(model: nn.Module, blocks: Iterable[GatedBlock]) -> Iterator[
         def output(module: nn.Module, args: Any, _: torch.Tensor) -> torch.Tensor:
             x = args[0]
             axis = b.channel_axis(x.dim())
-            gate = b.statistics.mean.to(x.device, x.dtype)
-            return torch.as_tensor(x * gate.view([-1 if d == axis else 1 for d in range(x.dim())]))
+            sizes = [-1 if d == axis else 1 for d in range(x.dim())]
+            y: torch.Tensor = x * b.statistics.mean.to(x.device, x.dtype).view(sizes)
+            return y if b.bias is None else y + b.shift_statistics.mean.to(x.device, x.dtype).view(sizes)
         return output
 
     handles = [model.get_submodule(b.site.path).register_forward_hook(hook(b)) for b in blocks]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 from ..capture.example import Example, Inputs, asked
 from ..capture.snapshot import evaluating
 from ..errors import SEInjectError
+from ..find.attention import Gate
 from ..surgery.refusals import refuse_plain
 from ..surgery.state import given_inputs
 from .batches import Batch, batches, first_of, labels_of
@@ -71,7 +72,7 @@ def gates(
         labels = Labels()
         readings = [_Reading(b, labels) for b in find_blocks_for("gates", model, first.arguments, inputs)]
         arguments = _counted(itertools.chain([first], found), labels, inputs)
-        measure(model, arguments, [(r.block.gate, r.add) for r in readings if r.block.gate is not None])
+        measure(model, arguments, [measured for r in readings for measured in r.measured()])
     left_out = {r.block.site.path: reason for r in readings if (reason := r.reason_to_leave_out()) is not None}
     classes, rows = _sorted(labels)
     return GateReport(
@@ -86,6 +87,11 @@ class _Reading:
         self.block = block
         self.labels = labels
         self.class_means = ClassMeans()
+
+    def measured(self) -> list[tuple[Gate, Callable[[torch.Tensor], object]]]:
+        """What is measured, each with what takes it: the gate, and what `fold` asks of a shift."""
+        b = self.block
+        return [(gate, self.add if statistics is b.statistics else statistics.add) for gate, statistics in b.measured()]
 
     def add(self, gates: torch.Tensor) -> None:
         self.block.statistics.add(gates)
@@ -104,7 +110,7 @@ class _Reading:
         kept = reason_to_keep("gates", b, None)
         return SiteGates(
             b.site.path, b.site.stage, b.statistics.mean, b.statistics.deviation, self.class_means.means[rows],
-            b.statistics.variation, kept)
+            b.variation, kept)
 
 
 def _counted(found: Iterable[Batch], labels: Labels, inputs: Inputs) -> Iterator[Example]:

@@ -15,7 +15,7 @@ from .gates import GatedBlock
 
 
 def replace_blocks(model: nn.Module, blocks: Collection[GatedBlock]) -> None:
-    """Take blocks out of a model, in place, and scale the parameters that take in their mean gates."""
+    """Take blocks out of a model, in place, and let its parameters take in their mean gates and shifts."""
     parameters = dict(model.named_parameters())
     going = {b.site.path for b in blocks}
     for path, m in list(model.named_modules()):
@@ -25,6 +25,9 @@ def replace_blocks(model: nn.Module, blocks: Collection[GatedBlock]) -> None:
         for s in b.scalings:
             p = parameters[s.key]
             p.copy_(s.scale(p, b.factors))
+        if b.bias is not None:
+            p = parameters[b.bias]
+            p.copy_(p.double() + b.terms.to(p.device))
 
 
 def _take_out(owner: nn.Module, slots: set[str]) -> None:

@@ -16,7 +16,8 @@ class FoldedSite:
         path: Dotted name of the block.
         gate: The mean of its gate over images and channels; NaN if the block is not its input times a gate for each channel.
         variation: How much the gate varies from image to image: the standard deviation over the images, relative to the
-            absolute value of the mean, averaged over the channels; NaN if there is no such gate.
+            absolute value of the mean, averaged over the channels; NaN if there is no such gate. Of a block with a shift that
+            of the shift, if it is larger: relative to the mean over channels of the shift's absolute value.
         reason: Why the block was kept; None if it was folded.
         into: Names of the tensors that took the mean gate in; empty if the block was kept.
     """

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..capture.snapshot import all_or_nothing
 from ..errors import ConfigError, SEInjectError
+from .parts import norm_parameters
 from .refusals import injected_inside, refuse
 from .state import block_paths, head_paths
 
@@ -54,7 +55,7 @@ def se_parameters(model: nn.Module, optimizer: torch.optim.Optimizer | None = No
     return [p for key, p in found.items() if key not in known]
 
 
-def freeze_base(model: nn.Module, head: bool | nn.Module = True) -> nn.Module:
+def freeze_base(model: nn.Module, head: bool | nn.Module = True, norms: bool = False) -> nn.Module:
     """Let only the blocks and the head learn, in place, and return the model. `unfreeze_base` undoes it.
 
     `requires_grad` of all other parameters becomes False. Layers that keep statistics (BatchNorm) stay in eval mode, also
@@ -67,6 +68,7 @@ def freeze_base(model: nn.Module, head: bool | nn.Module = True) -> nn.Module:
         model: An injected model, not wrapped; changed in place.
         head: Whether the classifier learns too, as a new task needs. True takes ``model.get_classifier()``; for a model
             without that method, give the module itself.
+        norms: Whether the scales and shifts of the base's norms learn too. Their statistics stay as they are.
 
     Returns:
         `model` itself.
@@ -74,8 +76,8 @@ def freeze_base(model: nn.Module, head: bool | nn.Module = True) -> nn.Module:
     Raises:
         SEInjectError: The model has no injected blocks, or was optimized for inference; nothing is changed.
         TraceError: It is wrapped by DDP or sharded by FSDP, or a part of it is scripted.
-        ConfigError: `model` is not a module, `head` is True and the model does not know its own, or `head` is not a
-            module of the model.
+        ConfigError: `model` is not a module, `head` is True and the model does not know its own, `head` is not a
+            module of the model, or `norms` is True and the model's norms have no parameters.
 
     Example:
         >>> import se_inject, timm
@@ -89,10 +91,12 @@ def freeze_base(model: nn.Module, head: bool | nn.Module = True) -> nn.Module:
     refuse(model, "freeze_base", traced=False)
     _paths(model, "freeze_base")
     names = _head_names(model, head)
+    scales = _norm_names(model, norms)
     with all_or_nothing(model):
         unfreeze_base(model)
         learns = _learning(model, names)
-        frozen = {name: p for name, p in model.named_parameters() if not _inside(name, learns) and p.requires_grad}
+        frozen = {name: p for name, p in model.named_parameters()
+                  if p.requires_grad and name not in scales and not _inside(name, learns)}
         for p in frozen.values():
             p.requires_grad_(False)
         model.__dict__[_FROZEN] = _Frozen(names, frozenset(frozen))
@@ -183,6 +187,21 @@ def _hold_statistics(model: nn.Module) -> None:
     for m in held.values():
         m.training = False
     state.held = frozenset(held)
+
+
+def _norm_names(model: nn.Module, norms: object) -> set[str]:
+    """The names of the norms' parameters that learn.
+
+    Raises:
+        ConfigError: There are none, or `norms` is neither True nor False.
+    """
+    if not isinstance(norms, bool):
+        raise ConfigError(f"freeze_base({type(model).__name__}, norms={norms!r}): expected True or False")
+    found = norm_parameters(model) if norms else set()
+    if norms and not found:
+        raise ConfigError(f"freeze_base({type(model).__name__}, norms=True): the norms of this model have no parameters, or it "
+                          "has no norms: leave norms out")
+    return found
 
 
 def _learning(model: nn.Module, head: Iterable[str]) -> tuple[str, ...]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Collection
 
 import torch
 from torch import nn
 
+from ..dataflow.layers import is_norm
 from .state import block_paths, head_paths
 
 _COUNTER = "num_batches_tracked"  # of a batch norm; its outputs do not depend on it
@@ -23,6 +25,7 @@ class Parts:
         se: Tensors of the blocks.
         stats: Those of base and head that a forward in train mode may write: their buffers, such as running means.
         blocks: Names of the tensors of each block, by the path of the block.
+        norms: The parameters of the base's norms, their scales and shifts.
     """
 
     base: dict[str, torch.Tensor]
@@ -30,33 +33,38 @@ class Parts:
     se: dict[str, torch.Tensor]
     blocks: dict[str, list[str]]
     stats: dict[str, torch.Tensor]
+    norms: dict[str, torch.Tensor]
 
     @classmethod
     def of(cls, model: nn.Module) -> Parts:
-        parts = cls({}, {}, {}, {path: [] for path in block_paths(model)}, {})
+        parts = cls({}, {}, {}, {path: [] for path in block_paths(model)}, {}, {})
         buffers = {name for name, b in model.named_buffers(remove_duplicate=False) if b.is_floating_point()}
         heads = dict.fromkeys(head_paths(model))
+        norms = norm_parameters(model)
         for key, tensor in own_tensors(model).items():
-            path = _module_of(key, parts.blocks)
+            path = module_of(key, parts.blocks)
             if path is not None:
                 parts.blocks[path].append(key)
                 parts.se[key] = tensor
             else:
-                (parts.base if _module_of(key, heads) is None else parts.head)[key] = tensor
+                (parts.base if module_of(key, heads) is None else parts.head)[key] = tensor
                 if key in buffers or key.endswith(_COUNTER):
                     parts.stats[key] = tensor
+                elif key in norms and key in parts.base:
+                    parts.norms[key] = tensor
         return parts
 
     def everything(self) -> dict[str, torch.Tensor]:
         return {**self.base, **self.head, **self.se}
 
     def is_partial(self, keys: Collection[str]) -> bool:
-        """Whether `keys` are tensors of blocks, of the whole head or of all statistics alone, to be loaded over a base.
+        """Whether `keys` are tensors of blocks, of the whole head, all norms or all statistics, to be loaded over a base.
 
         Counters of batches may be absent, as everywhere.
         """
         others = {key for key in keys if key not in self.se}
-        wholes: list[set[str]] = [set(), {*self.head}, {*self.stats}, {*self.head, *self.stats}]
+        chosen = itertools.product((True, False), repeat=3)
+        wholes = ({*itertools.chain(*itertools.compress((self.head, self.norms, self.stats), c))} for c in chosen)
         return bool(keys) and any(
             others <= whole and all(key.endswith(_COUNTER) for key in whole - others) for whole in wholes)
 
@@ -70,12 +78,19 @@ class Parts:
         return [name for names in broken for name in names if name not in keys]
 
 
+def norm_parameters(model: nn.Module) -> set[str]:
+    """The names of the parameters of a model's norms."""
+    return {
+        f"{path}.{name}" if path else name for path, m in model.named_modules(remove_duplicate=False) if is_norm(m)
+        for name, p in m.named_parameters(recurse=False) if p is not None}
+
+
 def own_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     """The parameters and buffers that the state dict of `module` holds, by its names: themselves, no copies."""
     return dict(module.state_dict(keep_vars=True))
 
 
-def _module_of(key: str, paths: Collection[str]) -> str | None:
+def module_of(key: str, paths: Collection[str]) -> str | None:
     """The path, among `paths`, of the module that holds the tensor of this name."""
     path = key
     while path:

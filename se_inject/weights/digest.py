@@ -80,6 +80,8 @@ def warn_of_another_base(
                       "'stats')) writes them with the blocks")
     if any(key in parts.head for key in differ):
         advice.append("only=('se', 'head') writes a new head with the blocks")
+    if any(key in parts.norms for key in differ):
+        advice.append("only=('se', 'norms') writes norms that learned, as with freeze_base(model, norms=True)")
     if any(key not in parts.stats and key not in parts.head for key in differ):
         advice.append("give the base that the blocks were trained on, unless another one is what you want")
     _logger.warning(

@@ -54,8 +54,9 @@ def save(
     Args:
         model: An injected model, which DDP or `torch.compile` may wrap.
         path: The file to write, by convention ``*.safetensors``.
-        only: ``"se"`` writes the blocks alone, ``"head"`` the classifier, ``"stats"`` the statistics of norms, which move
-            in train mode; ``("se", "head")`` writes both. `load` puts them on top of any base weights.
+        only: ``"se"`` writes the blocks alone, ``"head"`` the classifier, ``"norms"`` the scales and shifts of the base's
+            norms, ``"stats"`` the norms' statistics, which move in train mode; a tuple such as ``("se", "head")`` writes
+            several. `load` puts them on top of any base weights.
         metadata: More strings for the header of the file; not changed.
         max_shard_size: A number of bytes, or a size such as ``"5GB"``.
 
@@ -88,8 +89,9 @@ def save(
             "or write it with safetensors.torch.save_file(model.state_dict(), path)")
     wanted = [only] if isinstance(only, str) else list(only) if isinstance(only, (list, tuple, set, frozenset)) else []
     if only is not None and (not wanted or any(name not in [*PARTS] for name in wanted)):
-        raise ConfigError(f"only={only!r}: expected 'se' (the blocks), 'head' (the classifier), 'stats' (the statistics of "
-                          "norms), several of them, or None (everything)")
+        raise ConfigError(
+            f"only={only!r}: expected 'se' (the blocks), 'head' (the classifier), 'norms' (scales and shifts of the base's "
+            "norms), 'stats' (the statistics of norms), several of them, or None (everything)")
     tensors = own_tensors(model)
     parts = Parts.of(model)
     header: dict[str, str] = {}
@@ -97,7 +99,7 @@ def save(
         kept = {key for name in wanted for key in getattr(parts, name)}
         tensors = {key: t for key, t in tensors.items() if key in kept}
     if not tensors:
-        lacks = "classifier" if "head" in wanted else "statistics"
+        lacks = " and no ".join(dict(PARTS, head="classifier", norms="norms with parameters")[name] for name in wanted)
         raise WeightsError(f"save({type(model).__name__}, only={only!r}): this model has no {lacks}; write only='se'")
     recipe = Recipe.of(model, injections, content_of(wanted))
     why = why_not_rebuilt(recipe, parts)

@@ -20,7 +20,7 @@ from ..surgery.save_pretrained import VERSION
 from ..surgery.state import Injection
 from ..timm_names import architecture_of, base_name, model_args
 
-PARTS = {"se": "blocks", "head": "head", "stats": "statistics"}  # of a model, which a file may hold alone
+PARTS = {"se": "blocks", "head": "head", "norms": "norms", "stats": "statistics"}  # of a model, which a file may hold alone
 FULL = "full"  # the content of a file that holds all parts and the base
 _FIELDS = {
     "version": int, "architecture": (str, type(None)), "model_args": dict, "configs": list, "input_sizes": list,

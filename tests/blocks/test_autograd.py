@@ -1,4 +1,4 @@
-"""Squeeze and scale in a training step: values and gradients of the plain expressions, with fewer saved maps."""
+"""Squeeze, scale and shift in a training step: values and gradients of the plain expressions, with fewer saved maps."""
 
 import copy
 import weakref
@@ -11,6 +11,7 @@ from torch import nn
 
 import se_inject
 from se_inject.blocks import autograd
+from se_inject.blocks.film import ScaleAndShift
 from se_inject.blocks.squeeze_excite import SqueezeExcite
 from se_inject.private import SEES_SAVED_TENSORS_HOOKS
 
@@ -25,9 +26,13 @@ def small(monkeypatch):
     monkeypatch.setattr(autograd, "MIN_NUMEL", 0)
 
 
-def block(layout, dtype=torch.float32):
-    torch.manual_seed(0)
-    return SqueezeExcite(8, 4, layout, gain=2.0, act_layer="silu", dtype=dtype)
+@pytest.fixture(params=[SqueezeExcite, ScaleAndShift])
+def block(request):
+    def make(layout, dtype=torch.float32):
+        torch.manual_seed(0)
+        return request.param(8, 4, layout, gain=2.0, act_layer="silu", dtype=dtype)
+
+    return make
 
 
 def gradients(module, x, monkeypatch, plain):
@@ -43,7 +48,7 @@ def gradients(module, x, monkeypatch, plain):
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(("layout", "shape"), LAYOUTS)
-def test_values_are_equal_and_gradients_those_of_the_plain_expression(layout, shape, channels_last, small, monkeypatch):
+def test_values_are_equal_and_gradients_those_of_the_plain_expression(block, layout, shape, channels_last, small, monkeypatch):
     x = torch.randn(shape)
     if channels_last and x.dim() == 4:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -57,7 +62,7 @@ def test_values_are_equal_and_gradients_those_of_the_plain_expression(layout, sh
 
 
 @pytest.mark.parametrize(("layout", "shape"), LAYOUTS)
-def test_gradients_and_gradients_of_gradients_are_right(layout, shape, small):
+def test_gradients_and_gradients_of_gradients_are_right(block, layout, shape, small):
     module = block(layout, torch.float64)
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(module, (x,))
@@ -66,7 +71,7 @@ def test_gradients_and_gradients_of_gradients_are_right(layout, shape, small):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("layout", "shape"), LAYOUTS)
-def test_the_squeeze_is_the_mean_to_the_bit(layout, shape, dtype, small):
+def test_the_squeeze_is_the_mean_to_the_bit(block, layout, shape, dtype, small):
     dims = block(layout).dims
     x = torch.randn([n * 7 for n in shape]).to(dtype).requires_grad_()
     y = autograd.squeeze(x, dims)
@@ -74,7 +79,7 @@ def test_the_squeeze_is_the_mean_to_the_bit(layout, shape, dtype, small):
     assert torch.equal(y, x.mean(dims, keepdim=True))
 
 
-def test_the_function_runs_where_gradients_are_needed(small):
+def test_the_function_runs_where_gradients_are_needed(block, small):
     x = torch.randn(2, 8, 6, 5, requires_grad=True)
     assert type(block("NCHW")(x).grad_fn).__name__ == "_ScaleBackward"
     gate = torch.ones(2, 8, 1, 1, requires_grad=True)
@@ -86,7 +91,7 @@ def test_the_function_runs_where_gradients_are_needed(small):
 class Normed(nn.Sequential):
     """A block after a batch norm, as in a bottleneck."""
 
-    def __init__(self, dtype=torch.float32):
+    def __init__(self, block, dtype=torch.float32):
         torch.manual_seed(1)
         super().__init__(nn.Conv2d(3, 8, 3, bias=False, dtype=dtype), nn.BatchNorm2d(8, dtype=dtype), block("NCHW", dtype))
         nn.init.uniform_(self[1].weight, 0.5, 1.5)
@@ -106,8 +111,8 @@ def freed(model, x):
 @needs_norms_computed_again
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_the_output_of_a_norm_is_computed_again(layout, dtype, small, monkeypatch):
-    model = Normed().to(memory_format=layout)
+def test_the_output_of_a_norm_is_computed_again(block, layout, dtype, small, monkeypatch):
+    model = Normed(block).to(memory_format=layout)
     x = torch.randn(4, 3, 11, 9).contiguous(memory_format=layout)
     grads = []
     for has_norm in (True, False):
@@ -128,14 +133,14 @@ def close(mine, theirs, most):
 
 
 @needs_norms_computed_again
-def test_the_output_of_a_norm_is_not_saved(small):
+def test_the_output_of_a_norm_is_not_saved(block, small):
     x = torch.randn(2, 3, 8, 8)
-    assert freed(Normed(), x)
-    frozen, still = Normed(), Normed()
+    assert freed(Normed(block), x)
+    frozen, still = Normed(block), Normed(block)
     frozen[1].bias.requires_grad_(False)
     still[1].eval()
     assert not freed(frozen, x) and not freed(still, x)  # their nodes do not save what x is computed from
-    model = Normed()
+    model = Normed(block)
     torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False).sum().backward()
     expected = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
@@ -143,8 +148,8 @@ def test_the_output_of_a_norm_is_not_saved(small):
     close([p.grad for p in model.parameters()], expected, 1e-5)
 
 
-def test_gradients_of_gradients_after_a_norm(small):
-    model = Normed(torch.float64)
+def test_gradients_of_gradients_after_a_norm(block, small):
+    model = Normed(block, torch.float64)
     x = torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(model, (x,))
     assert torch.autograd.gradgradcheck(model, (x,))
@@ -153,7 +158,7 @@ def test_gradients_of_gradients_after_a_norm(small):
         model, dict(zip(("1.weight", "1.bias"), w)), (x.detach(),)), weights)
 
 
-def test_autocast(small, monkeypatch):
+def test_autocast(block, small, monkeypatch):
     module = block("NCHW")
     x = torch.randn(2, 8, 6, 5)
     with torch.autocast("cpu", torch.bfloat16):
@@ -166,7 +171,7 @@ def test_autocast(small, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*is deprecated:FutureWarning")  # torch.func raises it
-def test_batches_of_gradients(small):
+def test_batches_of_gradients(block, small):
     module = block("NCHW")
     x = torch.randn(2, 8, 6, 5)
 
@@ -186,7 +191,7 @@ def test_batches_of_gradients(small):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*is deprecated:FutureWarning")
-def test_compilers_and_scripts_get_the_plain_expression(small):
+def test_compilers_and_scripts_get_the_plain_expression(block, small):
     module = block("NCHW")
     x = torch.randn(2, 8, 6, 5, requires_grad=True)
     expected = module(x)

@@ -1,10 +1,12 @@
 """The rows of the catalogue: each block at the same sites, an identity at the start, or refused with the reason."""
 
+import copy
 import dataclasses
 
 import pytest
 import timm
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
 
 import se_inject
@@ -12,11 +14,11 @@ from se_inject import block_paths
 from se_inject.blocks import catalogue
 from se_inject.blocks.build import BlockSpec, make_block
 from se_inject.blocks.catalogue import Block, block_names, get_block
+from se_inject.blocks.film import ScaleAndShift
 from se_inject.blocks.identity import Start, is_identity, make_identity
-from se_inject.blocks.squeeze_excite import SqueezeExcite, squeeze_width
 from se_inject.config import SEConfig
 
-from ..support.checks import check_identity
+from ..support.checks import check_identity, randomise
 
 NO_IDENTITY = {"lcbam"}  # its channel gate is a mean of two squeezes' gates, its spatial one a sum of two maps
 SHORT = {"depths": (1, 1, 1, 1)}
@@ -45,7 +47,7 @@ def test_what_is_no_identity_is_refused_with_the_reason(block):
 
 @pytest.mark.parametrize("block, message", [
     ("sk", "replaces a convolution by several"), ("nl", "does not gate it"), ("halo", "self-attention"),
-    ("sse", "did you mean"), ("nothing", "the blocks are se, ese")])  # fmt: skip
+    ("sse", "did you mean"), ("nothing", "the blocks are se, film, ese")])  # fmt: skip
 def test_what_is_no_gate_is_refused_with_the_reason(block, message):
     with pytest.raises(se_inject.SEInjectError, match=message):
         se_inject.plan("resnet18", block=block)
@@ -56,7 +58,7 @@ def test_an_option_that_a_block_lacks_is_named():
         se_inject.plan("resnet18", block="eca", bias=False)
 
 
-@pytest.mark.parametrize("block", ["se", "ese", "ge"])
+@pytest.mark.parametrize("block", ["se", "film", "ese", "ge"])
 def test_a_gate_that_cannot_be_one_is_refused_for_every_block(block):
     with pytest.raises(se_inject.SEInjectError, match=r"Tanh, is 0 with slope 1 at 0.*use gate_layer='sigmoid'"):
         se_inject.plan("resnet18", block=block, gate_layer="tanh")
@@ -156,26 +158,43 @@ def test_a_block_of_ones_own_goes_into_a_file(registered, tmp_path):
         assert torch.equal(again(x), model(x))
 
 
-class Film(SqueezeExcite):
-    """A block that takes width, layout and activation of its site, as SE does."""
-
-
-def test_a_block_that_is_fitted_to_its_site_is_one_row(monkeypatch):
-    row = Block("film", Film, Start(("fc2",), ("gate",), "fc1"), layouts=("NCHW", "NLC"), width=squeeze_width, site_act=True)
-    monkeypatch.setitem(catalogue._rows, "film", row)
+def test_a_block_that_is_fitted_to_its_site_is_one_row():
+    """Width, layout and activation of `film` are those of `se`."""
     for name, args in (("test_resnet", {}), ("tiny_vit_5m_224", SHORT)):
         model = timm.create_model(name, **args)
         ours, theirs = se_inject.plan(model, block="film"), se_inject.plan(model)
-        assert list(ours.sites) == [dataclasses.replace(s, style="film") for s in theirs.sites]
+        assert [dataclasses.replace(s, params=0, macs=0) for s in ours.sites] == [
+            dataclasses.replace(s, style="film", params=0, macs=0) for s in theirs.sites]
         check_identity(model, (3, 64, 64), block="film")
     model = se_inject.inject(timm.create_model("efficientnet_lite0"), block="film", ratio=0.5, act_layer="silu")
     blocks = [model.get_submodule(path) for path in block_paths(model)]
-    assert all(isinstance(b, Film) and isinstance(b.act, nn.SiLU) for b in blocks)
+    assert all(isinstance(b, ScaleAndShift) and isinstance(b.act, nn.SiLU) for b in blocks)
     assert all(b.fc1.out_channels == s.rd_channels for b, s in zip(blocks, se_inject.plan(
-        "efficientnet_lite0", block="film", ratio=0.5).sites, strict=True))
+        "efficientnet_lite0", ratio=0.5).sites, strict=True))
     model = se_inject.inject(timm.create_model("tiny_vit_5m_224", **SHORT), block="film")
-    kinds = {s.layout: type(model.get_submodule(s.path)).__name__ for s in theirs.sites}
-    assert kinds == {"NCHW": "Film", "NLC": "Film", "NHWC": "AsMap"}
+    kinds = {s.layout: type(model.get_submodule(s.path).fc1) for s in theirs.sites}
+    assert kinds == {"NCHW": nn.Conv2d, "NLC": nn.Linear, "NHWC": nn.Linear}
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_convnext"])
+@pytest.mark.parametrize("block", ["se", "film"])
+def test_files_copies_and_dtypes(name, block, tmp_path):
+    """A trained block comes back from a file of blocks, from a full file, and from an EMA; its dtype is the model's."""
+    model = randomise(timm.create_model(f"se_inject/{name}", se_block=block, se_bias=True)).eval()
+    x, full, part = torch.randn(2, 3, 64, 64), tmp_path / "full.safetensors", tmp_path / "se.safetensors"
+    se_inject.save(model, full)
+    se_inject.save(model, part, only="se")
+    base = se_inject.eject(copy.deepcopy(model))
+    with torch.no_grad():
+        y = model(x)
+        assert not torch.allclose(base(x), y, atol=1e-3)
+        assert torch.equal(se_inject.load(part, base)(x), y)
+        assert torch.equal(timm.create_model(f"se_inject/{name}", se_block=block, checkpoint_path=str(full)).eval()(x), y)
+        assert torch.equal(ModelEmaV3(model).module(x), y)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert (model(x) - y).norm() < 0.1 * y.norm()
+        half = model.bfloat16()(x.bfloat16())
+        assert half.dtype is torch.bfloat16 and (half - y).norm() < 0.1 * y.norm()
 
 
 def test_gather_excite_is_timms_but_for_the_layer_that_timm_cannot_make():

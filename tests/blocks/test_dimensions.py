@@ -15,7 +15,7 @@ from ..support.dimensions import Plain, residual
 
 @pytest.mark.parametrize("n, layout", [(1, "NCL"), (3, "NCDHW")])
 @pytest.mark.parametrize("make", [Plain, residual])
-@pytest.mark.parametrize("block", ["se", "eca", "gc"])
+@pytest.mark.parametrize("block", ["se", "film", "eca", "gc"])
 def test_signals_and_volumes(n, layout, make, block, tmp_path):
     base, x = randomise(make(n)).eval(), torch.randn(2, 2, *[12] * n)
     size = tuple(x.shape[1:])

@@ -54,7 +54,7 @@ def masks(real: torch.Tensor) -> dict[str, list[torch.Tensor]]:
 REAL = torch.arange(9) < torch.tensor([[9], [6], [1]])
 
 
-@pytest.mark.parametrize("kind", ["se", "ese", "eca", "ecam", "ceca", "ge"])
+@pytest.mark.parametrize("kind", ["se", "film", "ese", "eca", "ecam", "ceca", "ge"])
 @pytest.mark.parametrize("name", ["attn_mask", "attention_mask", "key_padding_mask", "src_key_padding_mask"])
 @torch.no_grad()
 def test_padding_changes_no_other_token_and_stays(kind, name):

@@ -18,7 +18,7 @@ from se_inject.blocks.identity import is_identity
 from se_inject.config import SEConfig
 
 KINDS = [*(k for k in catalogue.block_names() if problem(SEConfig(block=k)) is None), "efficientnet", "own"]
-LAYOUTS = {"se": ("NCHW", "NHWC", "NLC"), "eca": ("NCHW", "NHWC", "NLC")}
+LAYOUTS = dict.fromkeys(("se", "film", "eca"), ("NCHW", "NHWC", "NLC"))
 
 
 class Own(nn.Module):

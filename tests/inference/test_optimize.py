@@ -106,12 +106,15 @@ def test_what_cannot_be_moved_says_why():
     assert report.blocks and not any(b.moved for b in report.blocks)
 
 
-@pytest.mark.parametrize("block", ["ese", "eca", "ge", "gc", "cbam", pytest.param("coord", marks=needs_coordinate_attention)])
+@pytest.mark.parametrize("block", [
+    "film", "ese", "eca", "ge", "gc", "cbam", pytest.param("coord", marks=needs_coordinate_attention)])
 @pytest.mark.parametrize("name", ["convnext_atto", *contract("resnet50")])
 def test_other_blocks(name, block):
     model = made(name)
     fast = check(randomise(se_inject.inject(model, block=block)), image(model, 64))
     assert set(se_inject.block_paths(model)) <= {b.path for b in fast.se_report.blocks}
+    if block == "film":
+        assert {b.reason for b in fast.se_report.blocks} == {"it adds a shift to its input times a gate"}
 
 
 @pytest.mark.parametrize("placement", ["pre", "post", "inner", "identity", "standard"])

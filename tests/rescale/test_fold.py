@@ -104,6 +104,68 @@ def test_gates_by_the_formula(block):
         assert s.variation == pytest.approx(float(variation), rel=1e-2, abs=1e-6)
 
 
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "vit_tiny_patch16_224", "nf_resnet26", "levit_128s"])
+def test_constant_shifts_go_into_biases(name):
+    """Images that are all the same have one gate and one shift."""
+    model = randomise(timm.create_model(name, **SHORT.get(name, {}))).eval()
+    keys = list(model.state_dict())
+    constant_gates(lived_in(se_inject.inject(model, block="film")))
+    for path in block_paths(model):
+        nn.init.normal_(model.get_submodule(path).shift.bias, std=5.0)
+    x = images(1, smallest_input(model))
+    with torch.no_grad():
+        expected = total(model(x))
+        for path in block_paths(model):  # the shifts count
+            model.get_submodule(path).shift.bias.neg_()
+        assert (total(model(x)) - expected).norm() > 1e-3 * expected.norm()
+        for path in block_paths(model):
+            model.get_submodule(path).shift.bias.neg_()
+    report = se_inject.fold(model, [x.expand(2, -1, -1, -1)], max_variation=1e-5)
+    assert not report.kept and all(s.into[-1].rpartition(".")[2] in ("bias", "beta") for s in report.sites)
+    base = timm.create_model(name, **SHORT.get(name, {})).eval()
+    assert list(model.state_dict()) == keys
+    base.load_state_dict(model.state_dict(), strict=True)
+    with torch.no_grad():
+        assert (total(base(x)) - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_shifts_by_the_formula():
+    """The variation is that of the shift, computed here, and a fold adds the mean shift."""
+    model = se_inject.inject(randomise(timm.create_model("test_resnet")), block="film", stages=1).eval()
+    block, seen = model.layer1[0].se, []
+    nn.init.normal_(block.shift.bias, std=5.0)
+    block.register_forward_hook(lambda m, args, y: seen.append((y - args[0]).double().mean((2, 3))))
+    x = images(6, (3, 64, 64)) * torch.tensor([0.5, 1, 1.5, 2, 2.5, 3]).view(6, 1, 1, 1)
+    bias, copied = model.layer1[0].bn2.bias.detach().clone(), copy.deepcopy(model)
+    with torch.no_grad():
+        model(x)
+    shifts = seen[0]
+    kept = se_inject.fold(copied, [x], max_variation=0.01).kept
+    assert len(kept) == 1 and kept[0].reason.startswith("its gate or shift varies by 0.")
+    (site,) = se_inject.fold(model, [x[:2], x[2:]]).folded
+    variation = shifts.std(0, correction=0).mean() / shifts.mean(0).abs().mean()
+    assert site.variation == pytest.approx(float(variation), rel=1e-3) and site.gate == 1.0
+    assert torch.allclose(model.layer1[0].bn2.bias.double(), bias + shifts.mean(0), atol=1e-5)
+
+
+def test_new_blocks_with_a_shift_leave_the_base_as_it_is():
+    model = randomise(timm.create_model("test_resnet")).eval()
+    before = copy.deepcopy(model.state_dict())
+    assert not se_inject.fold(se_inject.inject(model, block="film"), [images(2, (3, 64, 64))]).kept
+    assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name, reason", [
+    ("efficientnet_lite0", "goes into the bias of the layer before it: it does not pass hardtanh"),
+    ("densenet121", "needs a bias, and conv2d before it has none")])
+def test_shifts_that_no_bias_takes_in_are_kept(name, reason):
+    model = se_inject.inject(timm.create_model(name, **SHORT.get(name, {})), block="film", stages=(2, 3)).eval()
+    state = copy.deepcopy(model.state_dict())
+    report = se_inject.fold(model, [images(size=(3, 64, 64))])
+    assert report.kept and not report.folded and all(reason in s.reason for s in report.sites)
+    assert all(torch.equal(t, state[k]) for k, t in model.state_dict().items())
+
+
 @pytest.mark.parametrize("block, reason", [
     ("cbam", "not its input times a gate"), ("gca", "not its input times a gate"),
     ("ge", "branches on what its layers compute"),

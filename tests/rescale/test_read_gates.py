@@ -203,6 +203,7 @@ class OfPlaces(Film):
 def shifting(cls, monkeypatch):
     monkeypatch.setattr(catalogue, "_rows", {name: row for name, row in catalogue._rows.items() if name != "shifting"})
     se_inject.register_block("shifting", cls)
+    torch.manual_seed(0)
     return se_inject.inject(randomise(timm.create_model("test_resnet")), block="shifting", init="timm").eval()
 
 
@@ -216,13 +217,28 @@ def test_a_scale_with_a_shift_is_a_gate(cls, monkeypatch):
         model(x)
     report = se_inject.gates(model, [x])
     assert len(report.sites) == 4
-    for s in report.sites:
-        assert torch.allclose(s.mean.float(), seen[s.path].mean(0)) and not s.folds() and "shift" in s.kept
-    assert all("adds a shift" in s.reason for s in se_inject.fold(model, [x]).sites)
+    folded = se_inject.fold(shifting(cls, monkeypatch), [x]).sites
+    for s, f in zip(report.sites, folded, strict=True):
+        assert torch.allclose(s.mean.float(), seen[s.path].mean(0)) and s.folds() == f.folded and s.kept == f.reason
+        assert s.variation == pytest.approx(f.variation) and f.folded == (cls is not Sub)
     model = shifting(cls, monkeypatch)
     with torch.no_grad():
         expected = model(x)
         assert (se_inject.optimize_for_inference(model)(x) - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_the_gate_of_film():
+    """The scale of the block, times its gain; `fold` sees the shift, too."""
+    model, x, seen = tiny(block="film"), images(3, (3, 64, 64)), {}
+    for p in block_paths(model):
+        model.get_submodule(f"{p}.gate").register_forward_hook(lambda m, args, y, p=p: seen.update({p: 2 * y.flatten(1)}))
+    with torch.no_grad():
+        model(x)
+    report = se_inject.gates(model, [x])
+    assert len(report.sites) == 4 and all(torch.allclose(s.mean.float(), seen[s.path].mean(0)) for s in report.sites)
+    limit = sorted(s.variation for s in report.sites)[1]
+    folded = se_inject.fold(model, [x], max_variation=limit).sites
+    assert [s.folds(limit) for s in report.sites] == [s.folded for s in folded] and sum(s.folded for s in folded) == 2
 
 
 @pytest.mark.parametrize("cls, size", [

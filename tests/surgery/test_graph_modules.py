@@ -88,7 +88,7 @@ def own_blocks(monkeypatch):
     se_inject.register_block("nested", Nested)
 
 
-@pytest.mark.parametrize("block", ["se", "eca", "scaled", "nested"])
+@pytest.mark.parametrize("block", ["se", "film", "eca", "scaled", "nested"])
 @pytest.mark.parametrize("inside", [False, True])
 def test_the_blocks_of_what_fx_has_traced_are_found(block, inside, own_blocks):
     model = se_inject.inject(timm.create_model("test_resnet"), block=block)

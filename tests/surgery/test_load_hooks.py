@@ -86,7 +86,7 @@ def test_a_state_dict_with_tensors_on_meta_lacks_them():
     assert_equal(model, base)
 
 
-@pytest.mark.parametrize("block", ["eca", "cbam", "ge", pytest.param("coord", marks=needs_coordinate_attention)])
+@pytest.mark.parametrize("block", ["film", "eca", "cbam", "ge", pytest.param("coord", marks=needs_coordinate_attention)])
 def test_so_are_blocks_of_other_kinds(block):
     base, state = base_of("test_resnet")
     model = on_meta("test_resnet", se_block=block)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import se_inject
+from se_inject.errors import WeightsError
 from se_inject.weights import digest
 from se_inject.weights.reading import read_checkpoint
 
@@ -79,6 +80,39 @@ def test_statistics_that_moved_in_training(tmp_path, base, warnings):
     assert torch.equal(out(again), y)
     assert not warnings
     assert read_checkpoint(tmp_path / "stats.safetensors").recipe.content == "se+stats"
+
+
+def test_norms_that_learned(tmp_path, base, warnings):
+    """A file with blocks, norms and head has what a training of these changes; the blocks alone are warned of."""
+    model = se_inject.freeze_base(injected(base), norms=True).train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    model(torch.randn(4, 3, 32, 32)).square().mean().backward()
+    optimizer.step()
+    y = out(model)
+    for name, only in (("se", "se"), ("all", ("norms", "se", "head"))):
+        se_inject.save(model, tmp_path / f"{name}.safetensors", only=only)
+    assert read_checkpoint(tmp_path / "all.safetensors").recipe.content == "se+head+norms"
+    assert torch.equal(out(se_inject.load(tmp_path / "all.safetensors", base=base)), y) and not warnings
+    given = injected(base)
+    assert torch.equal(out(se_inject.load(tmp_path / "all.safetensors", given)), y) and not warnings
+    assert not torch.equal(out(se_inject.load(tmp_path / "se.safetensors", base=base)), y)
+    assert "only=('se', 'norms')" in warnings[0] and "only=('se', 'head')" in warnings[0]
+
+
+@pytest.mark.parametrize("lacks", ["bn1.weight", "fc.bias"])
+def test_a_part_that_lacks_a_tensor_changes_nothing(tmp_path, base, lacks):
+    path = tmp_path / "a.safetensors"
+    se_inject.save(randomise(injected(base), seed=3), path, only=("se", "norms", "head"))
+    found = read_checkpoint(path)
+    given = injected(base)
+    before = {k: t.clone() for k, t in given.state_dict().items()}
+    wrong = {"one is missing": ({k: t for k, t in found.tensors.items() if k != lacks}, "missing"),
+             "one has another shape": ({**found.tensors, lacks: found.tensors[lacks][:2].clone()}, "another shape")}
+    for tensors, message in wrong.values():
+        save_file(tensors, path, found.metadata)
+        with pytest.raises(WeightsError, match=message):
+            se_inject.load(path, given)
+        assert all(torch.equal(t, before[k]) for k, t in given.state_dict().items())
 
 
 def test_by_every_door_that_compares(tmp_path, base, warnings):

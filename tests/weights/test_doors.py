@@ -58,7 +58,9 @@ class Kind:
         full = load_file(folder / "full.safetensors")
         plain = timm.create_model(name, **args)
         base = {k: full[k] for k in plain.state_dict()}
-        if "statistics" in self.content:  # which the file has
+        if "norms" in self.content:  # which the file has
+            base = {k: torch.full_like(t, 3) if k in Parts.of(model).norms else t for k, t in base.items()}
+        if "statistics" in self.content:
             base = {k: torch.zeros_like(t) if k.rpartition(".")[2].startswith("running") else t for k, t in base.items()}
         save_file(base, folder / "base.safetensors")
         if self.content == "base":
@@ -66,7 +68,7 @@ class Kind:
         expected = out(plain if self.content == "base" else model)
         if self.suffix == ".safetensors" and self.content != "base":
             only = {"full": None, "SE": "se", "SE and head": ("se", "head"),
-                    "SE and statistics": ("se", "stats")}[self.content]
+                    "SE and statistics": ("se", "stats"), "SE, norms and head": ("se", "norms", "head")}[self.content]
             se_inject.save(model.to(self.dtype), path, only=only)
             return path, base, expected
         state = base if self.content == "base" else full
@@ -84,7 +86,7 @@ KINDS = [
     Kind("full", ".ckpt", wrap="Lightning"),
     Kind("full", ".safetensors", torch.bfloat16), Kind("full", ".safetensors", torch.float16),
     Kind("full", ".safetensors", sizes=True), Kind("SE", ".safetensors"), Kind("SE and head", ".safetensors"),
-    Kind("SE and statistics", ".safetensors", families=NORMED),
+    Kind("SE and statistics", ".safetensors", families=NORMED), Kind("SE, norms and head", ".safetensors"),
 ]  # fmt: skip
 
 
@@ -200,7 +202,8 @@ def cell(door, kind, name, folder, written):
         return "timm: no"
     if kind.content.startswith("SE") and DOORS[door] not in (se_load, command):
         parts = Parts.of(model)
-        own = {"SE": {}, "SE and head": parts.head, "SE and statistics": parts.stats}[kind.content]
+        own = {"SE": {}, "SE and head": parts.head, "SE and statistics": parts.stats,
+               "SE, norms and head": {**parts.norms, **parts.head}}[kind.content]
         model.load_state_dict({**base, **own})  # the blocks keep their weights
     assert torch.equal(out(model), expected), f"{door}: {kind.title} of {name} gives other outputs"
     return "yes"
