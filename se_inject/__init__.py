@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from .inference.optimize import optimize_for_inference as optimize_for_inference
     from .inference.report import OptimizedModel as OptimizedModel
     from .rescale.fold import fold as fold
+    from .rescale.gate_report import GateReport as GateReport
     from .rescale.native import NativeWeights as NativeWeights
     from .rescale.native import to_native as to_native
+    from .rescale.read_gates import gates as gates
     from .rescale.report import FoldReport as FoldReport
     from .site import Site as Site
     from .surgery.freezing import freeze_base as freeze_base
@@ -47,6 +49,7 @@ _HOMES = {
     "se_parameters": "surgery.freezing", "freeze_base": "surgery.freezing", "unfreeze_base": "surgery.freezing",
     "save": "weights.files", "load": "weights.files", "register_block": "blocks.catalogue",
     "optimize_for_inference": "inference.optimize", "OptimizedModel": "inference.report", "OptimisedModel": "inference.report",
+    "gates": "rescale.read_gates", "GateReport": "rescale.gate_report",
     "fold": "rescale.fold", "FoldReport": "rescale.report", "to_native": "rescale.native", "NativeWeights": "rescale.native",
 }  # fmt: skip
 __all__ = ["__version__", *_HOMES]

@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from ..errors import ConfigError, SEInjectError
-from .measure import bench_command, zoo_command
+from .measure import bench_command, gates_command, zoo_command
 from .models import (
     eject_command,
     info_command,
@@ -60,6 +60,7 @@ class _ToStderr(logging.Handler):
 
 for _command in (
     list_command, plan_command, inject_command, merge_command, info_command, eject_command, to_native_command,
-    optimize_command, export_command, run_command, zoo_command, bench_command, demo_command,
+    optimize_command, export_command, run_command, zoo_command, bench_command, gates_command,
+    demo_command,
 ):
     main.add_command(_command)

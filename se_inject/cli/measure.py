@@ -1,4 +1,4 @@
-"""Commands that measure: zoo and bench."""
+"""Commands that measure: zoo, bench and gates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import Any
 import click
 
 from ..config import SEConfig
-from .options import ModelParam, config_options, json_option, model_args_option, say
+from .models import saved_model
+from .options import ModelParam, Target, config_options, json_option, model_args_option, output_option, say, target
 
 
 @click.command("zoo")
@@ -67,17 +68,22 @@ def zoo_command(
 
 def _with_progress(rows: Iterator[Any], total: int, completed: int) -> Iterator[Any]:
     """Yield `rows` behind a progress bar on stderr, and print those that failed."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not _talks()) as progress:
+    with _progress() as progress:
         task = progress.add_task("zoo", total=total, completed=completed)
         for row in rows:
             yield row
             progress.update(task, advance=1, description=row.family)
             if row.status == "failed":
                 progress.console.print(f"{row.model}: {row.reason}", markup=False)
+
+
+def _progress() -> Any:
+    """A progress bar on stderr, unless `--quiet` is set."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not _talks())
 
 
 def _talks() -> bool:
@@ -124,3 +130,45 @@ def bench_command(
     report = bench(names, measure, SEConfig.of(**options), model_args, others, Settings(**settings), echo)
     click.echo(json.dumps(report.to_dict()) if as_json else
                bench_tables.markdown(report) if markdown else bench_tables.text(report))  # fmt: skip
+
+
+@click.command("gates")
+@target("FILE", img_size=True)
+@click.argument("folder", metavar="FOLDER")
+@output_option(required=False, help="A page (.html), or the figure for a paper (.png, .svg).")
+@click.option("--classes", multiple=True, metavar="NAME", help="Draw this class; repeatable; default the first four.")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Take N pictures, at equal distances; default all.")
+@click.option("--batch", type=click.IntRange(1), default=32, show_default=True, metavar="N", help="Number of images at a time.")
+@click.option("--max-variation", type=click.FloatRange(0, 1), default=0.05, show_default=True, metavar="X",
+              help="Mark the gates that se_inject.fold takes with this limit.")  # fmt: skip
+@json_option
+def gates_command(
+    target: Target, folder: str, output: str | None, classes: tuple[str, ...], limit: int | None, batch: int,
+    max_variation: float, as_json: bool,
+) -> None:  # fmt: skip
+    """Show what the gates of a saved model do on pictures.
+
+    FOLDER has the pictures in a subfolder for each class, or without classes. They are prepared as the model's data config
+    says. Prints a table; with -o, also writes a page or a figure.
+    """
+    from ..rescale.read_gates import gates
+    from ..tools import gate_files
+    from ..tools.image_folder import open_folder
+
+    model = saved_model(target)
+    pictures = open_folder(folder, model, target.input_size(model), limit)
+    if output is not None:
+        gate_files.check(output, pictures, classes)
+    with _progress() as progress:
+        task = progress.add_task("images", total=len(pictures))
+
+        def counted() -> Iterator[Any]:
+            for one in pictures.loader(batch):
+                yield one
+                progress.update(task, advance=len(one[0]))
+
+        report = gates(model, counted(), class_names=pictures.classes or None)
+    click.echo(json.dumps(report.to_dict()) if as_json else str(report))
+    if output is not None:
+        gate_files.write(output, report, model, pictures, target.source, folder, classes, max_variation)
+        say(f"written to {output}")

@@ -298,6 +298,16 @@ def products(node: object) -> Iterator[tuple[fx.Node, Any]]:
                 yield x, k
 
 
+def sums(node: object) -> Iterator[tuple[fx.Node, Any]]:
+    """The readings of a sum: a tensor whose factor is 1, and what is added to it or taken from it. Nothing for others."""
+    if isinstance(node, fx.Node) and name_of(node) in ("add", "sub"):
+        a, b = argument(node, "input"), argument(node, "other")
+        plain = name_of(node) == "add" and argument(node, "alpha", 1) == 1
+        for x, k in ((a, b), (b, a)) if plain else ((a, b),):
+            if is_tensor(x):
+                yield x, k
+
+
 def unexpanded(node: fx.Node) -> fx.Node:
     """What a value is before it was expanded."""
     while name_of(node) in ("expand", "expand_as", "broadcast_to") and is_tensor(node.args[0]):

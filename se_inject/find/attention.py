@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 from bisect import bisect_left
 from collections.abc import Iterator
+from typing import Any
 
 from torch import fx, nn
 
@@ -24,13 +25,15 @@ from ..errors import Refusal
 class Gate:
     """A block multiplies its input by this: the value of `node` in the forward `view`, which varies along `axis`.
 
-    `moved` says that the input is in another layout there. `shift` is what the block adds, which varies along `axis` too.
+    `moved` says that the input is in another layout there, and `shifted` that the block also adds something to the product;
+    `shift` is that, where it is a value of the gate's shape in the same forward.
     """
 
     view: ModuleGraph
     node: fx.Node
     axis: int
     moved: bool
+    shifted: bool = False
     shift: fx.Node | None = None
 
     def function(self) -> nn.Module:
@@ -43,10 +46,12 @@ class Gate:
 def gate_of(flow: ValueFlow, call: Call, *, shifts: bool = False) -> Gate:
     """The gate of the block that was called: one factor for each image and channel.
 
+    A shift that is added behind the gate is told from the map by its shape: it is the same at all positions.
+
     Args:
         flow: The values of the recorded run.
         call: The call of the block.
-        shifts: Whether the caller takes a block that adds a shift for each image and channel, too.
+        shifts: Whether the caller takes a block that adds a shift, too.
 
     Raises:
         Refusal: Its output is not its input times a gate.
@@ -58,45 +63,65 @@ def gate_of(flow: ValueFlow, call: Call, *, shifts: bool = False) -> Gate:
     if len(inputs) != 1 or not isinstance(result, fx.Node):
         raise other
     start = flow.unmoved(inside, inputs[0], computed=False)[1]
-    outer, node = flow.unmoved(inside, result)
-    for product, shift in _summands(node):
-        view, node = flow.unmoved(outer, product)
-        for x, g in ops.products(node):
-            if not is_tensor(g) or flow.unmoved(view, x, computed=False)[1] is not start or (
-                    flow.unmoved(view, g, computed=False)[1] is start):
-                continue
-            g = unexpanded(g)
-            axis = _axis_of_gate(view, x, g)
-            if axis is None or (shift is not None and (view is not outer or shape(shift) != shape(g))):
-                raise other
-            if shift is not None and not shifts:
-                raise Refusal("it adds a shift to its input times a gate")
-            return Gate(view, g, axis, flow.outward(view, x)[1] is not flow.outward(inside, inputs[0])[1], shift)
+
+    def is_input(view: ModuleGraph, node: fx.Node) -> bool:
+        return flow.unmoved(view, node, computed=False)[1] is start
+
+    end, last = flow.unmoved(inside, result)
+    for view, x, g, added, plain in _products(flow, end, last):
+        if not is_tensor(g) or not is_input(view, x) or is_input(view, g):
+            continue
+        if is_tensor(added) and (is_input(end, added) or not _is_shift(end, added, last)):
+            continue
+        if added is not None and not shifts:
+            raise Refusal("it adds a shift to its input times a gate")
+        g = unexpanded(g)
+        moved = flow.outward(view, x)[1] is not flow.outward(inside, inputs[0])[1]
+        axis = _axis_of_gate(view, x, g, other)
+        shift = added if plain and is_tensor(added) and view is end and shape(added) == shape(g) else None
+        return Gate(view, g, axis, moved, added is not None, shift)
     raise other
 
 
-def _axis_of_gate(view: ModuleGraph, x: fx.Node, g: fx.Node) -> int | None:
-    """The axis along which the factor `g` of a map varies from channel to channel; None where it is none of an image.
+def _products(
+    flow: ValueFlow, view: ModuleGraph, node: fx.Node,
+) -> Iterator[tuple[ModuleGraph, fx.Node, Any, Any, bool]]:  # fmt: skip
+    """Each reading of a value as a tensor times a factor: the forward with the product, both, what is added, or None, and
+    whether that is added as it is."""
+    yield from ((view, x, g, None, False) for x, g in ops.products(node))
+    if ops.name_of(node) == "addcmul" and ops.argument(node, "value", 1) == 1:
+        shift, a, b = (ops.argument(node, name) for name in ("input", "tensor1", "tensor2"))
+        yield from ((view, x, g, shift, True) for x, g in ((a, b), (b, a)))
+    plain = ops.name_of(node) == "add" and ops.argument(node, "alpha", 1) == 1
+    for product, added in ops.sums(node):
+        inner, made = flow.unmoved(view, product)
+        yield from ((inner, x, g, added, plain) for x, g in ops.products(made))
+
+
+def _axis_of_gate(view: ModuleGraph, x: fx.Node, g: fx.Node, other: Refusal) -> int:
+    """The axis along which `g`, by which `x` is multiplied, differs.
 
     Raises:
-        Refusal: It varies along other axes.
+        Refusal: It is no gate (`other`), or it differs along several.
     """
     xs, gs = shape(x), shape(g)
     if len(gs) != len(xs) or gs[0] != xs[0]:
-        return None
-    wide = [d for d, n in enumerate(gs) if d > 0 and n != 1] or [view.channel_dim(x)]
+        raise other
+    wide = _wide(gs) or [view.channel_dim(x)]
     if len(wide) != 1 or gs[wide[0]] != xs[wide[0]]:
         raise Refusal("its gate differs from place to place")
     return wide[0]
 
 
-def _summands(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node | None]]:
-    """A value, and nothing that is added to it; for a sum, then both readings of it: a map, and a shift of the map."""
-    yield node, None
-    if ops.name_of(node) == "add" and len(node.args) == 2 and not node.kwargs:
-        for x, k in (node.args, node.args[::-1]):
-            if isinstance(x, fx.Node) and isinstance(k, fx.Node) and is_tensor(x) and is_tensor(k) and shape(x) == shape(node):
-                yield x, k
+def _is_shift(view: ModuleGraph, added: fx.Node, total: fx.Node) -> bool:
+    """Whether a term of a sum is the same at all positions."""
+    dims, sizes = len(shape(total)), shape(unexpanded(added))
+    return set(_wide((1,) * (dims - len(sizes)) + sizes)) <= {view.channel_dim(total)}
+
+
+def _wide(sizes: tuple[int, ...]) -> list[int]:
+    """The axes, past that of the images, along which a value of these sizes differs."""
+    return [d for d, n in enumerate(sizes) if d > 0 and n != 1]
 
 
 def is_gate(view: ModuleGraph, node: fx.Node) -> bool:

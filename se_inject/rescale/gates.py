@@ -10,12 +10,12 @@ import dataclasses
 import torch
 from torch import fx, nn
 
-from ..capture.example import Inputs
+from ..capture.example import Example, Inputs
 from ..capture.forward import trace_forward
 from ..capture.snapshot import restored
 from ..dataflow.module_graph import ModuleGraph, spelled
 from ..dataflow.ops import argument, name_of, shape
-from ..errors import Refusal
+from ..errors import Refusal, SEInjectError, TraceError
 from ..find.attention import Gate, gate_of
 from ..site import Site
 from ..surgery.session import traced
@@ -27,7 +27,7 @@ from .gate_statistics import GateStatistics
 
 @dataclasses.dataclass(eq=False)
 class GatedBlock:
-    """A block, and what `fold` finds out about it.
+    """A block, and what `fold` and `gates` find out about it.
 
     Attributes:
         site: Where the block is.
@@ -96,6 +96,40 @@ def find_blocks(model: nn.Module, inputs: Inputs) -> list[GatedBlock]:
     return blocks
 
 
+def find_blocks_for(what: str, model: nn.Module, first: Example, inputs: Inputs) -> list[GatedBlock]:
+    """The blocks, found on inputs like those of the first batch, for the function `what`.
+
+    Raises:
+        SEInjectError: The model does not take them.
+    """
+    try:
+        return find_blocks(model, first.on_meta() if isinstance(inputs, Example) else first.size)
+    except TraceError as error:
+        raise SEInjectError(
+            f"{what}({type(model).__name__}): the model does not take the loader's images, of (C, H, W) = {first.size}: "
+            f"{error}") from error
+
+
+def reason_to_keep(what: str, b: GatedBlock, max_variation: float | None) -> str | None:
+    """Why `fold` keeps a block whose gate has been measured; None if it can be folded.
+
+    Raises:
+        SEInjectError: The gate is not finite.
+    """
+    variation = b.variation
+    if not (b.statistics.is_finite and b.shift_statistics.is_finite):
+        raise SEInjectError(
+            f"{what}: the gate of {b.site.path!r} is NaN or infinite on these images; the model was not changed: check its "
+            "weights and the normalization of the images")
+    if b.reason is not None:
+        return b.reason
+    if max_variation is not None and not variation <= max_variation:
+        return f"its {'gate' if b.bias is None else 'gate or shift'} varies by {variation:.3g}, more than {max_variation:g}"
+    if bool((b.factors < 0).any()) and b.scalings:
+        return "its mean gate is negative, and would not pass a ReLU"
+    return None
+
+
 def _find_scalings(absorber: Absorber, b: GatedBlock, module: nn.Module) -> None:
     """Find a block's gate, and the parameters that take the gate in.
 
@@ -106,6 +140,8 @@ def _find_scalings(absorber: Absorber, b: GatedBlock, module: nn.Module) -> None
     if not calls:
         raise Refusal("it is not called on these images")
     b.gate = gate_of(absorber.flow, calls[0], shifts=True)
+    if b.gate.shifted and b.gate.shift is None:
+        raise Refusal("it adds a shift in a form that no bias takes in")
     if b.site.replaces:
         raise Refusal("it replaced the base's own attention, which would come back")
     view, node = only_call(absorber, module)
