@@ -47,7 +47,6 @@ def test_where_torch_cannot_export_the_file_and_the_modes_stay(tmp_path):
     (lambda m: torch.jit.trace(m, torch.zeros(1, 3, 8, 8)), "original model"), (lambda m: m.to("meta"), "load its weights"),
     (lambda m: nn.Sequential(m, nn.LazyLinear(1)), "run the model on one batch"), (lambda m: "resnet50", "needs a model"),
 ], ids=["DataParallel", "compiled", "scripted", "meta", "lazy", "name"])
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch.jit.trace is deprecated
 def test_refusals_say_what_to_write_instead(tmp_path, wrap, works):
     with pytest.raises(se_inject.SEInjectError, match=works):
         export(wrap(nn.Conv2d(3, 4, 1)), tmp_path / "model.pt2", input_size=(3, 8, 8))
