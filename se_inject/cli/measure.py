@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -14,7 +13,18 @@ import click
 
 from ..config import SEConfig
 from .models import saved_model
-from .options import ModelParam, Target, config_options, json_option, model_args_option, output_option, say, target
+from .options import (
+    ModelParam,
+    Target,
+    config_options,
+    json_option,
+    model_args_option,
+    output_option,
+    progress_bar,
+    say,
+    talks,
+    target,
+)
 
 
 @click.command("zoo")
@@ -68,26 +78,13 @@ def zoo_command(
 
 def _with_progress(rows: Iterator[Any], total: int, completed: int) -> Iterator[Any]:
     """Yield `rows` behind a progress bar on stderr, and print those that failed."""
-    with _progress() as progress:
+    with progress_bar() as progress:
         task = progress.add_task("zoo", total=total, completed=completed)
         for row in rows:
             yield row
             progress.update(task, advance=1, description=row.family)
             if row.status == "failed":
                 progress.console.print(f"{row.model}: {row.reason}", markup=False)
-
-
-def _progress() -> Any:
-    """A progress bar on stderr, unless `--quiet` is set."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not _talks())
-
-
-def _talks() -> bool:
-    return logging.getLogger("se_inject").isEnabledFor(logging.INFO)
 
 
 @click.command("bench")
@@ -126,7 +123,7 @@ def bench_command(
     from ..tools import bench_tables
     from ..tools.bench import Settings, bench
 
-    echo = functools.partial(click.echo, err=True) if _talks() else lambda text: None
+    echo = functools.partial(click.echo, err=True) if talks() else lambda text: None
     report = bench(names, measure, SEConfig.of(**options), model_args, others, Settings(**settings), echo)
     click.echo(json.dumps(report.to_dict()) if as_json else
                bench_tables.markdown(report) if markdown else bench_tables.text(report))  # fmt: skip
@@ -159,7 +156,7 @@ def gates_command(
     pictures = open_folder(folder, model, target.input_size(model), limit)
     if output is not None:
         gate_files.check(output, pictures, classes)
-    with _progress() as progress:
+    with progress_bar() as progress:
         task = progress.add_task("images", total=len(pictures))
 
         def counted() -> Iterator[Any]:

@@ -169,3 +169,16 @@ def _gathered(name: str, gather: Callable[[dict[str, Any]], object], options: Co
 def say(text: str) -> None:
     """Write a line to stderr, unless `--quiet` is set."""
     logging.getLogger("se_inject").info(text)
+
+
+def progress_bar() -> Any:
+    """A progress bar on stderr, unless `--quiet` is set."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not talks())
+
+
+def talks() -> bool:
+    return logging.getLogger("se_inject").isEnabledFor(logging.INFO)

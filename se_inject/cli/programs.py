@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 
@@ -10,7 +11,7 @@ import click
 
 from ..errors import SEInjectError
 from .models import saved_model
-from .options import Target, json_option, output_option, say, target
+from .options import Target, json_option, output_option, progress_bar, say, target
 
 _PROGRAM = "A file for torch.export.load (.pt2) or ONNX (.onnx)."
 _batch_option = click.option(
@@ -76,16 +77,19 @@ def run_command(script: str, args: tuple[str, ...], as_module: bool) -> None:
 
 
 @click.command("demo")
-@output_option(required=False, help="The safetensors file to write; default a file in a new temporary folder.")
+@output_option(required=False, help="The safetensors file to write; the figure goes beside it; default a new temporary folder.")
 @json_option
 def demo_command(output: str | None, as_json: bool) -> None:
-    """Classify photographs with real weights, with and without SE.
+    """Classify photographs with real weights, with and without SE; then train the blocks on digits.
 
-    Injects EfficientNet-Lite0 with its ImageNet weights, saves it, builds it from its file, and compares the logits.
+    Injects EfficientNet-Lite0 with its ImageNet weights, saves it, builds it from its file, and compares the logits. Then
+    trains the head alone, and blocks and head, and draws the gates.
     """
-    from ..tools.demo import run
+    from ..tools.demo import TRAINING_STEPS, run
 
-    result = run(output, say)
-    click.echo(json.dumps([dataclasses.asdict(p) for p in result.photos]) if as_json else str(result))
+    with progress_bar() as progress:
+        task = progress.add_task("demonstration", total=TRAINING_STEPS)
+        result = run(output, say, functools.partial(progress.advance, task))
+    click.echo(json.dumps(dataclasses.asdict(result)) if as_json else str(result))
     if not result.exact:
         raise SEInjectError("the injected model's logits differ from the base's")

@@ -1,4 +1,4 @@
-"""The demonstration: a network with real weights is injected, saved, and rebuilt, and classifies real photographs."""
+"""The demonstration: a network with real weights is injected, saved, and rebuilt, classifies photographs, and learns digits."""
 
 from __future__ import annotations
 
@@ -12,12 +12,19 @@ from typing import Any
 import torch
 
 from ..errors import SEInjectError
+from ..rescale.read_gates import gates
 from ..surgery.pipeline import inject, plan
 from ..tables import text_table
 from ..weights.files import save
+from .demo_training import RATES, STEPS, Training, train
+from .gate_plots import lines, matplotlib
+from .gate_plots import write as write_figure
 
 _MODEL = "tf_efficientnet_lite0"
+_MAX_VARIATION = 0.05  # of the gates that the figure marks as those that `fold` takes
 _NO_EXTRA = "the demo needs its extra ({}): pip install 'se-inject[demo]'"
+
+TRAINING_STEPS = len(RATES) * STEPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +41,12 @@ class Photo:
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-    """The result of the demonstration. ``str(demo)`` is a table."""
+    """The result of the demonstration. ``str(demo)`` is its tables, and where the files are."""
 
     photos: tuple[Photo, ...]
+    training: Training
+    model: str
+    figure: str
 
     @property
     def exact(self) -> bool:
@@ -50,7 +60,8 @@ class Demo:
              for p in self.photos],
             left=("photograph", "base", injected, "logits"))
         said = "bit-exact on all photographs" if self.exact else "NOT bit-exact"
-        return f"{table}\n{len(self.photos)} photographs: the logits are {said}"
+        return (f"{table}\n{len(self.photos)} photographs: the logits are {said}\n\n{self.training}\n\n"
+                f"the model: {self.model}\nthe gates after training: {self.figure}")
 
 
 def base_model() -> torch.nn.Module:
@@ -95,12 +106,13 @@ def photographs() -> dict[str, Any]:
     return {name: Image.fromarray(array).convert("RGB") for name, array in arrays.items()}
 
 
-def run(output: str | None, say: Callable[[str], object]) -> Demo:
-    """Inject the model, save it, build it from its file by its timm name, and classify.
+def run(output: str | None, say: Callable[[str], object], advance: Callable[[int], object]) -> Demo:
+    """Inject the model, save it, build it from its file by its timm name, and classify; then train on digits.
 
     Args:
-        output: The safetensors file to write; None is a file in a new temporary folder.
+        output: The safetensors file to write, beside which the figure of the gates goes; None is a new temporary folder.
         say: Called with a line of text for each step.
+        advance: Called with the number of training steps that have been done, of `TRAINING_STEPS`.
 
     Raises:
         SEInjectError: The extra is not installed, or `output` cannot be written.
@@ -108,6 +120,7 @@ def run(output: str | None, say: Callable[[str], object]) -> Demo:
     import timm
     from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 
+    matplotlib()
     base = base_model()
     pictures = photographs()
     say(str(plan(base)))
@@ -128,4 +141,8 @@ def run(output: str | None, say: Callable[[str], object]) -> Demo:
         photos.append(Photo(
             name, info.index_to_description(int(ia)), float(pa), info.index_to_description(int(ib)), float(pb),
             torch.equal(a, b)))
-    return Demo(tuple(photos))
+    training, trained, test = train(base, advance)
+    report = gates(trained, test)
+    figure = str(Path(output).with_suffix(".gates.png"))
+    write_figure(report, lines(report.classes), _MAX_VARIATION, figure)
+    return Demo(tuple(photos), training, output, figure)

@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from click.testing import CliRunner
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import se_inject
@@ -103,13 +104,20 @@ def test_info_knows_the_blocks_of_a_training_checkpoint(tmp_path):
     assert json.loads(call("info", file, "--json")[0])["content"] == "base"
 
 
+@pytest.mark.contract
 def test_demo(tmp_path):
     out, err = call("demo", "-o", tmp_path / "d.safetensors", "--json")
-    photos = {p["name"]: p for p in json.loads(out)}
+    said = json.loads(out)
+    photos = {p["name"]: p for p in said["photos"]}
     assert len(photos) >= 5 and all(p["exact"] and p["before"] == p["after"] for p in photos.values())
     assert photos["coffee"]["before"] == "espresso" and photos["coffee"]["p_before"] == pytest.approx(0.95, abs=0.01)
     assert photos["china"]["before"] == "palace" and photos["rocket"]["before"] == "missile"
     assert "16 sites" in err and (tmp_path / "d.safetensors").exists()
+    head, blocks = said["training"]["runs"]
+    assert blocks["accuracy"] > head["accuracy"] > 60 and blocks["numbers"] - head["numbers"] == 636540
+    assert said["figure"] == str(tmp_path / "d.gates.png")
+    with Image.open(said["figure"]) as figure:
+        assert figure.size[0] > 1000
 
 
 def test_the_demo_leaves_nothing_in_the_working_folder(tmp_path, monkeypatch):
@@ -118,11 +126,13 @@ def test_the_demo_leaves_nothing_in_the_working_folder(tmp_path, monkeypatch):
     temporary.mkdir()
     monkeypatch.chdir(work)
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setattr("se_inject.tools.demo_training.STEPS", 2)
     out, err = call("demo")
-    (file,) = temporary.glob("*/*.safetensors")
+    (file,), (figure,) = temporary.glob("*/*.safetensors"), temporary.glob("*/*.png")
     assert f"saved {file}" in err and not list(work.iterdir())
     assert out.splitlines()[0].split() == ["photograph", "base", "p", "se_inject/tf_efficientnet_lite0", "p", "logits"]
-    assert out.splitlines()[-1] == "7 photographs: the logits are bit-exact on all photographs"
+    assert "\n7 photographs: the logits are bit-exact on all photographs\n" in out
+    assert out.splitlines()[-2:] == [f"the model: {file}", f"the gates after training: {figure}"]
 
 
 def test_plan_and_list():
