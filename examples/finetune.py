@@ -92,6 +92,7 @@ def parse(argv):
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each of one thread")
     parser.add_argument("--out", type=Path, help="page; what stands between <!-- tuning: begin --> and end is replaced")
+    parser.add_argument("--plot", type=Path, help="picture of accuracy over numbers trained to write (.svg or .png)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
     if len(args.train) != len(args.steps):
@@ -327,6 +328,27 @@ def table(args, swept, finals, train, steps):
     return "\n".join(lines)
 
 
+def plot(path, finals):
+    """Test accuracy over the numbers that are trained and stored: one panel for each number of images."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(finals), figsize=(6 * len(finals), 4.5), squeeze=False, layout="constrained")
+    for axis, (train, found) in zip(axes[0], finals.items()):
+        for key, rows in found.items():
+            top1 = [r["top1"] for r in rows]
+            x, y = rows[0]["trained"], statistics.mean(top1)
+            axis.errorbar(x, y, statistics.stdev(top1) if len(top1) > 1 else 0, fmt="o", capsize=3)
+            axis.annotate(METHODS[key].name, (x, y), textcoords="offset points", xytext=(6, 4), fontsize=8)
+        axis.set(title=f"{train} images", xlabel="numbers trained", ylabel="test accuracy, %", xscale="log")
+        axis.margins(x=0.25)
+        axis.grid(alpha=0.3)
+    write(path, lambda beside: figure.savefig(beside, format=path.suffix[1:]))
+    plt.close(figure)
+
+
 def main(argv=None):
     args = parse(argv)
     init_distributed_device(args)
@@ -343,6 +365,8 @@ def main(argv=None):
         command = f"`{shlex.join(['python', 'examples/finetune.py', *(sys.argv[1:] if argv is None else argv)])}`"
         shown = "\n\n".join([command, *parts])
         print(shown)
+        if args.plot:
+            plot(args.plot, {train: rows[1] for train, rows in zip(args.train, found)})
         if args.out:
             put_between(args.out, "tuning", shown)
     if args.distributed:

@@ -230,8 +230,7 @@ def plot(path, everything):
         axis.set(title=network, xlabel="steps", ylabel="test error, %", yscale="log")
         axis.grid(alpha=0.3, which="both")
     axes[0][-1].legend(fontsize=8)
-    write(path, lambda beside: figure.savefig(beside, format=path.suffix[1:], metadata={"Date": None} if path.suffix == ".svg"
-                                              else None))
+    write(path, lambda beside: figure.savefig(beside, format=path.suffix[1:]))
     plt.close(figure)
 
 

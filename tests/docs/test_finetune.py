@@ -150,7 +150,8 @@ def test_a_page_keeps_what_stands_around_the_table(finetune, whole, tmp_path):
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- tuning: begin -->\nformer\n<!-- tuning: end -->\nafter\n")
     command = [*SMALL, "--methods", "full-se", "se", "--work", str(whole), "--out", str(page)]
-    finetune.main(command)
+    finetune.main([*command, "--plot", str(tmp_path / "plot.svg")])
+    assert "</svg>" in (tmp_path / "plot.svg").read_text()
     text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
