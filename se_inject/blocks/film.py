@@ -17,11 +17,12 @@ from .squeeze_excite import SqueezeExcite
 
 
 class ScaleAndShift(SqueezeExcite):
-    """Squeeze-and-excitation that shifts each channel, too: ``x * gate + u * tanh(0.1 * shift)``.
+    """Squeeze-and-excitation that shifts each channel, too: ``x * gate + u * tanh(0.4 * shift) / 4``.
 
     The layer `shift` reads the same hidden units as the layer of the gate. The unit `u` is the mean over channels of the
-    absolute squeezed values, one number for each image, so that a shift is at most as large as the map's own means. With the
-    factor 0.1 the shift takes smaller steps than the gate at one learning rate.
+    absolute squeezed values, one number for each image, so that a shift is at most a quarter of the map's own means. With the
+    factor 0.4 the shift takes steps of a tenth of what its layer does: unbounded, or bounded by the means themselves, it lets
+    training diverge at learning rates that the gate alone survives.
 
     Args: as `SqueezeExcite`.
 
@@ -42,4 +43,4 @@ class ScaleAndShift(SqueezeExcite):
         if self.gain != 1.0:
             g = g * self.gain
         unit = m.abs().mean(self.channel_axis, keepdim=True)
-        return scale(x, g, self.dims, torch.tanh(self.shift(s) * 0.1) * unit)
+        return scale(x, g, self.dims, torch.tanh(self.shift(s) * 0.4) * (unit * 0.25))
