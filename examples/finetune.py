@@ -41,7 +41,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 
 import se_inject
 from se_inject.tools.demo import base_model
-from study import Results, around, difference, machine, pictures, put_between, run_jobs, write
+from study import Results, around, difference, digest, machine, pictures, put_between, run_jobs, write
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +97,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if len(args.train) != len(args.steps):
         parser.error(f"--train has {len(args.train)} numbers and --steps {len(args.steps)}: give one of --steps for each")
+    if len(set(args.seeds)) < len(args.seeds):
+        parser.error(f"--seeds {' '.join(map(str, args.seeds))}: give each seed once")
     args.results = args.results or args.work / "results.csv"
     return args
 
@@ -227,12 +229,15 @@ def keep(model, method, folder):
     return path.stat().st_size
 
 
+def folder_of(args, setting):
+    common = "-".join(str(value) for name, value in setting.items() if name not in ("method", "lr", "seed"))
+    return args.work / common / f"{setting['method']}-lr{setting['lr']:g}-seed{setting['seed']}"
+
+
 def run(args, setting, advance):
     """Train once, or go on with what was begun; the result is on the split that the setting names."""
     key, lr, seed, steps = (setting[name] for name in ("method", "lr", "seed", "steps"))
-    named = {name: value for name, value in setting.items() if name not in ("method", "lr", "seed")}
-    named["data"] = Path(named["data"]).name
-    folder = args.work / "-".join(map(str, named.values())) / f"{key}-lr{lr:g}-seed{seed}"
+    folder = folder_of(args, setting)
     checkpoint_file = folder / "checkpoint.pt"
     folder.mkdir(parents=True, exist_ok=True)
     method, splits = METHODS[key], load_splits(args, setting["train"])
@@ -276,21 +281,22 @@ def run(args, setting, advance):
     top1, loss = evaluate(model, held_out, args)
     final = setting["split"] == "test" and is_primary(args)
     stored = keep(model, method, folder) if final else ""
-    checkpoint_file.unlink(missing_ok=True)
     return {"top1": round(top1, 4), "loss": round(loss, 6), "bytes": stored,
             "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "seconds": round(statistics.median(seconds), 4)}
+            "seconds": round(statistics.median(seconds), 4), "machine": machine(args.device)}
 
 
 def study(args, results, train, steps):
     """The sweep and the final runs of each method with one number of images: {method: rows} of each."""
-    common = {"model": args.model, "data": Path(args.data).name, "train": train, "val": args.val, "test": args.test,
+    data = digest(Path(args.data).name, load_data(args.data)[0][1])
+    common = {"model": args.model, "data": data, "train": train, "val": args.val, "test": args.test,
               "img_size": args.img_size, "batch_size": args.batch_size, "steps": steps, "processes": args.world_size}
     visible = sys.stderr.isatty() and not args.quiet and is_primary(args)
 
     def rows(runs, split):
         settings = [{**common, "method": key, "lr": lr, "seed": seed, "split": split} for key, lr, seed in runs]
-        found = run_jobs(results, settings, functools.partial(run, args), args.jobs, visible, steps)
+        found = run_jobs(results, settings, functools.partial(run, args), args.jobs, visible, steps,
+                         lambda setting: (folder_of(args, setting) / "checkpoint.pt").unlink(missing_ok=True))
         return {key: [row for row in found if row["method"] == key] for key in args.methods}
 
     swept = rows([(key, lr, 0) for key in args.methods for lr in args.lrs if len(args.lrs) > 1], "val")
@@ -308,7 +314,8 @@ def table(args, swept, finals, train, steps):
         f"crops of 70 to 100 %, label smoothing {LABEL_SMOOTHING}. "
         f"Accuracy: mean ± standard deviation over seeds {', '.join(map(str, args.seeds))}. "
         "Differences are paired by seed, with their 95 % interval, bold where it excludes zero. Seconds per step: the median, "
-        f"{'of processor time' if args.device == 'cpu' else 'by the clock'}; device {args.device}, {machine(args.jobs)}.", "",
+        f"{'of processor time' if args.device == 'cpu' else 'by the clock'}; "
+        f"{'; '.join(sorted({r['machine'] for rows in finals.values() for r in rows}))}.", "",
         f"| learns | rate | numbers trained | test accuracy, % | {''.join(f'minus {METHODS[r].name} | ' for r in references)}"
         "seconds per step | stored, KB |",
         "|---" * (6 + len(references)) + "|"]

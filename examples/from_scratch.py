@@ -11,6 +11,8 @@ given again runs what is missing in `--results`.
 
 import argparse
 import functools
+import itertools
+import math
 import shlex
 import statistics
 import sys
@@ -32,7 +34,7 @@ from timm.utils import random_seed
 from torch import nn
 
 import se_inject
-from study import Results, around, difference, machine, pictures, put_between, run_jobs, write
+from study import Results, around, difference, digest, machine, pictures, put_between, run_jobs, write
 
 NETWORKS = {  # of a width, with `depth` times the blocks
     "resnet": lambda width, depth: ResNet(
@@ -53,7 +55,7 @@ VARIANTS = {
     "ECA": {"block": "eca"},
     "FiLM 1/4": {"block": "film", "ratio": 1 / 4},
 }
-SETTINGS = ("network", "width", "depth", "variant", "seed", "images", "batch_size", "steps", "lr")
+SETTINGS = ("data", "network", "width", "depth", "variant", "seed", "images", "test", "batch_size", "steps", "lr")
 SIDE, MEAN, STD = 28, (0.5,), (0.25,)
 WEIGHT_DECAY, LABEL_SMOOTHING, POINTS = 0.05, 0.1, 12  # points of a curve
 
@@ -77,7 +79,12 @@ def parse(argv):
     parser.add_argument("--out", type=Path, help="page; what stands between <!-- from scratch: begin --> and end is replaced")
     parser.add_argument("--plot", type=Path, help="picture of the learning curves to write (.svg or .png)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if len(set(args.seeds)) < len(args.seeds):
+        parser.error(f"--seeds {' '.join(map(str, args.seeds))}: give each seed once")
+    if args.equal_time and "base" not in args.variants:
+        parser.error("--equal-time needs the variant base")
+    return args
 
 
 @functools.cache
@@ -86,6 +93,8 @@ def load(folder, images, test):
     (train, labels), held_out = pictures(folder)
     if held_out is None:
         sys.exit(f"--data {folder}: the files of Fashion-MNIST are not there (train-images-idx3-ubyte and three others)")
+    if images > len(labels) or test > len(held_out[1]):
+        sys.exit(f"--images {images} --test {test}: {folder} has {len(labels)} and {len(held_out[1])} images")
     transform = create_transform((1, SIDE, SIDE), mean=MEAN, std=STD, crop_pct=1.0)
     pixels = torch.stack([transform(Image.fromarray(image)) for image in held_out[0][:test]])
     return train[:images], torch.from_numpy(labels[:images]), pixels, torch.from_numpy(held_out[1][:test])
@@ -96,7 +105,7 @@ def batches(images, labels, seed, size, steps):
     transform = create_transform(
         (1, SIDE, SIDE), is_training=True, mean=MEAN, std=STD, scale=(0.8, 1.0), ratio=(0.9, 1.1), color_jitter=None)
     step = 0
-    for epoch in range(steps * size // len(images) + 1):
+    for epoch in itertools.count():  # a last part of a batch is left out
         order = np.random.default_rng((seed, epoch)).permutation(len(images))
         for start in range(0, len(order) - size + 1, size):
             if step == steps:
@@ -149,18 +158,20 @@ def run(args, setting, advance):
         if (step + 1) * POINTS // steps > step * POINTS // steps:
             curve.append(test_error(model, *held_out))
         advance(1)
-    return {"error": round(curve[-1], 4), "train_loss": round(statistics.mean(losses[-steps // POINTS :]), 5),
+    curve = [round(error, 4) for error in curve]
+    return {"error": curve[-1], "train_loss": round(statistics.mean(losses[-math.ceil(steps / POINTS) :]), 5),
             "numbers": sum(p.numel() for p in model.parameters()), "seconds": round(statistics.median(seconds), 5),
-            "curve": " ".join(f"{e:.2f}" for e in curve)}
+            "machine": machine(), "curve": " ".join(map(str, curve))}
 
 
 def study(args, results, network, seconds=None):
     """The rows of a network's variants: {variant: rows}; with `seconds` of a step, for the time of the base."""
     steps = round(args.epochs * args.images / args.batch_size)
+    data = digest(args.data.name, load(args.data, args.images, args.test)[1])
     own = {v: steps if seconds is None else round(steps * seconds["base"] / seconds[v]) for v in args.variants}
     settings = [
-        {"network": network, "width": args.width, "depth": args.depth, "variant": variant, "seed": seed,
-         "images": args.images, "batch_size": args.batch_size, "steps": own[variant], "lr": args.lr}
+        {"data": data, "network": network, "width": args.width, "depth": args.depth, "variant": variant, "seed": seed,
+         "images": args.images, "test": args.test, "batch_size": args.batch_size, "steps": own[variant], "lr": args.lr}
         for seed in args.seeds for variant in args.variants]
     visible = sys.stderr.isatty() and not args.quiet
     rows = run_jobs(results, settings, functools.partial(run, args), args.jobs, visible, steps)
@@ -171,10 +182,11 @@ def fewer_steps(rows, base):
     """Steps until a variant's error is at most the final one of the base, over the base's steps; None if it never is."""
     parts = []
     for row, reference in zip(rows, base, strict=True):
-        points = [i + 1 for i, error in enumerate(map(float, str(row["curve"]).split())) if error <= reference["error"]]
+        curve = [float(error) for error in str(row["curve"]).split()]
+        points = [i + 1 for i, error in enumerate(curve) if error <= reference["error"]]
         if not points:
             return None
-        parts.append(points[0] / POINTS * row["steps"] / reference["steps"])
+        parts.append(points[0] / len(curve) * row["steps"] / reference["steps"])
     return statistics.mean(parts)
 
 
@@ -187,7 +199,8 @@ def table(args, network, found, timed):
         f"{args.depth} block(s) of a stage. Errors on {args.test} test images: mean ± standard deviation over seeds "
         f"{', '.join(map(str, args.seeds))}; differences to the base are paired by seed, with their 95 % interval, bold where "
         f"it excludes zero. Steps: until the base's final error is reached, in percent of the base's steps, by a curve of "
-        f"{POINTS} points. Step time: processor time over the base's. {machine(args.jobs)}.", "",
+        f"{POINTS} points. Step time: processor time over the base's. "
+        f"{'; '.join(sorted({r['machine'] for rows in found.values() for r in rows}))}.", "",
         "| variant | numbers | test error, % | minus base | training loss | steps, % | step time |"
         + (" minus base at equal time |" if timed else ""),
         "|---" * (8 if timed else 7) + "|"]

@@ -5,6 +5,7 @@ import gzip
 import math
 import os
 import statistics
+import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -24,11 +25,15 @@ class Results:
     def __init__(self, path, settings, writes=True):
         self.path, self.settings = path, settings  # the columns that tell one run from another
         self.writes = writes  # one of several processes that share a run
-        self.rows = {}
+        self.rows, self.columns = {}, None
         if path.exists():
-            with path.open(newline="") as file:
-                for row in csv.DictReader(file):
-                    self.rows[self._key(row)] = {key: _number(value) for key, value in row.items()}
+            whole = path.read_text().rpartition("\n")[0]  # a kill may have cut the last row
+            reader = csv.DictReader(whole.splitlines())
+            self.columns = reader.fieldnames or []
+            if missing := set(settings) - set(self.columns):
+                raise SystemExit(f"--results {path}: it has no column {', '.join(sorted(missing))}; give another file")
+            for row in reader:
+                self.rows[self._key(row)] = {key: _number(value) for key, value in row.items()}
 
     def _key(self, row):
         return tuple(str(_number(str(row[name]))) for name in self.settings)
@@ -42,11 +47,15 @@ class Results:
         if not self.writes:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        new = not self.path.exists()
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, list(row), lineterminator="\n")
-            if new:
+        with self.path.open("a+", newline="") as file:
+            file.seek(0)
+            text = file.read()
+            columns = self.columns or list(row)
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            if not text:
                 writer.writeheader()
+            elif not text.endswith("\n"):
+                file.truncate(len((text.rpartition("\n")[0] + "\n").encode()))
             writer.writerow(row)
 
 
@@ -59,7 +68,7 @@ def _number(text):
     return text
 
 
-def run_jobs(results, settings, function, jobs, visible, total=1):
+def run_jobs(results, settings, function, jobs, visible, total=1, after=None):
     """The rows of all settings, in their order; those that are missing are run, `jobs` processes at a time.
 
     Args:
@@ -69,6 +78,7 @@ def run_jobs(results, settings, function, jobs, visible, total=1):
         jobs: Processes of one thread each; 1 is this process, with its own threads.
         visible: Whether to show a progress bar.
         total: The parts of a run.
+        after: Called with the setting of a run whose row is written.
     """
     missing = [s for s in settings if results.get(**s) is None]
     with Progress(console=Console(stderr=True), disable=not visible) as progress:
@@ -76,14 +86,23 @@ def run_jobs(results, settings, function, jobs, visible, total=1):
         if jobs == 1:
             for setting in missing:
                 progress.update(task, description=" ".join(str(v) for v in setting.values()))
-                results.add({**setting, **function(setting, lambda n: progress.advance(task, n))})
+                _finish(results, setting, function(setting, lambda n: progress.advance(task, n)), after)
         else:
             with ProcessPoolExecutor(jobs, initializer=torch.set_num_threads, initargs=(1,)) as pool:
                 running = {pool.submit(function, setting, _nothing): setting for setting in missing}
                 for done in as_completed(running):
-                    results.add({**running[done], **done.result()})
+                    if done.exception() is None:
+                        _finish(results, running[done], done.result(), after)
                     progress.advance(task, total)
+                for done in running:
+                    done.result()  # raises, now that the rows of the others are kept
     return [results.get(**s) for s in settings]
+
+
+def _finish(results, setting, row, after):
+    results.add({**setting, **row})
+    if after is not None:
+        after(setting)
 
 
 def _nothing(_):
@@ -114,6 +133,8 @@ def pictures(folder):
     """
     folder = Path(folder)
     found = {part: sorted(folder.rglob(f"{name}*")) for part, name in IDX.items()}
+    if any(len(files) > 1 for files in found.values()):
+        raise SystemExit(f"--data {folder}: it has the files of several sets of pictures; give the folder of one")
     if all(found.values()):
         return tuple(_idx(found[part][0]) for part in IDX)
     samples = ImageFolder(folder).samples
@@ -156,7 +177,11 @@ def put_between(page, name, text):
     write(page, lambda path: path.write_text(f"{before}\n\n{text}\n\n{after}"))
 
 
-def machine(jobs):
-    """The machine of a study, in words."""
-    threads = 1 if jobs > 1 else torch.get_num_threads()
-    return f"torch {torch.__version__}, {os.cpu_count()} CPU cores, {jobs} process(es) of {threads} thread(s)"
+def digest(name, labels):
+    """A name for a set of pictures, the same wherever its folder is."""
+    return f"{name}-{zlib.crc32(np.asarray(labels, np.int64).tobytes()):08x}"
+
+
+def machine(device="cpu"):
+    """The machine of a run, in words."""
+    return f"{device}, {torch.get_num_threads()} of {os.cpu_count()} cores, torch {torch.__version__}"

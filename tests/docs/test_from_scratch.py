@@ -71,6 +71,7 @@ def test_batches_depend_on_the_seed_and_the_step(study, folder):
     again = list(study.batches(images, labels, 1, 64, 11))
     assert len(one) == 12 and all(torch.equal(a, b) for (a, _), (b, _) in zip(one, again))
     assert not torch.equal(one[0][0], other[0][0]) and not torch.equal(one[0][0], one[10][0])
+    assert len(list(study.batches(images, labels, 1, 96, 20))) == 20  # an epoch leaves a part of a batch out
 
 
 @pytest.mark.contract
@@ -87,13 +88,27 @@ def test_a_small_study(study, folder, tmp_path, capsys):
     found = study.Results(results, study.SETTINGS).rows.values()
     base, film = ([row["error"] for row in found if (row["variant"], row["steps"]) == (v, 24)] for v in ("base", "FiLM 1/4"))
     assert study.difference(film, base) in text
+    assert all(len(row["curve"].split()) == study.POINTS and float(row["curve"].split()[-1]) == row["error"] for row in found)
     lines = first.splitlines()
-    results.write_text("\n".join(lines[:-3]) + "\n")  # as after a kill
+    results.write_text("\n".join(lines[:-3]) + "\n" + lines[-3][:20])  # as after a kill
     study.main(command)
     kept = [line.split(",") for line in results.read_text().splitlines()]
     seconds = lines[0].split(",").index("seconds")
     assert {tuple(row[:seconds] + row[seconds + 1 :]) for row in kept} <= {
         tuple(row[:seconds] + row[seconds + 1 :]) for row in (line.split(",") for line in lines)}
+
+
+def test_runs_that_end_well_are_kept_where_another_fails(study, tmp_path):
+    results = study.Results(tmp_path / "r.csv", ("n",))
+    with pytest.raises(ValueError, match="invalid literal"):
+        study.run_jobs(results, [{"n": n} for n in ("1", "x", "2")], _number, 2, False)
+    assert sorted(study.Results(tmp_path / "r.csv", ("n",)).rows) == [("1",), ("2",)]
+    with pytest.raises(SystemExit, match="has no column other"):
+        study.Results(tmp_path / "r.csv", ("n", "other"))
+
+
+def _number(setting, advance):
+    return {"value": int(setting["n"])}
 
 
 def test_paired_differences(study):
