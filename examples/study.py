@@ -25,12 +25,11 @@ class Results:
     def __init__(self, path, settings, writes=True):
         self.path, self.settings = path, settings  # the columns that tell one run from another
         self.writes = writes  # one of several processes that share a run
-        self.rows, self.columns = {}, None
+        self.rows = {}
         if path.exists():
             whole = path.read_text().rpartition("\n")[0]  # a kill may have cut the last row
             reader = csv.DictReader(whole.splitlines())
-            self.columns = reader.fieldnames or []
-            if missing := set(settings) - set(self.columns):
+            if missing := set(settings) - set(reader.fieldnames or ()):
                 raise SystemExit(f"--results {path}: it has no column {', '.join(sorted(missing))}; give another file")
             for row in reader:
                 self.rows[self._key(row)] = {key: _number(value) for key, value in row.items()}
@@ -50,7 +49,7 @@ class Results:
         with self.path.open("a+", newline="") as file:
             file.seek(0)
             text = file.read()
-            columns = self.columns or list(row)
+            columns = text.splitlines()[0].split(",") if text else list(row)
             writer = csv.DictWriter(file, columns, lineterminator="\n")
             if not text:
                 writer.writeheader()

@@ -60,6 +60,13 @@ _INSTALLED = {"site-packages", "dist-packages"}
 
 
 @functools.lru_cache(maxsize=4096)
+def own_call(cls: Any) -> tuple[Any, ...]:
+    """The class that gives a module a `__call__` of its own; none where it has that of torch."""
+    owner = next(c for c in cls.__mro__ if "__call__" in c.__dict__)
+    return () if owner.__module__.startswith("torch.") else (owner,)
+
+
+@functools.lru_cache(maxsize=4096)
 def asks_by_identity(cls: Any) -> str | None:
     """The word by which a forward asks what a proxy answers otherwise than the traced value; None where it does not."""
     for function in functions_of(cls):

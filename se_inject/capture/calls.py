@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-REST = "_se_rest"  # among the keyword arguments of a call in a trace: all of the caller's ``**kwargs``
+REST = "**"  # among the keyword arguments of a call in a trace: all of the caller's ``**kwargs``
 
 
 @dataclasses.dataclass(eq=False)

@@ -15,7 +15,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import fx, nn
+from torch import fx
 
 from .author_code import is_ours
 from .calls import REST
@@ -60,7 +60,7 @@ class _Watch:
         by, self._passes = self._passes, None
         if by is not None and frame.f_back is not by:
             self.has_read = True
-        if is_ours(frame) or _calls_module(frame):
+        if is_ours(frame):
             return None
         name = _variadic(frame.f_code)
         if name is None or REST not in frame.f_locals.get(name, ()):
@@ -79,13 +79,6 @@ class _Watch:
                 self.has_read = True
             self._passes = frame if frame.f_lasti in passing else None
         return self._step
-
-
-def _calls_module(frame: types.FrameType) -> bool:
-    """Whether it is a `__call__` of a child's own class, which the generated forward will call alike."""
-    code = frame.f_code
-    first = code.co_varnames[0] if code.co_argcount else ""
-    return code.co_name == "__call__" and isinstance(frame.f_locals.get(first), nn.Module)
 
 
 def _named(code: types.CodeType) -> set[str]:

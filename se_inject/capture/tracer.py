@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..private import as_one_node, constant_types, fx_is_tracing, module_call, module_getattr, names_to_wrap, set_fx_tracing
 from ..undo import entered, surgery_lock, undone
-from .author_code import draws_by_name, is_ours
+from .author_code import draws_by_name, is_ours, own_call
 
 _MISSING = object()
 READ_AGAIN = "read again"  # in the meta of an ``x + y`` that the author wrote as ``x += y``
@@ -205,8 +205,12 @@ class _Patches:
         """Inside, calls of modules go to `tracer`, and the functions that fx wraps are wrapped."""
         outer = self.tracer, self._parameters, self._visited, self._replaced
         replaced: list[tuple[dict[str, Any], str, Any]] = []
+        kinds: set[Any] = set(map(type, tracer.submodule_paths or ()))
+        calling = [(owner, owner.__dict__["__call__"]) for owner in {owner for kind in kinds for owner in own_call(kind)}]
 
         def put_back() -> None:
+            for owner, original in calling:
+                owner.__call__ = original
             for namespace, name, was in reversed(replaced):
                 if was is _MISSING:
                     namespace.pop(name, None)
@@ -216,10 +220,24 @@ class _Patches:
 
         with undone(put_back):
             self.tracer, self._parameters, self._visited, self._replaced = tracer, {}, set(), replaced
+            for owner, original in calling:
+                owner.__call__ = self._leaf(original)
             for namespace, name in names_to_wrap():
                 self._put(namespace, name, namespace[name] if name in namespace else getattr(builtins, name))
             self.wrap_in(math.__dict__)
             yield
+
+    def _leaf(self, original: Any) -> Any:
+        """A `__call__` of an author's own, as a leaf like others: the generated forward will call it whole."""
+        thread = threading.get_ident()
+
+        @functools.wraps(original)
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if self.tracer is None or threading.get_ident() != thread:
+                return original(module, *args, **kwargs)
+            return self.tracer.call_module(module, functools.partial(original, module), args, kwargs)
+
+        return call
 
     def wrap_in(self, namespace: dict[str, Any]) -> None:
         """Wrap the functions in a module's namespace that become one node; let `isinstance` and `len` there know proxies."""

@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from ..blocks.masks import MASKS
+from ..capture.arguments import signature_of
 from ..capture.calls import REST
 from ..capture.graphs import same_graph, sources_of, subgraph
 from ..capture.snapshot import all_or_nothing, on_meta, set_class
@@ -130,6 +131,8 @@ def _generate(
 ) -> type[nn.Module]:  # fmt: skip
     """The class for the branches of a forward; `edits` are those of `main`, which stays as it is."""
     base = base_class(module)
+    if any(p.kind is p.POSITIONAL_ONLY for p in list(signature_of(base.forward).parameters.values())[1:]):
+        raise Refusal(f"{base.__name__}.forward has positional-only parameters, which a generated forward does not have")
     guards, names = guards_for(modes.fixed, modes.given, f"{base.__name__}.forward was rewritten for one value of {{name}}: "
                             "eject(), then inject() the model as it is called")
     functions: list[str] = []
@@ -200,7 +203,7 @@ def _head(graph: fx.Graph) -> tuple[str, str]:
         if n.op == "placeholder":
             target = str(n.target)
             keyword_only = any(name.startswith("*") for name in names)
-            names.append(target if target.startswith("*") else f"{target}={target}" if keyword_only else n.name)
+            names.append(f"{target}={target}" if keyword_only and not target.startswith("*") else target)
     return head, ", ".join(names)
 
 

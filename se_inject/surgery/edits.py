@@ -73,7 +73,7 @@ def check_form(value: Any, given: dict[str, Any], child: str, form: str) -> None
     Raises:
         SEInjectError: The child, which got the keyword arguments `given`, has not returned a value of this form.
     """
-    if given and form_of(value) != form:
+    if given and not isinstance(value, fx.Proxy) and form_of(value) != form:
         raise SEInjectError(
             f"the layer {child!r} returned {form_of(value)} where it got {', '.join(given)}, and {form} when the model was "
             "injected: eject(), then inject() the model as it is called")

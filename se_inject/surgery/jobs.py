@@ -7,7 +7,9 @@ from collections import defaultdict
 from collections.abc import Hashable
 from typing import Any
 
+import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_leaves
 
 from ..blocks.build import BlockSpec, make_block
 from ..capture.arguments import variadic_keywords
@@ -83,10 +85,16 @@ def _edits(module: nn.Module, group: list[PlacedSite]) -> OwnerEdits:
 
 
 def _forms(module: nn.Module, graph: fx.Graph) -> tuple[tuple[str, str], ...]:
-    """The form of what each child returned, of which the trace holds decisions, where the forward has ``**kwargs``."""
+    """The form of what each child returned, of which the trace holds decisions, where the forward has ``**kwargs``.
+
+    There is none for a child that returned an object, as its attributes have no form.
+    """
     if variadic_keywords(type(module)) is None:
         return ()
-    return tuple(dict.fromkeys((str(n.target), form_of(n.meta["val"])) for n in graph.nodes if n.op == "call_module"))
+    found = [(str(n.target), n.meta["val"]) for n in graph.nodes if n.op == "call_module"]
+    plain = (torch.Tensor, bool, int, float, str, type(None))
+    return tuple(dict.fromkeys(
+        (target, form_of(value)) for target, value in found if all(isinstance(v, plain) for v in tree_leaves(value))))
 
 
 def _child_before(s: PlacedSite) -> str:

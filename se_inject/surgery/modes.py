@@ -59,7 +59,7 @@ def trace_modes(
     """
     branches = trace_branches(module, constants) if known is None else [known]
     name = variadic_keywords(type(module))
-    if name is not None:
+    if name is not None and not constants[name]:  # else a call without them may get children's outputs of another form
         with contextlib.suppress(Refusal):
             passed_on = {**constants, name: PassedOn()}
             traced = trace_branches(module, passed_on)
@@ -74,6 +74,8 @@ def trace_modes(
 
 def _trace_modes(module: nn.Module, constants: dict[str, Any], branches: list[Branch]) -> Modes:
     modules = list(module.modules())
+    for m in modules:
+        m.__dict__["training"] = False
     held = pinned(type(module), constants)
     free = None
     with contextlib.suppress(Refusal):

@@ -119,6 +119,127 @@ def test_a_child_that_returns_another_form_is_refused(form, returned):
         owner(x, form=form)
 
 
+class Calling(Attention):
+    """Has a `__call__` of its own, which reads the keyword arguments."""
+
+    def __call__(self, x, **kwargs):
+        return super().__call__(x, scale=kwargs["scale"]) if "scale" in kwargs else super().__call__(x)
+
+
+class CallsWhole(Layer):
+    def __init__(self):
+        super().__init__()
+        self.child = Calling()
+
+
+def test_a_child_with_a_call_of_its_own_is_called_whole():
+    base, owner, x = pair(CallsWhole)
+    assert torch.equal(owner(x), base(x)) and torch.equal(owner(x, scale=0.5), base(x, scale=0.5))
+
+
+def test_a_child_whose_call_does_something_is_refused():
+    class Adds(Attention):
+        def __call__(self, x):
+            return super().__call__(x + 1)
+
+    class Owner(Residual):
+        def __init__(self):
+            super().__init__()
+            self.child = Adds()
+
+        def forward(self, x):
+            return x + self.child(x)[0]
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), Owner())
+    call = Adds.__call__
+    with pytest.raises(se_inject.NoSitesError, match="does something else when traced"):
+        se_inject.inject(model, input_size=(3, 10, 10))
+    assert Adds.__call__ is call
+
+
+def test_a_forward_is_traced_in_eval_mode_where_it_reads_its_arguments():
+    class Flag(Residual):
+        def forward(self, x, flag=False, **kwargs):
+            y = self.child(x)[0]
+            if not self.training and flag:
+                y = y * 2
+            return x + (y * 3 if kwargs.get("more") else y)
+
+    base, owner, x = pair(Flag)
+    assert torch.equal(owner(x), base(x))
+    with pytest.raises(SEInjectError, match="was rewritten for one value of flag"):
+        owner(x, flag=True)
+
+
+def test_arguments_of_the_recorded_call_are_checked():
+    """A call without them may get another form from a child, and no argument says so."""
+    torch.manual_seed(0)
+
+    class Gives(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.layer = nn.Conv2d(3, 8, 1), Layer()
+
+        def forward(self, x):
+            return self.layer(self.stem(x), form="weights")
+
+    model = se_inject.inject(Gives().eval(), input_size=(3, 10, 10))
+    x = torch.randn(2, 8, 10, 10)
+    assert se_inject.block_paths(model) == ["layer.se"]
+    model.layer(x, form="weights")
+    with pytest.raises(SEInjectError, match="was rewritten for one value of kwargs"):
+        model.layer(x)
+
+
+def test_a_child_that_returns_an_object_gets_no_further_arguments():
+    class Output:
+        def __init__(self, y, weights):
+            self.y, self.weights = y, weights
+
+    class Objects(Attention):
+        def forward(self, x, weights=True, **kwargs):
+            y, _ = super().forward(x)
+            return Output(y, y if weights else None)
+
+    class Owner(Residual):
+        def __init__(self):
+            super().__init__()
+            self.other = Objects()
+
+        def forward(self, x, **kwargs):
+            out, y = self.other(x, **kwargs), self.child(x)[0]
+            return x + (y if out.weights is not None else y * 2)
+
+    base, owner, x = pair(Owner)
+    assert torch.equal(owner(x), base(x))
+    with pytest.raises(SEInjectError, match="was rewritten for one value of kwargs"):
+        owner(x, weights=False)
+
+
+def test_parameters_that_fx_renames():
+    class Input(Residual):
+        def forward(self, input, **kwargs):
+            y, _ = self.child(input, **kwargs)
+            return input + nn.functional.dropout(y, 0.5, self.training)
+
+    base, owner, x = pair(Input)
+    base.train(), owner.train()
+    torch.manual_seed(1)
+    expected = base(x, scale=0.5)
+    torch.manual_seed(1)
+    assert torch.equal(owner(x, scale=0.5), expected)
+
+
+def test_positional_only_parameters_are_refused():
+    class Only(Residual):
+        def forward(self, x, scale=1.0, /, **kwargs):
+            return x + self.child(x, **kwargs)[0] * scale
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), Only())
+    (skipped,) = se_inject.plan(model, input_size=(3, 10, 10)).skipped
+    assert "positional-only" in skipped.reason
+
+
 def read(x, **kwargs):
     return x * kwargs.get("scale", 1.0)
 
