@@ -152,6 +152,8 @@ def gates_command(
     from ..tools import gate_files
     from ..tools.image_folder import open_folder
 
+    if classes and output is None:
+        raise click.UsageError("--classes says what is drawn: give -o OUT, too")
     model = saved_model(target)
     pictures = open_folder(folder, model, target.input_size(model), limit)
     if output is not None:

@@ -47,8 +47,8 @@ def gates(
     Raises:
         ConfigError: `model` is no model.
         TraceError: The model is wrapped, compiled or scripted.
-        SEInjectError: The model has no blocks; the loader gives no images, images that the model does not take, or other
-            labels; `class_names` is too short; a gate is not finite.
+        SEInjectError: The model has no blocks; the loader gives no images, images of a size that the model does not take, or
+            other labels; `class_names` is too short; a gate is not finite.
 
     Shape:
         Images: (N, C, H, W), (N, C, L) or (N, C, D, H, W), floating point; labels: (N,). N may differ from batch to batch.

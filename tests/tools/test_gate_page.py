@@ -203,6 +203,7 @@ def test_the_strongest_channels(file):
 @pytest.mark.parametrize("arguments, code, message", [
     (("-o", "x.pdf"), 2, r"'x.pdf': expected an OUT that ends in .html, .png or .svg"),
     (("-o", "nowhere/x.html"), 1, "there is no folder 'nowhere'"),
+    (("--classes", "dog"), 2, "--classes says what is drawn: give -o OUT"),
     (("-o", "x.html", "--classes", "dgo"), 2, "no class 'dgo'.*did you mean 'dog'.*the classes are _"),
     (("-o", "x.html", *(a for name in (*NAMES, "hen") for a in ("--classes", name))), 2, "no class 'hen'"),
 ])  # fmt: skip
