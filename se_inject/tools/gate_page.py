@@ -13,7 +13,7 @@ import torch
 
 from ..rescale.gate_report import GateReport, SiteGates
 from .channel_maps import ChannelMap, StrongestChannels
-from .gate_plots import ALL, KEPT, TAKEN, Line, early_middle_last, matplotlib, panel
+from .gate_plots import ALL, KEPT, TAKEN, Line, channels_of, early_middle_last, matplotlib, panel
 
 _MARKS = {  # matplotlib's markers
     "o": '<circle cx="16" cy="6" r="3.2"/>', "s": '<path d="M13 3h6v6h-6z"/>', "^": '<path d="M16 2l4 7h-8z"/>',
@@ -104,7 +104,7 @@ def page(
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{_STYLE}</style>\n</head>\n<body>\n'
         f"<h1>{title}</h1>\n" + "\n".join(parts) +
         f"\n<footer>Made by <code>se-inject gates</code>, se_inject {version('se-inject')}. The figure by channel is figure 6 "
-        "of Hu et al., Squeeze-and-Excitation Networks, arXiv 1709.01507; its gray band is that of figure 7.</footer>\n"
+        "of Hu et al., Squeeze-and-Excitation Networks, arXiv 1709.01507.</footer>\n"
         "</body>\n</html>\n")
 
 
@@ -114,13 +114,16 @@ def _head(report: GateReport, architecture: str | None, source: str) -> str:
     classes = f" of {len(report.classes)} classes" if report.classes else ""
     return (
         "<p>A squeeze-and-excitation block looks at a whole feature map and multiplies each of its channels by one number, the "
-        "<b>gate</b>. A gate of 1 leaves the channel as it is, a greater one raises it, and a smaller one lowers it.</p>\n"
+        "<b>gate</b>. A gate of 1 leaves the channel as it is, as all gates do before the blocks are trained; a greater one "
+        "raises it, and a smaller one lowers it.</p>\n"
         f"<p>This page shows the gates of {counts}{classes}, from <code>{escape(source)}</code>.</p>")
 
 
 def _by_channel(report: GateReport, drawn: Sequence[Line]) -> str:
     shown = early_middle_last(report)
-    where = ": the one whose gates vary most in an early, a middle and the last part of the model" if len(shown) == 3 else ""
+    where = ""
+    if len(shown) == 3:
+        where = ": of the first, the middle and the last stage, or third of the blocks, the one whose gates vary most"
     items = [
         f'<li><svg aria-hidden="true" style="fill:#fff;stroke:{c.color};stroke-width:1.4"><path d="M1 6h30"/>'
         f"{_MARKS[c.marker]}</svg>{escape(c.name)}</li>" for c in drawn]
@@ -130,6 +133,8 @@ def _by_channel(report: GateReport, drawn: Sequence[Line]) -> str:
     others = f" {len(drawn)} of {len(report.classes)} classes are drawn." if len(drawn) < len(report.classes) else ""
     says = ("Where the lines of the classes lie apart, the block treats the classes differently" if drawn else
             "Where the band is wide, the block treats the images differently")
+    if any(len(channels_of(s)) < len(s.mean) for s in shown):
+        others += " Of many channels, 50 at equal distances are drawn; their order has no meaning."
     return (
         f'<section id="channels">\n<h2>Mean gate by channel</h2>\n<p>Each panel is one block{where}. {says}.{others}</p>\n'
         f'<ul class="legend">{"".join(items)}</ul>\n'
@@ -146,23 +151,25 @@ def _strip(report: GateReport, max_variation: float) -> str:
         f'text-anchor="{"middle" if t else "start"}">{100 * t:.3g} %</text>' for t in ticks_at)
     return (
         '<section id="variation">\n<h2>How much the gates vary from image to image</h2>\n'
-        "<p>For each block, from the input of the model to its output: the standard deviation of the gate over the images, in "
-        "percent of its mean, averaged over the channels. A gate that hardly varies can be replaced by its mean: "
+        "<p>For each block, from the input of the model to its output: the standard deviation over the images of each "
+        "channel's gate, in percent of that channel's mean gate, averaged over the channels; channels whose mean is near 0 "
+        "weigh much. A gate that hardly varies can be replaced by its mean: "
         f"<code>se_inject.fold(model, loader, max_variation={max_variation:g})</code> takes {taken} of {len(report.sites)} "
-        "blocks out, and multiplies their mean gates into the weights.</p>\n"
-        f'<ul class="legend"><li><svg aria-hidden="true">{_dot("16", True)}</svg>fold takes it</li>'
-        f'<li><svg aria-hidden="true">{_dot("16", False)}</svg>fold keeps it</li>'
+        "blocks out of the model and multiplies their mean gates into the weights, which saves their time.</p>\n"
+        f'<ul class="legend"><li><svg aria-hidden="true">{_dot("16", True)}</svg>becomes a constant</li>'
+        f'<li><svg aria-hidden="true">{_dot("16", False)}</svg>stays a block</li>'
         '<li><svg aria-hidden="true"><path d="M16 0v12" stroke="#555" stroke-dasharray="3 2"/></svg>'
         f"limit, {100 * max_variation:g} %</li></ul>\n"
         '<table>\n<thead><tr><th>block</th><th class="n wide">channels</th><th class="n wide">mean gate</th>'
-        f'<th class="n">variation</th><th class="strip"><svg aria-hidden="true">{ticks}</svg></th><th>fold</th></tr></thead>\n'
+        f'<th class="n">variation</th><th class="strip"><svg aria-hidden="true">{ticks}</svg></th><th>with fold</th></tr>'
+        "</thead>\n"
         f"<tbody>\n{rows}\n</tbody>\n</table>\n</section>")
 
 
 def _row(s: SiteGates, max_variation: float, end: float) -> str:
     taken = s.folds(max_variation)
     x, limit = f"{100 * s.variation / end:.2f}%", f"{100 * max_variation / end:.2f}%"
-    fold = "takes it" if taken else f'keeps it: <span class="why">{escape(s.kept)}</span>' if s.kept else "keeps it"
+    fold = "constant" if taken else f'block: <span class="why">{escape(s.kept)}</span>' if s.kept else "block"
     return (
         f'<tr><td class="path">{_breakable(s.path)}</td><td class="n wide">{len(s.mean)}</td>'
         f'<td class="n wide">{float(s.mean.mean()):.4f}</td><td class="n">{100 * s.variation:.2f} %</td>'
@@ -197,9 +204,9 @@ def _channels(picture: Picture) -> str:
         sites.append(f'<div class="site"><h3>{escape(s.path)}</h3><div class="maps">{cells}{maps}</div></div>')
     return (
         '<section id="picture">\n<h2>One picture and its strongest channels</h2>\n'
-        "<p>The channels that the gates raise most and lower most for this picture, as they come into the block. Each map has "
-        "a scale of its own: dark is its least value, and bright its greatest. Channels that are zero everywhere are not "
-        "shown.</p>\n"
+        "<p>The channels that the gates raise most and lower most for this picture, as they come into the block, before the "
+        "gate. Each map has a scale of its own: dark is its least value, and bright its greatest. Channels that are zero "
+        "everywhere are not shown.</p>\n"
         f'<div class="picture"><figure><img alt="{label}" src="{_png(picture.image)}"><figcaption>{label}, as the model gets it'
         f'</figcaption></figure><div>{"".join(sites)}</div></div>\n</section>')
 

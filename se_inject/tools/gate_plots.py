@@ -190,5 +190,5 @@ def _draw_strip(mpl: Any, ax: Any, report: GateReport, max_variation: float) -> 
     ax.legend(
         [line([], [], color=TAKEN, marker="o", markersize=4), line([], [], color=KEPT, marker="o", markersize=4, mfc="white"),
          line([], [], color="#555555", linewidth=0.8, linestyle=(0, (4, 3)))],
-        ["fold takes it", "fold keeps it", f"limit of {max_variation:.3g}"],
+        ["becomes a constant", "stays a block", f"limit of {max_variation:.3g}"],
         loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False, borderaxespad=0)
