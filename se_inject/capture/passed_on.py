@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import fx
 
+from ..undo import undone
 from .author_code import is_ours
 from .calls import REST
 
@@ -40,12 +41,14 @@ def watched(cls: Any, constants: dict[str, Any]) -> Iterator[Callable[[], bool]]
         return
     watch = _Watch(inspect.unwrap(cls.forward).__code__)
     was = sys.gettrace()
-    sys.settrace(watch.enter)
-    try:
-        yield lambda: watch.has_read
-    finally:
+
+    def put_back() -> None:
         watch.has_read |= sys.gettrace() != watch.enter  # a trace function that raises, or the author's code, takes it off
         sys.settrace(was)
+
+    with undone(put_back):
+        sys.settrace(watch.enter)
+        yield lambda: watch.has_read
 
 
 class _Watch:

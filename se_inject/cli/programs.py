@@ -80,7 +80,7 @@ def run_command(script: str, args: tuple[str, ...], as_module: bool) -> None:
 @output_option(required=False, help="The safetensors file to write; the figure goes beside it; default a new temporary folder.")
 @json_option
 def demo_command(output: str | None, as_json: bool) -> None:
-    """Classify photographs with real weights, with and without SE; then train the blocks on digits.
+    """Classify photographs with and without SE, then train on digits.
 
     Injects EfficientNet-Lite0 with its ImageNet weights, saves it, builds it from its file, and compares the logits. Then
     trains the head alone, and blocks and head, and draws the gates.
