@@ -91,7 +91,8 @@ def parse(argv):
     parser.add_argument("--checkpoint-every", type=int, default=20, metavar="STEPS")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each of one thread")
-    parser.add_argument("--out", type=Path, help="page; what stands between <!-- tuning: begin --> and end is replaced")
+    parser.add_argument("--out", type=Path, help="page; what stands between <!-- PART: begin --> and end is replaced")
+    parser.add_argument("--part", default="tuning", help="of the page [%(default)s]")
     parser.add_argument("--plot", type=Path, help="picture of accuracy over numbers trained to write (.svg or .png)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
@@ -364,7 +365,7 @@ def main(argv=None):
     if args.jobs > 1 and args.distributed:
         sys.exit("--jobs with torchrun: leave it out, the processes of torchrun share one run")
     if args.out:
-        around(args.out, "tuning")  # now, and not after hours of training
+        around(args.out, args.part)  # now, and not after hours of training
     results = Results(args.results, SETTINGS, is_primary(args))
     found = [study(args, results, train, steps) for train, steps in zip(args.train, args.steps)]
     if is_primary(args):
@@ -375,7 +376,7 @@ def main(argv=None):
         if args.plot:
             plot(args.plot, {train: rows[1] for train, rows in zip(args.train, found)})
         if args.out:
-            put_between(args.out, "tuning", shown)
+            put_between(args.out, args.part, shown)
     if args.distributed:
         torch.distributed.destroy_process_group()
 
