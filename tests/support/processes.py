@@ -53,7 +53,7 @@ def started(code: str, *args: object, files: Sequence[Path] = ()) -> BaseProcess
 def script(path: Path, folder: Path) -> str:
     """Code that runs a script in a folder, with warnings as errors."""
     return (f"import os, runpy, sys, warnings\nos.chdir({str(folder)!r})\nwarnings.simplefilter('error')\n"
-            f"sys.path.insert(0, {str(path.parent)!r})\n"  # as `python SCRIPT` does
+            f"sys.path.insert(0, {os.path.dirname(path)!r})\n"  # as `python SCRIPT` does
             f"sys.argv[0] = {str(path)!r}\nrunpy.run_path(sys.argv[0], run_name='__main__')")
 
 
