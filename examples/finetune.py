@@ -41,7 +41,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 
 import se_inject
 from se_inject.tools.demo import base_model
-from study import Results, around, difference, digest, machine, pictures, put_between, run_jobs, write
+from study import Results, around, difference, digest, machine, panels, pictures, put_between, run_jobs, write
 
 
 @dataclasses.dataclass(frozen=True)
@@ -338,23 +338,15 @@ def table(args, swept, finals, train, steps):
 
 def plot(path, finals):
     """Test accuracy over the numbers that are trained and stored: one panel for each number of images."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, len(finals), figsize=(6 * len(finals), 4.5), squeeze=False, layout="constrained")
-    for axis, (train, found) in zip(axes[0], finals.items()):
-        for key, rows in found.items():
-            top1 = [r["top1"] for r in rows]
-            x, y = rows[0]["trained"], statistics.mean(top1)
-            axis.errorbar(x, y, statistics.stdev(top1) if len(top1) > 1 else 0, fmt="o", capsize=3)
-            axis.annotate(METHODS[key].name, (x, y), textcoords="offset points", xytext=(6, 4), fontsize=8)
-        axis.set(title=f"{train} images", xlabel="numbers trained", ylabel="test accuracy, %", xscale="log")
-        axis.margins(x=0.25)
-        axis.grid(alpha=0.3)
-    write(path, lambda beside: figure.savefig(beside, format=path.suffix[1:]))
-    plt.close(figure)
+    with panels(path, [f"{train} images" for train in finals], 6) as axes:
+        for axis, found in zip(axes.values(), finals.values()):
+            for key, rows in found.items():
+                top1 = [r["top1"] for r in rows]
+                x, y = rows[0]["trained"], statistics.mean(top1)
+                axis.errorbar(x, y, statistics.stdev(top1) if len(top1) > 1 else 0, fmt="o", capsize=3)
+                axis.annotate(METHODS[key].name, (x, y), textcoords="offset points", xytext=(6, 4), fontsize=8)
+            axis.set(xlabel="numbers trained", ylabel="test accuracy, %", xscale="log")
+            axis.margins(x=0.25)
 
 
 def main(argv=None):

@@ -34,7 +34,7 @@ from timm.utils import random_seed
 from torch import nn
 
 import se_inject
-from study import Results, around, difference, digest, machine, pictures, put_between, run_jobs, write
+from study import Results, around, difference, digest, machine, panels, pictures, put_between, run_jobs
 
 NETWORKS = {  # of a width, with `depth` times the blocks
     "resnet": lambda width, depth: ResNet(
@@ -228,23 +228,16 @@ def table(args, network, found, timed):
 
 def plot(path, everything):
     """The learning curves: one panel for each network, the mean over seeds of each variant."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, len(everything), figsize=(5 * len(everything), 4), squeeze=False, layout="constrained")
-    for axis, (network, found) in zip(axes[0], everything.items()):
-        for variant, rows in found.items():
-            curves = np.array([[float(e) for e in str(r["curve"]).split()] for r in rows])
-            steps = rows[0]["steps"] * np.arange(1, curves.shape[1] + 1) / curves.shape[1]
-            axis.plot(steps, curves.mean(0), label=variant, color="black" if variant == "base" else None,
-                      linewidth=2 if variant == "base" else 1.2)
-        axis.set(title=network, xlabel="steps", ylabel="test error, %", yscale="log")
-        axis.grid(alpha=0.3, which="both")
-    axes[0][-1].legend(fontsize=8)
-    write(path, lambda beside: figure.savefig(beside, format=path.suffix[1:]))
-    plt.close(figure)
+    with panels(path, list(everything), 5) as axes:
+        for network, found in everything.items():
+            for variant, rows in found.items():
+                curves = np.array([[float(e) for e in str(r["curve"]).split()] for r in rows])
+                steps = rows[0]["steps"] * np.arange(1, curves.shape[1] + 1) / curves.shape[1]
+                is_base = variant == "base"
+                axes[network].plot(steps, curves.mean(0), label=variant, color="black" if is_base else None,
+                                   linewidth=2 if is_base else 1.2)
+            axes[network].set(xlabel="steps", ylabel="test error, %", yscale="log")
+        axes[network].legend(fontsize=8)
 
 
 def main(argv=None):

@@ -1,5 +1,6 @@
 """What the two studies share: results that a killed study finds again, pictures, paired differences, and jobs."""
 
+import contextlib
 import csv
 import gzip
 import math
@@ -174,6 +175,23 @@ def put_between(page, name, text):
     """Replace the part of a page between two comments of that name."""
     before, after = around(page, name)
     write(page, lambda path: path.write_text(f"{before}\n\n{text}\n\n{after}"))
+
+
+@contextlib.contextmanager
+def panels(path, titles, width):
+    """Panels side by side to draw on, {title: axis}, that are written to a file at the end."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(titles), figsize=(width * len(titles), 4.5), squeeze=False, layout="constrained")
+    for axis, title in zip(axes[0], titles):
+        axis.set_title(title)
+        axis.grid(alpha=0.3)
+    yield dict(zip(titles, axes[0]))
+    write(path, lambda beside: figure.savefig(beside, format=path.suffix[1:]))
+    plt.close(figure)
 
 
 def digest(name, labels):

@@ -33,8 +33,8 @@ class PassedOn:
 def watched(cls: Any, constants: dict[str, Any]) -> Iterator[Callable[[], bool]]:
     """Inside, a forward is traced; the callable that you get says whether it has read its ``**kwargs``.
 
-    It has not where each instruction that ran with them is a call with ``**kwargs``, of a module, or of a function that has
-    not read them either, as decorators call the forward. Without a `PassedOn` among the constants, nothing is watched.
+    Calls with ``**kwargs`` do not read them: calls of modules, and of functions that do not read them either, as decorators
+    call a forward. Every other instruction on them does. Without a `PassedOn` among the constants, nothing is watched.
     """
     if not any(isinstance(value, PassedOn) for value in constants.values()):
         yield lambda: False

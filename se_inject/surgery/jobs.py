@@ -87,14 +87,14 @@ def _edits(module: nn.Module, group: list[PlacedSite]) -> OwnerEdits:
 def _forms(module: nn.Module, graph: fx.Graph) -> tuple[tuple[str, str], ...]:
     """The form of what each child returned, of which the trace holds decisions, where the forward has ``**kwargs``.
 
-    There is none for a child that returned an object, as its attributes have no form.
+    A child that returned an object is left out, as attributes have no form.
     """
     if variadic_keywords(type(module)) is None:
         return ()
     found = [(str(n.target), n.meta["val"]) for n in graph.nodes if n.op == "call_module"]
     plain = (torch.Tensor, bool, int, float, str, type(None))
-    return tuple(dict.fromkeys(
-        (target, form_of(value)) for target, value in found if all(isinstance(v, plain) for v in tree_leaves(value))))
+    objects = {target for target, value in found if not all(isinstance(v, plain) for v in tree_leaves(value))}
+    return tuple(dict.fromkeys((target, form_of(value)) for target, value in found if target not in objects))
 
 
 def _child_before(s: PlacedSite) -> str:

@@ -197,9 +197,9 @@ def _called_once(a: fx.Graph, b: fx.Graph) -> dict[fx.Node, fx.Node]:
 
 
 def _readers(node: fx.Node, wanted: set[fx.Node | None], known: set[fx.Node]) -> list[fx.Node] | None:
-    """The readers of a node from which the `wanted` nodes get its value, directly or through nodes that are not `known`.
+    """The readers of a node that pass its value to the `wanted` nodes alone. Nodes that are not `known` may stand between.
 
-    None where a reader leads to others than the wanted nodes, too, or where a wanted node has no such reader.
+    None where a reader also passes it to other nodes, or where no reader passes it to a wanted node.
     """
     gated, reached = [], set[fx.Node | None]()
     for user in node.users:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import subprocess
@@ -16,7 +15,7 @@ from safetensors.torch import load_file
 
 import se_inject
 
-from ..support.processes import script, started
+from ..support.processes import imported, script, started
 
 pytestmark = pytest.mark.xdist_group("processes")  # they share two runs
 EXAMPLE = Path(__file__).parents[2] / "examples" / "finetune.py"
@@ -27,16 +26,8 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def finetune():
-    sys.path.insert(0, str(EXAMPLE.parent))  # as for a script
-    spec = importlib.util.spec_from_file_location("finetune", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
+    with imported(EXAMPLE) as module:
         yield module
-    finally:
-        sys.path.remove(str(EXAMPLE.parent))
-        del sys.modules[spec.name]
 
 
 @pytest.fixture(scope="module")

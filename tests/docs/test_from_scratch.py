@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import struct
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,21 +13,15 @@ from sklearn.datasets import load_digits
 
 import se_inject
 
+from ..support.processes import imported
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "from_scratch.py"
 
 
 @pytest.fixture(scope="module")
 def study():
-    sys.path.insert(0, str(EXAMPLE.parent))  # as for a script
-    spec = importlib.util.spec_from_file_location("from_scratch", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # for other processes
-    try:
-        spec.loader.exec_module(module)
+    with imported(EXAMPLE) as module:
         yield module
-    finally:
-        sys.path.remove(str(EXAMPLE.parent))
-        del sys.modules[spec.name]
 
 
 @pytest.fixture(scope="module")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import copy
 import datetime
 import functools
+import importlib.util
 import os
 import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
@@ -48,6 +50,21 @@ def started(code: str, *args: object, files: Sequence[Path] = ()) -> BaseProcess
     process = forkserver().Process(target=_execute, args=(code, [*map(str, args)], *map(str, files)))  # type: ignore[attr-defined]
     process.start()
     return process
+
+
+@contextlib.contextmanager
+def imported(path: Path) -> Iterator[Any]:
+    """A script as a Python module, which other processes can import too; what stands beside it is found, as for a script."""
+    sys.path.insert(0, str(path.parent))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.path.remove(str(path.parent))
+        del sys.modules[path.stem]
 
 
 def script(path: Path, folder: Path) -> str:
