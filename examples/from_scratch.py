@@ -100,20 +100,34 @@ def load(folder, images, test):
     return train[:images], torch.from_numpy(labels[:images]), pixels, torch.from_numpy(held_out[1][:test])
 
 
-def batches(images, labels, seed, size, steps):
-    """`steps` batches, with timm's augmentation; they depend on the seed and the step alone."""
-    transform = create_transform(
-        (1, SIDE, SIDE), is_training=True, mean=MEAN, std=STD, scale=(0.8, 1.0), ratio=(0.9, 1.1), color_jitter=None)
+@functools.lru_cache(maxsize=1)
+def drawn(folder, images, test, seed, size):
+    """Batches of a seed, with timm's augmentation, that depend on the seed and the step alone: (those so far, the rest)."""
+    pixels, labels, *_ = load(folder, images, test)
+    return [], _draw(pixels, labels, seed, size)
+
+
+def _draw(images, labels, seed, size):
+    transform = create_transform((1, SIDE, SIDE), is_training=True, use_prefetcher=True, scale=(0.8, 1.0), ratio=(0.9, 1.1),
+                                 color_jitter=None)  # to 8-bit arrays
     step = 0
     for epoch in itertools.count():  # a last part of a batch is left out
         order = np.random.default_rng((seed, epoch)).permutation(len(images))
         for start in range(0, len(order) - size + 1, size):
-            if step == steps:
-                return
             random_seed(zlib.crc32(f"{seed} {step}".encode()))
             chosen = order[start : start + size]
-            yield torch.stack([transform(Image.fromarray(images[i])) for i in chosen]), labels[chosen]
+            yield torch.from_numpy(np.stack([transform(Image.fromarray(images[i])) for i in chosen])), labels[chosen]
             step += 1
+
+
+def batches(args, setting):
+    """The batches of a run: those of its seed, which runs that follow each other in one process share."""
+    known, rest = drawn(args.data, setting["images"], args.test, setting["seed"], setting["batch_size"])
+    for step in range(setting["steps"]):
+        if step == len(known):
+            known.append(next(rest))
+        pixels, labels = known[step]
+        yield (pixels / 255 - MEAN[0]) / STD[0], labels
 
 
 def build(network, width, depth, variant, seed):
@@ -137,7 +151,7 @@ def test_error(model, pixels, labels):
 
 def run(args, setting, advance):
     """Train once; the row has the test error, its curve, and the median processor time of a step."""
-    images, labels, *held_out = load(args.data, setting["images"], args.test)
+    *_, pixels, truth = load(args.data, setting["images"], args.test)
     seed, steps = setting["seed"], setting["steps"]
     model = build(setting["network"], setting["width"], setting["depth"], setting["variant"], seed)
     model = model.to(memory_format=torch.channels_last)
@@ -146,7 +160,7 @@ def run(args, setting, advance):
         optimizer, "cosine", num_epochs=steps, warmup_epochs=steps // 20, step_on_epochs=False, updates_per_epoch=1)
     random_seed(seed)
     seconds, curve, losses = [], [], []
-    for step, (x, y) in enumerate(batches(images, labels, seed, setting["batch_size"], steps)):
+    for step, (x, y) in enumerate(batches(args, setting)):
         scheduler.step_update(step)
         since = time.process_time()
         loss = nn.functional.cross_entropy(model(x), y, label_smoothing=LABEL_SMOOTHING)
@@ -156,7 +170,7 @@ def run(args, setting, advance):
         seconds.append(time.process_time() - since)
         losses.append(loss.item())
         if (step + 1) * POINTS // steps > step * POINTS // steps:
-            curve.append(test_error(model, *held_out))
+            curve.append(test_error(model, pixels, truth))
         advance(1)
     curve = [round(error, 4) for error in curve]
     return {"error": curve[-1], "train_loss": round(statistics.mean(losses[-math.ceil(steps / POINTS) :]), 5),

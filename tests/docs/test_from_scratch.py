@@ -58,12 +58,16 @@ def test_the_variants_of_a_seed_start_as_the_base(study, network):
 
 
 def test_batches_depend_on_the_seed_and_the_step(study, folder):
-    images, labels, *_ = study.load(folder, 640, 100)
-    one, other = (list(study.batches(images, labels, seed, 64, 12)) for seed in (1, 2))
-    again = list(study.batches(images, labels, 1, 64, 11))
+    args = study.parse(["--data", str(folder), "--test", "100"])
+
+    def batches(seed, size, steps):
+        return list(study.batches(args, {"images": 640, "seed": seed, "batch_size": size, "steps": steps}))
+
+    one, other = (batches(seed, 64, 12) for seed in (1, 2))
+    again = batches(1, 64, 11)
     assert len(one) == 12 and all(torch.equal(a, b) for (a, _), (b, _) in zip(one, again))
     assert not torch.equal(one[0][0], other[0][0]) and not torch.equal(one[0][0], one[10][0])
-    assert len(list(study.batches(images, labels, 1, 96, 20))) == 20  # an epoch leaves a part of a batch out
+    assert len(batches(1, 96, 20)) == 20  # an epoch leaves a part of a batch out
 
 
 @pytest.mark.contract
