@@ -20,6 +20,7 @@ from .gate_layers import GateBuilder
 from .merged_layers import MergedGate
 from .report import OptimizedBlock
 from .rewritable import Region, check_plain, check_rewritable
+from .scaled_weights import calls_to_layer
 from .upstream import Source, Upstream
 
 
@@ -107,14 +108,21 @@ class _Finder:
             if gate.view.call is not call or self.flow.traces.view(call.module) is None:
                 raise  # its own forward does not compute the gate, or cannot be split
             report = OptimizedBlock(call.path, self.upstream.path_of(own), None, str(reason))
-            return Block(call, view, node, gate.axis, gate, own, Region(view.call)), report
+            return Block(call, view, node, gate.axis, gate, own, self._with_layer(Region(view.call), view, node)), report
         squeeze = self.upstream.cheapest(own, layers)
         source = squeeze.source
         out = tuple(n if d == gate.axis else 1 for d, n in enumerate(shape(node)) if d > 0)
         merged = MergedGate(source.positions, squeeze.layers, out, self._weight_of(call))
         report = OptimizedBlock(
             call.path, self.upstream.path_of(source), source.channels if source.steps else None, squeeze.reason)
-        return Block(call, view, node, gate.axis, merged, source, squeeze.region), report
+        return Block(call, view, node, gate.axis, merged, source, self._with_layer(squeeze.region, view, node)), report
+
+    def _with_layer(self, region: Region, view: ModuleGraph, node: fx.Node) -> Region:
+        """A region that also has the layer that alone reads a block's output, where there is one."""
+        try:
+            return Region(region.root, region.inlined.union(calls_to_layer(self.flow, view, node)))
+        except Refusal:
+            return region
 
     def _only_call(self, call: Call) -> tuple[ModuleGraph, fx.Node]:
         """The forward that calls a block, and the node there.

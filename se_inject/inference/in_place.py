@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from typing import Any
 
 import torch
 from torch import fx
 
 from ..dataflow.aliasing import Memory
-from ..dataflow.ops import is_tensor, name_of, products, shape, writes
+from ..dataflow.ops import is_tensor, layer_arguments, name_of, products, shape, writes
+from .scaled_weights import scaled, takes_gate
 
 
 @dataclasses.dataclass(eq=False)
@@ -124,20 +126,32 @@ def _rewrite_sum(memory: Memory, node: fx.Node) -> bool:
 
 
 def _rewrite_scaling(memory: Memory, node: fx.Node) -> bool:
-    """Compute a chain of products as one, in the memory of the full operand where that is free; whether that can be done."""
+    """Compute a chain of products as one, in the memory of the full operand where that is free, or with the weight of the layer
+    that reads it; whether that can be done."""
     product = _product(memory, node)
     if not product.nodes:
         return False
     graph, x = node.graph, product.full
     free = memory.is_free(x, node, product.factors)
-    if not free and (len(product.nodes) == 1 or writes(node)):
+    layer = next(iter(node.users)) if len(node.users) == 1 else None
+    if layer is not None and not (product.factors and takes_gate(layer, x, product.factors[0])):
+        layer = None
+    if not free and (writes(node) or (len(product.nodes) == 1 and layer is None)):
         return False
     factors: list[fx.Node | float] = [*product.factors]
     if product.number != 1.0 or not factors:
         factors.append(product.number)
     with graph.inserting_before(node):
         k = _times(memory, node, factors)
-        new = graph.call_method("mul_", (x, k)) if free else graph.call_function(torch.mul, (x, k))
+        if layer is not None:
+            _, weight, _, _ = layer_arguments(layer)
+            pair = graph.call_function(scaled, (x, k, graph.get_attr(weight.target), free))
+            new, scaled_weight = (graph.call_function(operator.getitem, (pair, i)) for i in (0, 1))
+            layer.replace_input_with(weight, scaled_weight)
+            if not weight.users:
+                graph.erase_node(weight)
+        else:
+            new = graph.call_method("mul_", (x, k)) if free else graph.call_function(torch.mul, (x, k))
     _replace(memory, node, new, x if free else None, product.nodes[1:])
     return True
 

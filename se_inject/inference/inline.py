@@ -10,7 +10,7 @@ from torch import fx
 from ..capture.calls import Call
 from ..dataflow.aliasing import describe_memory
 from ..dataflow.value_flow import ValueFlow
-from .rewritable import Region
+from .rewritable import Region, forward_of
 
 
 @dataclasses.dataclass(eq=False)
@@ -50,7 +50,7 @@ def inline(flow: ValueFlow, region: Region, weights: set[int]) -> InlinedGraph:
 
     def put(call: Call, prefix: str, given: dict[str, Any] | None) -> Any:
         """Put a call's forward into the graph; its result there. `given` are the arguments; the root has placeholders."""
-        view = flow.traces.view(call.module)
+        view = forward_of(flow, call)
         assert view is not None
         env: dict[fx.Node, Any] = {}
 

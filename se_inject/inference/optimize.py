@@ -37,6 +37,7 @@ def optimize_for_inference(
     - A squeeze-and-excitation block becomes a product with its gate. The mean is taken of the cheapest tensor upstream that
       determines it: the search goes back through 1x1 convolutions, norms and linear layers, which are merged with the block's
       first layer. The layers of the gate work on vectors.
+    - For one image, a gate scales the weights of the layer that reads the gated map, where they are the smaller.
     - A scaling and the residual sum after it are one operator, in the memory of a value that nothing reads any more.
 
     The model may be injected, have timm's own squeeze-and-excitation, or have none. Classes, module names and methods such as

@@ -23,7 +23,7 @@ from .forward_class import become, optimized_class
 from .in_place import write_in_place
 from .inline import InlinedGraph, inline
 from .merged_layers import MergedGate
-from .rewritable import Region, check_rewritable
+from .rewritable import Region, check_rewritable, forward_of
 
 
 def find_sums(flow: ValueFlow, blocks: Collection[Call]) -> tuple[list[Region], dict[str, str]]:
@@ -77,7 +77,7 @@ def _calls_to_product(flow: ValueFlow, view: ModuleGraph, node: fx.Node, blocks:
     if call in blocks:
         return []
     check_rewritable(flow, call, inlined=True)
-    inside = flow.traces.view(call.module)
+    inside = forward_of(flow, call)
     assert inside is not None
     result = inside.nodes[-1].args[0]
     if not isinstance(result, fx.Node):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from torch import nn
 
 from ..capture.arguments import Unpacked
 from ..capture.calls import Call
 from ..dataflow.branches import branches
+from ..dataflow.layers import is_layer
+from ..dataflow.module_graph import ModuleGraph
 from ..dataflow.value_flow import ValueFlow
 from ..errors import Refusal
 
@@ -59,7 +62,7 @@ def check_rewritable(flow: ValueFlow, call: Call, *, inlined: bool) -> None:
     Raises:
         Refusal: The module's forward cannot be rewritten, or not be inlined.
     """
-    view = flow.traces.view(call.module)
+    view = forward_of(flow, call) if inlined else flow.traces.view(call.module)
     name, path = f"{type(call.module).__name__}.forward", call.path or type(call.module).__name__
     if view is None:
         raise Refusal(flow.traces.failures.get(call.module, f"{name} is torch's own"))
@@ -75,6 +78,12 @@ def check_rewritable(flow: ValueFlow, call: Call, *, inlined: bool) -> None:
         raise Refusal(f"{name} depends on an argument that is no plain value")
     if any(str(n.target).startswith("*") for n in view.nodes if n.op == "placeholder"):
         raise Refusal(f"{name} takes any number of arguments")
+
+
+def forward_of(flow: ValueFlow, call: Call) -> ModuleGraph | None:
+    """The forward of a call to inline: torch's own layers have one, too. None where fx cannot follow it."""
+    cls: Any = type(call.module)
+    return flow.traces.inside(call) if is_layer(cls) else flow.traces.view(call.module)
 
 
 def check_plain(flow: ValueFlow, module: nn.Module, name: str, *, may_have_hooks: bool = False) -> None:
