@@ -17,18 +17,21 @@ from torch import nn
 
 from ..capture.values import tensors
 from ..config import SEConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, SEInjectError
 from ..find.plan import Plan
 from ..surgery import pipeline
 from ..surgery.jobs import owner_jobs
 from ..timm_names import PREFIX, base_name, door_options, skeleton
 from ..weights.files import load, save
 from .bench_report import STAGES, Comparison, Entry, Report, Settings
+from .engines import Program, program
 from .machine import description, device_for, threads
 from .memory import peak_memory, peak_resident
+from .outputs import deviation, run
 from .timing import Job, Spread, clock, interleaved, ratios
 from .variants import BASE, OPTIMIZED, Variant, create, image_size, optimized, plain_variants
 
+ENGINE_TOLERANCE = 1e-4  # the largest deviation of an engine from torch, in float32
 CHECKED = 2  # images on which an optimized model is compared with the plain one
 
 Other = tuple[str, Mapping[str, Any]]  # a timm name and its arguments
@@ -57,6 +60,7 @@ def bench(
     if not settings.batches:
         settings = dataclasses.replace(settings, batches=(8 if measure == "training" else 1,))
     device = device_for(settings.device, measure)
+    _check_engine(measure, settings, device)
     if others and measure in ("surgery", "loading"):
         raise ConfigError(f"--measure {measure} takes no --vs: give all models as NAMEs")
     tasks = [
@@ -99,11 +103,27 @@ class _Task:
         images = torch.randn(batch, *self.size, generator=torch.Generator().manual_seed(0))
         return images.to(device=self.device, memory_format=self.layout)
 
-    def compiled(self, models: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    def compiled(self, models: dict[str, nn.Module]) -> Mapping[str, Program]:
         if not self.settings.compile:
             return models
         torch.compiler.reset()
         return {name: torch.compile(model) for name, model in models.items()}  # type: ignore[misc]
+
+    def programs(self, variants: list[Variant], images: torch.Tensor) -> dict[str, Program]:
+        """The variants as programs of the engine, each compared with its model in torch.
+
+        Raises:
+            SEInjectError: One deviates.
+        """
+        found = {}
+        for v in variants:
+            self.say(f"{self.name}: writing {v.name} for {self.settings.engine}")
+            found[v.name] = program(v.model, images, self.settings.engine)
+            if not (off := deviation(tensors(run(v.model, images)), found[v.name](images))) <= ENGINE_TOLERANCE:
+                raise SEInjectError(
+                    f"{v.architecture} ({v.name}): the outputs of {self.settings.engine} deviate from torch's by {off:.1e} of "
+                    f"the largest output, more than {ENGINE_TOLERANCE:g}; nothing was timed")
+        return found
 
     def timed(self, jobs: Mapping[str, Job], what: str = "") -> dict[str, list[float]]:
         self.say(f"{self.name}{what}: timing {', '.join(jobs)}")
@@ -113,11 +133,15 @@ class _Task:
         """Time the variants against the base, and the optimized ones also against the optimized base."""
         times = self.timed(jobs, f", batch {batch}, {dtype}")
         entries = []
+
+        def memory(job: Job) -> int | None:  # an engine does not use torch's allocator
+            return peak_memory(job, self.device) if self.settings.engine == "torch" else None
+
         for v in variants:
             references = [BASE, BASE + OPTIMIZED] if v.is_optimized else [BASE]
             entries.append(Entry(
                 v.name, v.architecture, Spread.of(times[v.name]), {to: ratios(times, v.name, to) for to in references},
-                peak_memory(jobs[v.name], self.device), v.params, v.blocks, v.deviation))
+                memory(jobs[v.name]), v.params, v.blocks, v.deviation))
         return Comparison(self.name, len(times[BASE]), tuple(entries), batch, self.size, dtype)
 
 
@@ -129,6 +153,8 @@ def _inference(task: _Task) -> Iterator[Comparison]:
         models = task.compiled({v.name: v.model.to(kind) for v in variants})
         for batch in task.settings.batches:
             images = task.images(batch).to(kind)
+            if task.settings.engine != "torch":
+                models = task.programs(variants, images)
             jobs = {name: Job(functools.partial(_forward, model, images)) for name, model in models.items()}
             yield task.compared(variants, jobs, batch, dtype)
 
@@ -231,16 +257,33 @@ def _loading(task: _Task) -> Iterator[Comparison]:
     yield Comparison(name, len(times[into]), tuple(entries))
 
 
+def _check_engine(measure: str, settings: Settings, device: torch.device) -> None:
+    """
+    Raises:
+        ConfigError: The engine does not run what is to be measured.
+    """
+    if settings.engine == "torch":
+        return
+    asked = {"--measure": measure, "--dtype": " ".join(settings.dtypes), "--device": device.type, "--compile": settings.compile,
+             "--channels-last": settings.channels_last}
+    fits = {"--measure": "inference", "--dtype": "float32", "--device": "cpu", "--compile": False, "--channels-last": False}
+    for option, value in fits.items():
+        if asked[option] != value:
+            given = option if value is False else f"{option} {asked[option]}"
+            raise ConfigError(f"--engine {settings.engine} runs inference in float32 on the CPU, in the engine's own layout: "
+                              f"leave {given} out")
+
+
 MEASURES: dict[str, Callable[[_Task], Iterator[Comparison]]] = {
     "inference": _inference, "training": _training, "surgery": _surgery, "loading": _loading}
 
 
 @torch.inference_mode()
-def _forward(model: nn.Module, images: torch.Tensor, _: object) -> object:
+def _forward(model: Program, images: torch.Tensor, _: object) -> object:
     return model(images)
 
 
-def _step(model: nn.Module, images: torch.Tensor, dtype: str, _: object) -> None:
+def _step(model: Program, images: torch.Tensor, dtype: str, _: object) -> None:
     """Forward, loss and backward; the loss is the mean square of the outputs."""
     with torch.autocast(images.device.type, getattr(torch, dtype), enabled=dtype != "float32"):
         output = model(images)

@@ -19,6 +19,7 @@ class Settings:
         size: Height and width of the images; None is the model's own.
         threads: None leaves torch's number.
         rounds: None is as many as `min_time` allows.
+        engine: What runs the models; see `engines.ENGINES`.
         min_time: Seconds for each job, on average.
     """
 
@@ -29,6 +30,7 @@ class Settings:
     device: str = "cpu"
     channels_last: bool = False
     compile: bool = False
+    engine: str = "torch"
     native: bool = True
     rounds: int | None = None
     min_time: float = 3.0

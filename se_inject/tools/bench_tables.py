@@ -32,7 +32,7 @@ def caption(report: Report) -> str:
     said = [f"{machine['device']}, {machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"]
     if report.measure in ("inference", "training"):
         said += [settings.dtypes[0]] if len(settings.dtypes) == 1 else []
-        said += ["channels_last" if settings.channels_last else "NCHW"]
+        said += [settings.engine if settings.engine != "torch" else "channels_last" if settings.channels_last else "NCHW"]
         said += ["compiled"] if settings.compile else []
         said += [", ".join("x".join(map(str, size)) for size in sorted(sizes))]
     said += [f"torch {machine['torch']}, timm {machine['timm']}", f"medians and quartiles of {many}"]

@@ -110,6 +110,34 @@ def test_an_optimization_that_computes_something_else_is_an_error(monkeypatch):
     assert out == ""
 
 
+@pytest.mark.contract
+@pytest.mark.parametrize("engine, batch", [("onnxruntime", 1), ("openvino", 2)])
+def test_engines(engine, batch, monkeypatch):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip(engine)
+    command = ["test_resnet", "--no-native", "--engine", engine, "--batch", str(batch), *ONCE]
+    report = measured(*command)
+    (comparison,) = report["comparisons"]
+    assert report["settings"]["engine"] == engine
+    assert list(by_name(comparison)) == ["base", "base, optimized", "injected", "injected, optimized"]
+    assert all(e["seconds"]["median"] > 0 and e["memory"] is None for e in comparison["entries"])
+    assert f"float32; {engine}; 3x160x160" in call("bench", *command)[0]
+    right = bench.program
+    monkeypatch.setattr(bench, "program", lambda *args: lambda images: tuple(t + 0.1 for t in right(*args)(images)))
+    out, err = call("bench", *command, code=1)
+    assert f"the outputs of {engine} deviate from torch's" in re.sub(r"\s+", " ", err) and out == ""
+
+
+@pytest.mark.parametrize("args", [
+    ["--measure", "training"], ["--dtype", "bfloat16"], ["--device", "cuda"], ["--compile"], ["--channels-last"]],
+    ids=lambda args: args[0])
+def test_engines_run_inference_on_the_cpu(args):
+    if "cuda" in args and not torch.cuda.is_available():
+        pytest.skip("no CUDA: the device is refused before")
+    _, err = call("bench", "test_resnet", "--engine", "openvino", *args, code=2)
+    assert f"leave {' '.join(args)} out" in re.sub(r"\s+", " ", err)
+
+
 def test_deviation_is_relative_to_the_largest_output():
     expected = {"a": torch.tensor([4.0, -1.0]), "b": None}
     assert deviation(expected, {"a": torch.tensor([4.0, -2.0]), "b": None}) == 0.25
