@@ -76,7 +76,8 @@ def parse(argv):
     parser.add_argument("--equal-time", action="store_true", help="train each variant for the time of the base, too")
     parser.add_argument("--results", type=Path, default=Path("from-scratch.csv"), help="CSV file of the results")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each of one thread")
-    parser.add_argument("--out", type=Path, help="page; what stands between <!-- from scratch: begin --> and end is replaced")
+    parser.add_argument("--out", type=Path, help="page; what stands between <!-- PART: begin --> and end is replaced")
+    parser.add_argument("--part", default="from scratch", help="of the page [%(default)s]")
     parser.add_argument("--plot", type=Path, help="picture of the learning curves to write (.svg or .png)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
@@ -257,7 +258,7 @@ def plot(path, everything):
 def main(argv=None):
     args = parse(argv)
     if args.out:
-        around(args.out, "from scratch")  # now, and not after hours of training
+        around(args.out, args.part)  # now, and not after hours of training
     results, everything, parts = Results(args.results, SETTINGS), {}, []
     for network in args.networks:
         found = everything[network] = study(args, results, network)
@@ -270,7 +271,7 @@ def main(argv=None):
     if args.plot:
         plot(args.plot, everything)
     if args.out:
-        put_between(args.out, "from scratch", shown)
+        put_between(args.out, args.part, shown)
 
 
 if __name__ == "__main__":

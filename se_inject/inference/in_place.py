@@ -134,7 +134,7 @@ def _rewrite_scaling(memory: Memory, node: fx.Node) -> bool:
     graph, x = node.graph, product.full
     free = memory.is_free(x, node, product.factors)
     layer = next(iter(node.users)) if len(node.users) == 1 else None
-    if layer is not None and not (product.factors and takes_gate(layer, x, product.factors[0])):
+    if layer is not None and not (product.factors and all(takes_gate(layer, node, k) for k in product.factors)):
         layer = None
     if not free and (writes(node) or (len(product.nodes) == 1 and layer is None)):
         return False

@@ -35,13 +35,14 @@ def scaled(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, in_place: 
         return (x.mul_(gate) if in_place else x * gate), weight
 
 
-def takes_gate(layer: fx.Node, x: fx.Node, gate: fx.Node) -> bool:
-    """Whether `scaled` can compute the input and the weight of `layer`, which reads `x` times `gate`."""
-    if not _is_layer_on(layer, next(iter(layer.all_input_nodes), None)):
+def takes_gate(layer: fx.Node, product: fx.Node, gate: fx.Node) -> bool:
+    """Whether `scaled` can compute the input and the weight of `layer`, which alone reads `product`, a map times `gate`."""
+    if not _is_layer_on(layer, product):
         return False
-    axis, rank = (len(shape(x)) - 1 if name_of(layer) == "linear" else 1), len(shape(x))
+    rank = len(shape(product))
+    axis = rank - 1 if name_of(layer) == "linear" else 1
     sizes = (1,) * (rank - len(shape(gate))) + shape(gate)
-    return sizes[axis] == shape(x)[axis] and all(n == 1 for d, n in enumerate(sizes) if d not in (0, axis)) and axis > 0
+    return sizes[axis] == shape(product)[axis] and all(n == 1 for d, n in enumerate(sizes) if d not in (0, axis)) and axis > 0
 
 
 def calls_to_layer(flow: ValueFlow, view: ModuleGraph, node: fx.Node) -> list[Call]:
@@ -75,12 +76,12 @@ def calls_to_layer(flow: ValueFlow, view: ModuleGraph, node: fx.Node) -> list[Ca
         node = inside[0]
 
 
-def _is_layer_on(node: fx.Node, x: fx.Node | None) -> bool:
+def _is_layer_on(node: fx.Node, x: fx.Node) -> bool:
     """Whether a node is a linear layer, or a convolution without groups, of `x` with a weight of the model."""
     if node.op != "call_function" or not (name_of(node) in CONVS or name_of(node) == "linear"):
         return False
     given, weight, _, groups = layer_arguments(node)
-    if given is not x or not isinstance(given, fx.Node) or not is_tensor(given) or groups != 1:
+    if given is not x or not is_tensor(x) or groups != 1:
         return False
     return isinstance(weight, fx.Node) and weight.op == "get_attr" and (
-        name_of(node) == "linear" or len(shape(weight)) == len(shape(given)))
+        name_of(node) == "linear" or len(shape(weight)) == len(shape(x)))
