@@ -252,6 +252,8 @@ def plot(path, everything):
                 axes[network].plot(steps, curves.mean(0), label=variant, color="black" if is_base else None,
                                    linewidth=2 if is_base else 1.2)
             axes[network].set(xlabel="steps", ylabel="test error, %", yscale="log")
+            axes[network].yaxis.set_major_formatter("{x:g}")
+            axes[network].yaxis.set_minor_formatter("{x:g}")
         axes[network].legend(fontsize=8)
 
 
