@@ -42,7 +42,7 @@ def takes_gate(layer: fx.Node, product: fx.Node, gate: fx.Node) -> bool:
     rank = len(shape(product))
     axis = rank - 1 if name_of(layer) == "linear" else 1
     sizes = (1,) * (rank - len(shape(gate))) + shape(gate)
-    return sizes[axis] == shape(product)[axis] and all(n == 1 for d, n in enumerate(sizes) if d not in (0, axis)) and axis > 0
+    return sizes[axis] == shape(product)[axis] and all(n == 1 for d, n in enumerate(sizes) if d not in (0, axis))
 
 
 def calls_to_layer(flow: ValueFlow, view: ModuleGraph, node: fx.Node) -> list[Call]:

@@ -18,8 +18,8 @@ class Settings:
         batches: Batch sizes; empty is 1, or 8 for training.
         size: Height and width of the images; None is the model's own.
         threads: None leaves torch's number.
+        engine: What runs the models: torch, or an engine that `engines.program` knows.
         rounds: None is as many as `min_time` allows.
-        engine: What runs the models; see `engines.ENGINES`.
         min_time: Seconds for each job, on average.
     """
 

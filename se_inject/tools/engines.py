@@ -13,8 +13,6 @@ from torch import nn
 from ..errors import ConfigError
 from ..inference.export import export
 
-ENGINES = ("torch", "onnxruntime", "openvino")
-
 Program = Callable[[torch.Tensor], Any]
 
 

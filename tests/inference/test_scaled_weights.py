@@ -27,26 +27,17 @@ class Products(TorchDispatchMode):
         return out
 
 
-class Net(nn.Module):
-    """A gated map of 16 channels that goes into a layer."""
+class WithBlock(nn.Module):
+    """timm's block on a map of 16 channels that goes into a layer."""
 
-    def __init__(self, dims=2, layer=None, after=None):
+    def __init__(self, layer=None):
         super().__init__()
-        conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dims]
-        self.first = conv(3, 16, 3, padding=1)
-        self.se = nn.Identity() if after is None else after
-        self.layer = conv(16, 8, 1) if layer is None else layer
+        self.first = nn.Conv2d(3, 16, 3, padding=1)
+        self.se = timm.layers.SqueezeExcite(16, rd_channels=4)
+        self.layer = nn.Conv2d(16, 8, 1) if layer is None else layer
 
     def forward(self, x):
         return self.layer(self.se(self.first(x).relu()))
-
-
-class WithBlock(Net):
-    """timm's block, called by the author."""
-
-    def __init__(self, layer=None):
-        super().__init__(layer=layer)
-        self.se = timm.layers.SqueezeExcite(16, rd_channels=4)
 
 
 class ReadTwice(WithBlock):
