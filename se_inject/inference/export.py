@@ -77,6 +77,27 @@ def _write(program: torch.export.ExportedProgram, kind: str, path: str) -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise SEInjectError("export: to write ONNX, install the extra: pip install 'se-inject[onnx]'") from error
-    written = torch.onnx.export(program, dynamo=True, verbose=False)
+    written = torch.onnx.export(program, dynamo=True, optimize=True, verbose=False)
     assert written is not None
+    _pool(written.model)
     written.save(path, external_data=False)
+
+
+def _pool(model: Any) -> None:
+    """Write the means over all positions of a map as poolings, in place.
+
+    ONNX Runtime keeps maps in blocks of channels, and brings them back to NCHW for each operator that it has not in that layout:
+    it has GlobalAveragePool, and not ReduceMean.
+    """
+    from onnxscript.rewriter import pattern
+
+    def is_pooling(_: Any, x: Any, axes: Any, mean: Any) -> bool:
+        dims = axes.const_value
+        return dims is not None and x.shape is not None and len(x.shape) == 4 and sorted(d % 4 for d in dims.numpy()) == [2, 3]
+
+    def pooling(op: Any, x: Any, axes: Any, mean: Any) -> Any:
+        pooled = op.GlobalAveragePool(x)
+        return pooled if mean.producer().attributes.get_int("keepdims", 1) else op.Flatten(pooled)
+
+    rule = pattern.RewriteRule(lambda op, x, axes: op.ReduceMean(x, axes, _outputs=["mean"]), pooling, is_pooling)
+    rule.apply_to_model(model)

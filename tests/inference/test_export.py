@@ -27,6 +27,27 @@ def test_a_program_computes_what_the_model_does_in_eval_mode(tmp_path, optimized
     assert deviation(expected, torch.export.load(tmp_path / "model.pt2").module()(x)) < 1e-5
 
 
+class Means(nn.Module):
+    def forward(self, x):
+        pooled = x.mean((2, 3)), nn.functional.adaptive_avg_pool2d(x, 1)
+        return *pooled, x.mean(1), x.mean((1, 2)), x.mean(), x.flatten(1).mean(1), x[0].mean((1, 2))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dynamic_batch", [True, False])
+def test_in_onnx_a_mean_over_all_positions_is_a_pooling(tmp_path, dynamic_batch):
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    path, model = tmp_path / "model.onnx", nn.Sequential(nn.Conv2d(3, 4, 1), Means())
+    export(model, path, input_size=(3, 5, 6), dynamic_batch=dynamic_batch)
+    kinds = [node.op_type for node in onnx.load(path).graph.node]
+    assert kinds.count("GlobalAveragePool") == 2 and kinds.count("ReduceMean") == 5
+    x = torch.rand(3 if dynamic_batch else 1, 3, 5, 6)
+    found = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"input": x.numpy()})
+    for ours, expected in zip(found, model(x), strict=True):
+        assert ours.shape == expected.shape and deviation(expected, torch.from_numpy(ours)) < 1e-5
+
+
 class Untraceable(nn.Module):
     def forward(self, x):
         return x if x.sum() > 0 else -x
