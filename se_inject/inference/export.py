@@ -86,8 +86,8 @@ def _write(program: torch.export.ExportedProgram, kind: str, path: str) -> None:
 def _pool(model: Any) -> None:
     """Write the means over all positions of a map as poolings, in place.
 
-    ONNX Runtime keeps maps in blocks of channels, and brings them back to NCHW for each operator that it has not in that layout:
-    it has GlobalAveragePool, and not ReduceMean.
+    ONNX Runtime keeps maps in blocks of channels, and brings them back to NCHW for an operator that does not work on blocks.
+    GlobalAveragePool does; ReduceMean does not.
     """
     from onnxscript.rewriter import pattern
 

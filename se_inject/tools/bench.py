@@ -60,6 +60,7 @@ def bench(
     if not settings.batches:
         settings = dataclasses.replace(settings, batches=(8 if measure == "training" else 1,))
     device = device_for(settings.device, measure)
+    _check_backend(settings)
     _check_engine(measure, settings, device)
     if others and measure in ("surgery", "loading"):
         raise ConfigError(f"--measure {measure} takes no --vs: give all models as NAMEs")
@@ -68,7 +69,7 @@ def bench(
         for name in map(base_name, names)]
     for other, other_args in others:
         image_size(other, other_args, settings.size)  # a wrong name is an error before anything is timed
-    with threads(settings.threads), torch.random.fork_rng(devices=[]), _quiet():
+    with threads(settings.threads), torch.random.fork_rng(devices=[]), _quiet(), _compiling(settings):
         torch.manual_seed(0)
         comparisons = tuple(comparison for task in tasks for comparison in MEASURES[measure](task))
         machine = description(device)
@@ -107,7 +108,8 @@ class _Task:
         if not self.settings.compile:
             return models
         torch.compiler.reset()
-        return {name: torch.compile(model) for name, model in models.items()}  # type: ignore[misc]
+        return {  # type: ignore[misc]
+            name: torch.compile(model, backend=self.settings.backend, dynamic=False) for name, model in models.items()}
 
     def programs(self, variants: list[Variant], images: torch.Tensor) -> dict[str, Program]:
         """The variants as programs of the engine, each compared with its model in torch.
@@ -257,6 +259,18 @@ def _loading(task: _Task) -> Iterator[Comparison]:
     yield Comparison(name, len(times[into]), tuple(entries))
 
 
+def _check_backend(settings: Settings) -> None:
+    """
+    Raises:
+        ConfigError: torch.compile has no such backend, or does not run.
+    """
+    backends = torch.compiler.list_backends(exclude_tags=())
+    if settings.backend not in backends:
+        raise ConfigError(f"--backend {settings.backend}: torch.compile has {', '.join(backends)}")
+    if settings.backend != Settings.backend and not settings.compile:
+        raise ConfigError(f"--backend {settings.backend} is of torch.compile: give --compile, too")
+
+
 def _check_engine(measure: str, settings: Settings, device: torch.device) -> None:
     """
     Raises:
@@ -289,6 +303,16 @@ def _step(model: Program, images: torch.Tensor, dtype: str, _: object) -> None:
         output = model(images)
     loss = torch.stack([t.float().square().mean() for t in tensors(output)]).sum()
     loss.backward()
+
+
+def _compiling(settings: Settings) -> contextlib.AbstractContextManager[Any]:
+    """Inside, every variant is compiled: those of one class share torch's limit, and beyond it torch runs them uncompiled."""
+    if not settings.compile:
+        return contextlib.nullcontext()
+    import torch._dynamo.config
+
+    patch: contextlib.AbstractContextManager[Any] = torch._dynamo.config.patch(cache_size_limit=256)
+    return patch
 
 
 @contextlib.contextmanager

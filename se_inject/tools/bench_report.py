@@ -18,6 +18,8 @@ class Settings:
         batches: Batch sizes; empty is 1, or 8 for training.
         size: Height and width of the images; None is the model's own.
         threads: None leaves torch's number.
+        compile: Whether torch.compile compiles the models, for each batch size.
+        backend: Of torch.compile.
         engine: What runs the models: torch, or an engine that `engines.program` knows.
         rounds: None is as many as `min_time` allows.
         min_time: Seconds for each job, on average.
@@ -30,6 +32,7 @@ class Settings:
     device: str = "cpu"
     channels_last: bool = False
     compile: bool = False
+    backend: str = "inductor"
     engine: str = "torch"
     native: bool = True
     rounds: int | None = None

@@ -33,7 +33,7 @@ def caption(report: Report) -> str:
     if report.measure in ("inference", "training"):
         said += [settings.dtypes[0]] if len(settings.dtypes) == 1 else []
         said += [settings.engine if settings.engine != "torch" else "channels_last" if settings.channels_last else "NCHW"]
-        said += ["compiled"] if settings.compile else []
+        said += [f"compiled by {settings.backend}"] if settings.compile else []
         said += [", ".join("x".join(map(str, size)) for size in sorted(sizes))]
     said += [f"torch {machine['torch']}, timm {machine['timm']}", f"medians and quartiles of {many}"]
     return "; ".join(said) + "."

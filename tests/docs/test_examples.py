@@ -13,6 +13,9 @@ ARGS = {
         "--data", "digits", "--train", "32", "--val", "16", "--test", "16", "--batch-size", "16", "--img-size", "32",
         "--steps", "2",
         "--lrs", "0.001", "0.01", "--seeds", "1", "2", "--methods", "head", "se"],
+    "gpu_cost.py": [
+        "--networks", "test_resnet", "--device", "cpu", "--batches", "1", "--training-batch", "2", "--dtype", "float32",
+        "--min-time", "0", "--parts", "inference, eager", "training, eager"],
     "profile_cost.py": ["test_resnet", "--rows", "3", "--threads", "1"],
 }  # fmt: skip
 SHARED = {"study.py", "from_scratch.py"}  # what others import, and what test_from_scratch.py runs

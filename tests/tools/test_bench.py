@@ -138,6 +138,24 @@ def test_engines_run_inference_on_the_cpu(args):
     assert f"leave {' '.join(args)} out" in re.sub(r"\s+", " ", err)
 
 
+@pytest.mark.contract
+def test_every_variant_is_compiled(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(bench.torch, "compile", lambda model, compile=torch.compile, **options: compile(model, **{
+        **options, "backend": lambda graph, inputs: compiled.append(len(inputs)) or graph.forward}))  # fmt: skip
+    others = [arg for width in (8, 16, 24) for arg in ("--vs", f"se_inject/test_resnet se_rd_channels={width}")]
+    measured("test_resnet", "--compile", "--backend", "eager", "--batch", 1, "--batch", 2, "--no-native", *others, *ONCE)
+    assert len(compiled) == 10 * 2  # variants, and batches
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--compile", "--backend", "fast"], "--backend fast: torch.compile has .*inductor"),
+    (["--backend", "cudagraphs"], "give --compile, too")])  # fmt: skip
+def test_backends_that_do_not_run(args, message):
+    _, err = call("bench", "test_resnet", *args, code=2)
+    assert re.search(message, re.sub(r"\s+", " ", err))
+
+
 def test_deviation_is_relative_to_the_largest_output():
     expected = {"a": torch.tensor([4.0, -1.0]), "b": None}
     assert deviation(expected, {"a": torch.tensor([4.0, -2.0]), "b": None}) == 0.25
