@@ -10,7 +10,7 @@ from se_inject import block_paths
 from se_inject.tools import zoo
 
 from ..support.checks import randomise
-from .test_identity import FAMILIES, REFUSED, one_after_another
+from .test_identity import FAMILIES, FEWER, REFUSED
 
 
 def features(model, x):
@@ -42,9 +42,9 @@ def compare(name, **kwargs):
 
 
 @pytest.mark.contract
-@pytest.mark.parametrize("name", one_after_another(FAMILIES))
+@pytest.mark.parametrize("name", FAMILIES)
 def test_features_of_every_family(name):
-    made = compare(name)
+    made = compare(name, **FEWER.get(name, {}))
     assert made is not None
     ours, base = made[:2]
     assert ours.feature_info.channels() == base.feature_info.channels()
