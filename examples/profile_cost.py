@@ -1,12 +1,18 @@
 """Profile the operators of an optimized model, without and with SE blocks: where does the time of the blocks go?
 
     python examples/profile_cost.py resnet50 --batch 1
+    python examples/profile_cost.py resnet50 --engine onnxruntime
 
-The profiler itself takes time, most of all for small operators. For the ratio of the two models use `se-inject bench`.
+An engine runs the ONNX file of each model, and its own profiler reads the operators that it made of it. A profiler itself takes
+time, most of all for small operators. For the ratio of the two models use `se-inject bench`.
 """
 
 import argparse
 import copy
+import json
+import tempfile
+from collections import Counter
+from pathlib import Path
 
 import timm
 import torch
@@ -14,20 +20,68 @@ from torch.profiler import ProfilerActivity, profile
 
 import se_inject
 from se_inject import block_paths, input_sizes
+from se_inject.inference.export import export
 from se_inject.tables import markdown_table
 from se_inject.tools.variants import as_if_trained
 
-RUNS = 40
+RUNS, WARM_UP = 40, 5
 
 
-def operators(model, images):
+def of_torch(model, images):
     """For each operator its self time in microseconds and its number of calls, in one run."""
-    for _ in range(5):
+    for _ in range(WARM_UP):
         model(images)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         for _ in range(RUNS):
             model(images)
     return {e.key: (e.self_cpu_time_total / RUNS, e.count // RUNS) for e in profiler.key_averages()}
+
+
+def of_onnxruntime(model, images):
+    """The same, by the kind of operator."""
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        export(model, Path(folder) / "model.onnx", input_size=tuple(images.shape[1:]), dynamic_batch=len(images) > 1)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.enable_profiling, options.profile_file_prefix = True, str(Path(folder) / "profile")
+        session = onnxruntime.InferenceSession(Path(folder) / "model.onnx", options, providers=["CPUExecutionProvider"])
+        for _ in range(WARM_UP + RUNS):
+            session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        events = json.loads(Path(session.end_profiling()).read_text())
+    nodes = [(e["args"]["op_name"], e["dur"]) for e in events if e["cat"] == "Node" and e["name"].endswith("_kernel_time")]
+    return _per_run(nodes[len(nodes) // (WARM_UP + RUNS) * WARM_UP :])
+
+
+def of_openvino(model, images):
+    """The same, by the kind of operator and its kernel."""
+    import openvino
+
+    with tempfile.TemporaryDirectory() as folder:
+        export(model, Path(folder) / "model.onnx", input_size=tuple(images.shape[1:]), dynamic_batch=len(images) > 1)
+        read = openvino.Core().read_model(Path(folder) / "model.onnx")
+    read.reshape(list(images.shape))
+    options = {"PERF_COUNT": True, "INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
+    request = openvino.Core().compile_model(read, "CPU", options).create_infer_request()
+    nodes = []
+    for i in range(WARM_UP + RUNS):
+        request.infer(images.numpy())
+        if i >= WARM_UP:
+            nodes += [(f"{node.node_type} {node.exec_type}", node.real_time.microseconds) for node in request.profiling_info
+                      if node.status == node.status.EXECUTED]
+    return _per_run(nodes)
+
+
+def _per_run(nodes):
+    """The sums of a list of (operator, microseconds) of `RUNS` runs."""
+    times, calls = Counter(), Counter(key for key, _ in nodes)
+    for key, time in nodes:
+        times[key] += time
+    return {key: (times[key] / RUNS, calls[key] // RUNS) for key in times}
+
+
+PROFILERS = {"torch": of_torch, "onnxruntime": of_onnxruntime, "openvino": of_openvino}
 
 
 @torch.no_grad()
@@ -36,6 +90,7 @@ def main():
     parser.add_argument("name")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--engine", choices=PROFILERS, default="torch")
     parser.add_argument("--rows", type=int, default=10)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -45,7 +100,7 @@ def main():
     as_if_trained(injected, block_paths(injected))
     models = [se_inject.optimize_for_inference(m).to(memory_format=torch.channels_last) for m in (base, injected)]
     images = torch.randn(args.batch, *input_sizes(base)[0]).contiguous(memory_format=torch.channels_last)
-    without, with_blocks = (operators(m, images) for m in models)
+    without, with_blocks = (PROFILERS[args.engine](m, images) for m in models)
     lines = []
     for key in without.keys() | with_blocks.keys():
         (a, n), (b, m) = without.get(key, (0.0, 0)), with_blocks.get(key, (0.0, 0))

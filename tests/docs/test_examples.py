@@ -31,5 +31,17 @@ def test_example(path, tmp_path):
     assert done.stdout
 
 
+@pytest.mark.contract
+@pytest.mark.xdist_group("processes")
+@pytest.mark.parametrize("engine, kind", [("onnxruntime", "FusedGemm"), ("openvino", "FullyConnected")])
+def test_engines_are_profiled(engine, kind, tmp_path):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip(engine)
+    profile = next(p for p in EXAMPLES if p.name == "profile_cost.py")
+    done = fresh(script(profile, tmp_path), "test_resnet", "--engine", engine, "--threads", "1")
+    assert done.returncode == 0, done.stderr
+    assert f"| {kind}" in done.stdout
+
+
 def test_there_are_examples():
     assert EXAMPLES
