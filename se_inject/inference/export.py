@@ -89,6 +89,7 @@ def _pool(model: Any) -> None:
     ONNX Runtime keeps maps in blocks of channels, and brings them back to NCHW for an operator that does not work on blocks.
     GlobalAveragePool does; ReduceMean does not.
     """
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
     from onnxscript.rewriter import pattern
 
     def is_pooling(_: Any, x: Any, axes: Any, mean: Any) -> bool:
@@ -101,3 +102,4 @@ def _pool(model: Any) -> None:
 
     rule = pattern.RewriteRule(lambda op, x, axes: op.ReduceMean(x, axes, _outputs=["mean"]), pooling, is_pooling)
     rule.apply_to_model(model)
+    RemoveUnusedNodesPass()(model)  # the axes of the means

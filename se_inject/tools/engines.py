@@ -46,6 +46,8 @@ def _onnxruntime(path: Path, _: tuple[int, ...]) -> Program:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # the threads of one session slow the next one
+    options.log_severity_level = 3  # errors
     session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda images: tuple(map(torch.from_numpy, session.run(None, {name: images.numpy()})))

@@ -1,6 +1,7 @@
 """A model as a program: what is written, what is refused, and what stays as it was."""
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -46,6 +47,23 @@ def test_in_onnx_a_mean_over_all_positions_is_a_pooling(tmp_path, dynamic_batch)
     found = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"input": x.numpy()})
     for ours, expected in zip(found, model(x), strict=True):
         assert ours.shape == expected.shape and deviation(expected, torch.from_numpy(ours)) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dynamic_batch", [True, False])
+def test_in_onnx_the_layers_of_a_gate_are_convolutions(tmp_path, dynamic_batch):
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    path, model = tmp_path / "model.onnx", se_inject.inject(made("test_resnet")).eval()
+    blocks = len(se_inject.block_paths(model))
+    fast = se_inject.optimize_for_inference(model)
+    export(fast, path, dynamic_batch=dynamic_batch)
+    kinds = [node.op_type for node in onnx.load(path).graph.node]
+    assert kinds.count("Gemm") == 1 and kinds.count("GlobalAveragePool") == blocks + 1 and "ReduceMean" not in kinds
+    assert kinds.count("Conv") == sum(isinstance(m, nn.Conv2d) for m in timm.create_model("test_resnet").modules()) + 2 * blocks
+    x = image(model, batch=3 if dynamic_batch else 1)
+    found = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x.numpy()})
+    assert deviation(model(x), torch.from_numpy(found[0])) < 1e-5
 
 
 class Untraceable(nn.Module):
