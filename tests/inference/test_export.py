@@ -50,7 +50,9 @@ def test_in_onnx_a_mean_over_all_positions_is_a_pooling(tmp_path, dynamic_batch)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dynamic_batch", [True, False])
+@pytest.mark.parametrize("dynamic_batch", [pytest.param(True, marks=pytest.mark.xfail(
+    torch.__version__.startswith("2.6"), reason="torch 2.6 exports no addcmul for any number of images",
+    raises=se_inject.SEInjectError)), False])  # fmt: skip
 def test_in_onnx_the_layers_of_a_gate_are_convolutions(tmp_path, dynamic_batch):
     onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
