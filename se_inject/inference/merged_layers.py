@@ -24,11 +24,10 @@ def pool(x: torch.Tensor, dims: list[int]) -> tuple[torch.Tensor, float]:
     if torch.jit.is_scripting():  # TorchScript does not compile the other branch
         return x.mean(dims), 1.0
     else:
-        if not isinstance(x, fx.Proxy) and dims == [2, 3] and _is_exporting():
-            return x.mean(dims, keepdim=True), 1.0
         if (isinstance(x, fx.Proxy) or torch.compiler.is_compiling() or torch.jit.is_tracing() or x.dtype is torch.float16
                 or (not x.is_meta and torch.is_autocast_enabled(x.device.type))):
-            return x.mean(dims), 1.0
+            is_exported = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+            return x.mean(dims, keepdim=is_exported and dims == [2, 3]), 1.0
         return x.sum(dims), 1 / math.prod(x.shape[d] for d in dims)
 
 
@@ -43,12 +42,6 @@ def vector_layer(bias: torch.Tensor, s: torch.Tensor, weight: torch.Tensor, alph
         if not isinstance(s, fx.Proxy) and s.dim() == 4:
             return nn.functional.conv2d(s, weight.T[..., None, None], bias)
         return torch.addmm(bias, s, weight, alpha=alpha)
-
-
-def _is_exporting() -> bool:
-    """Whether torch.export or torch.jit.trace runs the forward."""
-    compiling = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
-    return compiling or torch.jit.is_tracing()
 
 
 class MergedGate(nn.Module):
