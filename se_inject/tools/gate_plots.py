@@ -112,7 +112,7 @@ def _draw_panel(ax: Any, site: SiteGates, drawn: Sequence[Line], y: tuple[float,
     mean, deviation = site.mean[at], site.deviation[at]
     ax.axhline(1, color="#999999", linewidth=0.6, linestyle=(0, (4, 3)))
     ax.fill_between(at, (mean - deviation).tolist(), (mean + deviation).tolist(), color="#000000", alpha=0.12, linewidth=0)
-    ax.plot(at, mean.tolist(), color=ALL, linewidth=1.6)
+    ax.plot(at, mean.tolist(), color=ALL, linewidth=1.2, zorder=3)  # in front, where a class has its values
     for line in drawn:  # the marks get smaller, so that equal values are seen
         ax.plot(at, site.class_means[line.row][at].tolist(), color=line.color, linewidth=0.7, **_mark(line))
     ax.set_ylim(*y)

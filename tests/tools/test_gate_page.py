@@ -125,7 +125,7 @@ def test_lines_have_the_values_of_the_report(report):
     pairs = []
     for site in early_middle_last(report):
         at = channels_of(site)
-        expected = [site.mean[at], *(site.class_means[report.classes.index(name)][at] for name in ("dog", "gnu"))]
+        expected = [*(site.class_means[report.classes.index(name)][at] for name in ("dog", "gnu")), site.mean[at]]
         found = points(panel(report, site, drawn))[-3:]
         for line, values in zip(found, expected, strict=True):
             pairs += [(y, float(v)) for (_, y), v in zip(line, values, strict=True)]
