@@ -262,13 +262,15 @@ def _loading(task: _Task) -> Iterator[Comparison]:
 def _check_backend(settings: Settings) -> None:
     """
     Raises:
-        ConfigError: torch.compile has no such backend, or does not run.
+        ConfigError: torch.compile has no such backend, or is not asked for.
     """
+    if settings.backend == Settings.backend:
+        return
+    if not settings.compile:
+        raise ConfigError(f"--backend {settings.backend} is of torch.compile: give --compile, too")
     backends = torch.compiler.list_backends(exclude_tags=())
     if settings.backend not in backends:
         raise ConfigError(f"--backend {settings.backend}: torch.compile has {', '.join(backends)}")
-    if settings.backend != Settings.backend and not settings.compile:
-        raise ConfigError(f"--backend {settings.backend} is of torch.compile: give --compile, too")
 
 
 def _check_engine(measure: str, settings: Settings, device: torch.device) -> None:
