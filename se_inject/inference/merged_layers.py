@@ -18,30 +18,15 @@ def pool(x: torch.Tensor, dims: list[int]) -> tuple[torch.Tensor, float]:
     """A tensor and a number whose product is the mean of `x` over `dims`: the next layer does the division.
 
     The tensor is the sum, and in three cases the mean: a sum can overflow in float16; under autocast the next layer may be in
-    float16; and a program that is compiled, traced or exported here is for other sizes too. In an exported program the mean
-    of a map (N, C, H, W) is a map of one position.
+    float16; and a program that is compiled, traced or exported here is for other sizes too.
     """
     if torch.jit.is_scripting():  # TorchScript does not compile the other branch
         return x.mean(dims), 1.0
     else:
         if (isinstance(x, fx.Proxy) or torch.compiler.is_compiling() or torch.jit.is_tracing() or x.dtype is torch.float16
                 or (not x.is_meta and torch.is_autocast_enabled(x.device.type))):
-            is_exported = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
-            return x.mean(dims, keepdim=is_exported and dims == [2, 3]), 1.0
+            return x.mean(dims), 1.0
         return x.sum(dims), 1 / math.prod(x.shape[d] for d in dims)
-
-
-def vector_layer(bias: torch.Tensor, s: torch.Tensor, weight: torch.Tensor, alpha: float = 1.0) -> torch.Tensor:
-    """A layer on vectors, as `torch.addmm`; on the map of one position that `pool` returns, a 1x1 convolution.
-
-    Engines fuse a convolution with the activation after it, in their own layout of maps.
-    """
-    if torch.jit.is_scripting():  # TorchScript does not compile the other branch
-        return torch.addmm(bias, s, weight, alpha=alpha)
-    else:
-        if not isinstance(s, fx.Proxy) and s.dim() == 4:
-            return nn.functional.conv2d(s, weight.T[..., None, None], bias)
-        return torch.addmm(bias, s, weight, alpha=alpha)
 
 
 class MergedGate(nn.Module):
@@ -95,7 +80,7 @@ class MergedGate(nn.Module):
                 number *= step
             elif step.startswith("weight"):
                 weight, bias = (graph.get_attr(f"{path}.{name}") for name in (step, step.replace("weight", "bias")))
-                s, more = graph.call_function(vector_layer, (bias, s, weight), more), {}
+                s, more = graph.call_function(torch.addmm, (bias, s, weight), more), {}
             elif step in self._modules:
                 s = graph.call_module(f"{path}.{step}", (s,))
             else:
