@@ -2,8 +2,9 @@
 
     python examples/gpu_cost.py --minutes 10 --out cost-gpu.md
 
-Each part is one `se-inject bench` and prints its table; the tables so far are in the file. Parts for which no time is left are
-named at the end. Without a GPU, `--device cpu` with small networks shows that the script runs.
+For each part and network it runs one `se-inject bench`, prints its table, and adds it to the file of `--out`. Nothing begins
+after `--minutes`, and what was left out is named at the end: so the last one may take longer, under inductor by minutes.
+Without a GPU, `--device cpu` with small networks shows that the script runs.
 """
 
 import argparse
@@ -19,11 +20,11 @@ from se_inject.tools.bench import Settings, bench
 
 NETWORKS = ["resnet50", "mobilenetv2_100", "convnext_tiny", "vit_small_patch16_224"]
 PARTS = {  # how the models run; the cheap parts first
-    "inference, eager": ("inference", {}),
-    "inference, CUDA graphs": ("inference", {"compile": True, "backend": "cudagraphs"}),
-    "training, eager": ("training", {}),
-    "inference, inductor": ("inference", {"compile": True}),
-    "training, inductor": ("training", {"compile": True}),
+    "eager": ("inference", {}),
+    "cudagraphs": ("inference", {"compile": True, "backend": "cudagraphs"}),
+    "training": ("training", {}),
+    "inductor": ("inference", {"compile": True}),
+    "training-inductor": ("training", {"compile": True}),
 }
 
 
@@ -34,7 +35,7 @@ def main():
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32, 256], help="of inference")
     parser.add_argument("--training-batch", type=int, default=64)
     parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"], default="bfloat16", help="training: of autocast")
-    parser.add_argument("--minutes", type=float, default=10, help="no part begins later")
+    parser.add_argument("--minutes", type=float, default=10, help="nothing begins later")
     parser.add_argument("--min-time", type=float, default=0.5, metavar="SECONDS", help="for each model, on average")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=Path("cost-gpu.md"))
@@ -45,22 +46,24 @@ def main():
         measure, options = PARTS[part]
         batches = (args.training_batch,) if measure == "training" else tuple(args.batches)
         for network in args.networks:
-            title = f"## {part}: {network}"
+            title = f"## {part}, {network}"
             minutes = (time.monotonic() - begin) / 60
             if minutes > args.minutes:
                 left.append(title.removeprefix("## "))
                 continue
-            print(f"{title}, after {minutes:.1f} minutes", file=sys.stderr)
+            print(f"\n{title}, after {minutes:.1f} minutes\n")
             try:
-                report = bench([network], measure, settings=dataclasses.replace(common, batches=batches, **options))
-                text += [title, bench_tables.markdown(report)]
-            except (SEInjectError, RuntimeError) as error:  # the other parts still count
-                text += [title, f"{type(error).__name__}: {error}"]
+                found = bench_tables.markdown(
+                    bench([network], measure, settings=dataclasses.replace(common, batches=batches, **options)))
+            except (SEInjectError, RuntimeError) as error:  # the others still count
+                found = f"{type(error).__name__}: {error}"
+            print(found, flush=True)
+            text += [title, found]
             args.out.write_text("\n\n".join(text) + "\n")
     if left:
         text.append(f"No time was left for {'; '.join(left)}.")
-    args.out.write_text("\n\n".join(text) + "\n")
-    print("\n\n".join(text))
+        print(text[-1])
+        args.out.write_text("\n\n".join(text) + "\n")
 
 
 if __name__ == "__main__":

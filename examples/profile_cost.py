@@ -51,7 +51,7 @@ def of_onnxruntime(model, images):
             session.run(None, {session.get_inputs()[0].name: images.numpy()})
         events = json.loads(Path(session.end_profiling()).read_text())
     nodes = [(e["args"]["op_name"], e["dur"]) for e in events if e["cat"] == "Node" and e["name"].endswith("_kernel_time")]
-    return _per_run(nodes[len(nodes) // (WARM_UP + RUNS) * WARM_UP :])
+    return _per_run(nodes[len(nodes) // (WARM_UP + RUNS) * WARM_UP :])  # each run has the same number of events
 
 
 def of_openvino(model, images):

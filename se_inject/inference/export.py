@@ -84,17 +84,19 @@ def _write(program: torch.export.ExportedProgram, kind: str, path: str) -> None:
 
 
 def _pool(model: Any) -> None:
-    """Write the means over all positions of a map as poolings, in place.
+    """Write the means over the last two of four axes as poolings, in place.
 
     ONNX Runtime keeps maps in blocks of channels, and brings them back to NCHW for an operator that does not work on blocks.
     GlobalAveragePool does; ReduceMean does not.
     """
+    from onnx_ir import DataType
     from onnx_ir.passes.common import RemoveUnusedNodesPass
     from onnxscript.rewriter import pattern
 
     def is_pooling(_: Any, x: Any, axes: Any, mean: Any) -> bool:
         dims = axes.const_value
-        return dims is not None and x.shape is not None and len(x.shape) == 4 and sorted(d % 4 for d in dims.numpy()) == [2, 3]
+        return dims is not None and x.shape is not None and len(x.shape) == 4 and (
+            x.dtype in (DataType.FLOAT, DataType.FLOAT16)) and sorted(d % 4 for d in dims.numpy()) == [2, 3]
 
     def pooling(op: Any, x: Any, axes: Any, mean: Any) -> Any:
         pooled = op.GlobalAveragePool(x)

@@ -15,7 +15,7 @@ ARGS = {
         "--lrs", "0.001", "0.01", "--seeds", "1", "2", "--methods", "head", "se"],
     "gpu_cost.py": [
         "--networks", "test_resnet", "--device", "cpu", "--batches", "1", "--training-batch", "2", "--dtype", "float32",
-        "--min-time", "0", "--parts", "inference, eager", "training, eager"],
+        "--min-time", "0", "--parts", "eager", "training"],
     "profile_cost.py": ["test_resnet", "--rows", "3", "--threads", "1"],
 }  # fmt: skip
 SHARED = {"study.py", "from_scratch.py"}  # what others import, and what test_from_scratch.py runs

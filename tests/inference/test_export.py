@@ -1,7 +1,6 @@
 """A model as a program: what is written, what is refused, and what stays as it was."""
 
 import pytest
-import timm
 import torch
 from torch import nn
 
@@ -31,7 +30,7 @@ def test_a_program_computes_what_the_model_does_in_eval_mode(tmp_path, optimized
 class Means(nn.Module):
     def forward(self, x):
         pooled = x.mean((2, 3)), nn.functional.adaptive_avg_pool2d(x, 1)
-        return *pooled, x.mean(1), x.mean((1, 2)), x.mean(), x.flatten(1).mean(1), x[0].mean((1, 2))
+        return *pooled, x.double().mean((2, 3)), x.mean(1), x.mean((1, 2)), x.mean(), x.flatten(1).mean(1), x[0].mean((1, 2))
 
 
 @torch.no_grad()
@@ -42,7 +41,7 @@ def test_in_onnx_a_mean_over_all_positions_is_a_pooling(tmp_path, dynamic_batch)
     path, model = tmp_path / "model.onnx", nn.Sequential(nn.Conv2d(3, 4, 1), Means())
     export(model, path, input_size=(3, 5, 6), dynamic_batch=dynamic_batch)
     kinds = [node.op_type for node in onnx.load(path).graph.node]
-    assert kinds.count("GlobalAveragePool") == 2 and kinds.count("ReduceMean") == 5
+    assert kinds.count("GlobalAveragePool") == 2 and kinds.count("ReduceMean") == 6
     x = torch.rand(3 if dynamic_batch else 1, 3, 5, 6)
     found = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"input": x.numpy()})
     for ours, expected in zip(found, model(x), strict=True):
@@ -53,16 +52,17 @@ def test_in_onnx_a_mean_over_all_positions_is_a_pooling(tmp_path, dynamic_batch)
 @pytest.mark.parametrize("dynamic_batch", [pytest.param(True, marks=pytest.mark.xfail(
     torch.__version__.startswith("2.6"), reason="torch 2.6 exports no addcmul for any number of images",
     raises=se_inject.SEInjectError)), False])  # fmt: skip
-def test_in_onnx_the_layers_of_a_gate_are_convolutions(tmp_path, dynamic_batch):
+def test_in_onnx_the_gates_of_a_copy_are_pooled(tmp_path, dynamic_batch):
     onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     path, model = tmp_path / "model.onnx", se_inject.inject(made("test_resnet")).eval()
     blocks = len(se_inject.block_paths(model))
-    fast = se_inject.optimize_for_inference(model)
-    export(fast, path, dynamic_batch=dynamic_batch)
-    kinds = [node.op_type for node in onnx.load(path).graph.node]
-    assert kinds.count("Gemm") == 1 and kinds.count("GlobalAveragePool") == blocks + 1 and "ReduceMean" not in kinds
-    assert kinds.count("Conv") == sum(isinstance(m, nn.Conv2d) for m in timm.create_model("test_resnet").modules()) + 2 * blocks
+    export(se_inject.optimize_for_inference(model), path, dynamic_batch=dynamic_batch)
+    graph = onnx.load(path).graph
+    kinds = [node.op_type for node in graph.node]
+    assert kinds.count("GlobalAveragePool") == blocks + 1 and "ReduceMean" not in kinds
+    stored = {tensor.name for tensor in graph.initializer}  # or quantizers do not find the weights
+    assert {node.input[1] for node in graph.node if node.op_type in ("Conv", "Gemm")} <= stored
     x = image(model, batch=3 if dynamic_batch else 1)
     found = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x.numpy()})
     assert deviation(model(x), torch.from_numpy(found[0])) < 1e-5
