@@ -338,15 +338,16 @@ def table(args, swept, finals, train, steps):
 
 def plot(path, finals):
     """Test accuracy over the numbers that are trained and stored: one panel for each number of images."""
-    with panels(path, [f"{train} images" for train in finals], 6) as axes:
+    with panels(path, [f"{train} images" for train in finals], 8) as axes:
         for axis, found in zip(axes.values(), finals.values()):
             for key, rows in found.items():
                 top1 = [r["top1"] for r in rows]
                 x, y = rows[0]["trained"], statistics.mean(top1)
-                axis.errorbar(x, y, statistics.stdev(top1) if len(top1) > 1 else 0, fmt="o", capsize=3)
-                axis.annotate(METHODS[key].name, (x, y), textcoords="offset points", xytext=(6, 4), fontsize=8)
+                mark = "osD^v"[list(METHODS).index(key) % 5]
+                spread = statistics.stdev(top1) if len(top1) > 1 else 0
+                axis.errorbar(x, y, spread, fmt=mark, capsize=3, label=METHODS[key].name)
             axis.set(xlabel="numbers trained", ylabel="test accuracy, %", xscale="log")
-            axis.margins(x=0.25)
+        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def main(argv=None):
