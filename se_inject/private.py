@@ -7,6 +7,7 @@ attributes of an object, such as `_parameters` of a module and `_schema` of an o
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -180,3 +181,11 @@ def replace_in_timm(tables: Mapping[str, Any], wrappers: Mapping[str, Callable[[
     _factory.parse_model_name, _builder.load_pretrained, _hub.save_config_for_hf = parse, load, save
     timm.list_models = timm.models.list_models = listed
     vars(registry()).update(tables, list_models=listed)
+
+
+def compiling_up_to(count: int) -> contextlib.AbstractContextManager[Any]:
+    """Inside, torch.compile compiles so many variants of one forward; beyond its own limit it runs them uncompiled."""
+    import torch._dynamo.config
+
+    patch: contextlib.AbstractContextManager[Any] = torch._dynamo.config.patch(cache_size_limit=count)
+    return patch

@@ -19,6 +19,7 @@ from ..capture.values import tensors
 from ..config import SEConfig
 from ..errors import ConfigError, SEInjectError
 from ..find.plan import Plan
+from ..private import compiling_up_to
 from ..surgery import pipeline
 from ..surgery.jobs import owner_jobs
 from ..timm_names import PREFIX, base_name, door_options, skeleton
@@ -69,7 +70,8 @@ def bench(
         for name in map(base_name, names)]
     for other, other_args in others:
         image_size(other, other_args, settings.size)  # a wrong name is an error before anything is timed
-    with threads(settings.threads), torch.random.fork_rng(devices=[]), _quiet(), _compiling(settings):
+    compiling = compiling_up_to(256) if settings.compile else contextlib.nullcontext()
+    with threads(settings.threads), torch.random.fork_rng(devices=[]), _quiet(), compiling:
         torch.manual_seed(0)
         comparisons = tuple(comparison for task in tasks for comparison in MEASURES[measure](task))
         machine = description(device)
@@ -305,16 +307,6 @@ def _step(model: Program, images: torch.Tensor, dtype: str, _: object) -> None:
         output = model(images)
     loss = torch.stack([t.float().square().mean() for t in tensors(output)]).sum()
     loss.backward()
-
-
-def _compiling(settings: Settings) -> contextlib.AbstractContextManager[Any]:
-    """Inside, every variant is compiled: those of one class share torch's limit, and beyond it torch runs them uncompiled."""
-    if not settings.compile:
-        return contextlib.nullcontext()
-    import torch._dynamo.config
-
-    patch: contextlib.AbstractContextManager[Any] = torch._dynamo.config.patch(cache_size_limit=256)
-    return patch
 
 
 @contextlib.contextmanager
