@@ -15,6 +15,7 @@ would have had.
 import argparse
 import dataclasses
 import functools
+import itertools
 import math
 import random
 import shlex
@@ -340,10 +341,9 @@ def plot(path, finals):
     """Test accuracy over the numbers that are trained and stored: one panel for each number of images."""
     with panels(path, [f"{train} images" for train in finals], 8) as axes:
         for axis, found in zip(axes.values(), finals.values()):
-            for key, rows in found.items():
+            for mark, (key, rows) in zip(itertools.cycle("osD^v"), found.items()):
                 top1 = [r["top1"] for r in rows]
                 x, y = rows[0]["trained"], statistics.mean(top1)
-                mark = "osD^v"[list(METHODS).index(key) % 5]
                 spread = statistics.stdev(top1) if len(top1) > 1 else 0
                 axis.errorbar(x, y, spread, fmt=mark, capsize=3, label=METHODS[key].name)
             axis.set(xlabel="numbers trained", ylabel="test accuracy, %", xscale="log")

@@ -3,8 +3,8 @@
     python examples/profile_cost.py resnet50 --batch 1
     python examples/profile_cost.py resnet50 --engine onnxruntime
 
-An engine runs the ONNX file of each model, and its own profiler reads the operators that it made of it. A profiler itself takes
-time, most of all for small operators. For the ratio of the two models use `se-inject bench`.
+An engine runs the ONNX file of each model, and its own profiler counts its operators. A profiler itself takes time, most of all
+for small operators. For the ratio of the two models use `se-inject bench`.
 """
 
 import argparse
@@ -20,8 +20,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import se_inject
 from se_inject import block_paths, input_sizes
-from se_inject.inference.export import export
 from se_inject.tables import markdown_table
+from se_inject.tools.engines import onnxruntime_session, openvino_model
 from se_inject.tools.variants import as_if_trained
 
 RUNS, WARM_UP = 40, 5
@@ -39,14 +39,8 @@ def of_torch(model, images):
 
 def of_onnxruntime(model, images):
     """The same, by the kind of operator."""
-    import onnxruntime
-
     with tempfile.TemporaryDirectory() as folder:
-        export(model, Path(folder) / "model.onnx", input_size=tuple(images.shape[1:]), dynamic_batch=len(images) > 1)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.enable_profiling, options.profile_file_prefix = True, str(Path(folder) / "profile")
-        session = onnxruntime.InferenceSession(Path(folder) / "model.onnx", options, providers=["CPUExecutionProvider"])
+        session = onnxruntime_session(model, images, profile=f"{folder}/profile")
         for _ in range(WARM_UP + RUNS):
             session.run(None, {session.get_inputs()[0].name: images.numpy()})
         events = json.loads(Path(session.end_profiling()).read_text())
@@ -56,15 +50,7 @@ def of_onnxruntime(model, images):
 
 def of_openvino(model, images):
     """The same, by the kind of operator and its kernel."""
-    import openvino
-
-    with tempfile.TemporaryDirectory() as folder:
-        export(model, Path(folder) / "model.onnx", input_size=tuple(images.shape[1:]), dynamic_batch=len(images) > 1)
-        read = openvino.Core().read_model(Path(folder) / "model.onnx")
-    read.reshape(list(images.shape))
-    options = {"PERF_COUNT": True, "INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
-    request = openvino.Core().compile_model(read, "CPU", options).create_infer_request()
-    nodes = []
+    request, nodes = openvino_model(model, images, profile=True).create_infer_request(), []
     for i in range(WARM_UP + RUNS):
         request.infer(images.numpy())
         if i >= WARM_UP:

@@ -102,7 +102,7 @@ def _with_progress(rows: Iterator[Any], total: int, completed: int) -> Iterator[
 @click.option("--channels-last", is_flag=True, help="Use the memory format channels_last.")
 @click.option("--compile", is_flag=True, help="Compile the models with torch.compile.")
 @click.option("--backend", default="inductor", show_default=True,
-              help="Of torch.compile, such as cudagraphs: torch's own kernels in CUDA graphs.")  # fmt: skip
+              help="The backend of --compile, such as cudagraphs: torch's own kernels in CUDA graphs.")  # fmt: skip
 @click.option("--engine", type=click.Choice(["torch", "onnxruntime", "openvino"]), default="torch", show_default=True,
               help="What runs the models, in inference; others than torch run the ONNX file of each.")  # fmt: skip
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Threads of torch; default its own number.")

@@ -79,11 +79,11 @@ def _write(program: torch.export.ExportedProgram, kind: str, path: str) -> None:
         raise SEInjectError("export: to write ONNX, install the extra: pip install 'se-inject[onnx]'") from error
     written = torch.onnx.export(program, dynamo=True, optimize=True, verbose=False)
     assert written is not None
-    _pool(written.model)
+    _means_to_poolings(written.model)
     written.save(path, external_data=False)
 
 
-def _pool(model: Any) -> None:
+def _means_to_poolings(model: Any) -> None:
     """Write the means over the last two of four axes as poolings, in place.
 
     ONNX Runtime keeps maps in blocks of channels, and brings them back to NCHW for an operator that does not work on blocks.
@@ -104,4 +104,4 @@ def _pool(model: Any) -> None:
 
     rule = pattern.RewriteRule(lambda op, x, axes: op.ReduceMean(x, axes, _outputs=["mean"]), pooling, is_pooling)
     rule.apply_to_model(model)
-    RemoveUnusedNodesPass()(model)  # the axes of the means
+    RemoveUnusedNodesPass()(model)  # such as the axes of the means

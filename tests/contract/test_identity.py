@@ -41,7 +41,7 @@ REFUSED = {row.model for row in TABLE if row.status == "refused"}
 # the auxiliary head, which runs in train mode alone, needs a larger map
 SIZES = {"torchvision/inception_v3": (3, 299, 299)}
 
-# the largest of the smallest, with fewer of their equal blocks
+# the two largest of these, with four of their blocks: at full depth they take a minute and a half
 FEWER = {name: {"depth": 4} for name in ("deepseek_vit_412m", "gemma4_vit_167m")}
 
 

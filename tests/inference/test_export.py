@@ -7,6 +7,7 @@ from torch import nn
 import se_inject
 from se_inject.inference.export import export
 
+from ..support.versions import TORCH
 from .test_optimize import deviation, image, made
 
 
@@ -50,7 +51,7 @@ def test_in_onnx_a_mean_over_all_positions_is_a_pooling(tmp_path, dynamic_batch)
 
 @torch.no_grad()
 @pytest.mark.parametrize("dynamic_batch", [pytest.param(True, marks=pytest.mark.xfail(
-    torch.__version__.startswith("2.6"), reason="torch 2.6 exports no addcmul for any number of images",
+    TORCH == (2, 6), reason="torch 2.6 exports no addcmul for any number of images",
     raises=se_inject.SEInjectError)), False])  # fmt: skip
 def test_in_onnx_the_gates_of_a_copy_are_pooled(tmp_path, dynamic_batch):
     onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
