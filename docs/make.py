@@ -1,6 +1,7 @@
 """Remake pages of this folder, in a clone.
 
-    python docs/make.py cost [TABLE]...    run the commands above the tables of cost.md, or only of those named
+    python docs/make.py cost [TABLE]...    run the commands above the tables of cost.md, or only of those named; with
+                                           --again, as one more run beside those in cost-runs.csv
     python docs/make.py zoo CSV            write zoo.csv and zoo.md from the table of `se-inject zoo --out CSV`
     python docs/make.py how-it-works       print the worked example of how-it-works.md again
 """
@@ -8,6 +9,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import dataclasses
 import inspect
 import re
@@ -34,6 +36,9 @@ DOCS = Path(__file__).parent
 TABLE = re.compile(
     r"<!-- (?P<name>[\w-]+): begin -->\n\n```sh\n(?P<command>se-inject bench [^\n]+)\n```\n.*?<!-- (?P=name): end -->",
     re.DOTALL)
+RANGES = re.compile(r"<!-- runs of (?P<names>[\w -]+): begin -->.*?<!-- runs of (?P=names): end -->", re.DOTALL)
+ROW = ("model", "batch", "dtype", "variant")  # the columns that say what was timed
+RATIOS = ("over base, optimized", "over base", "inject / create_model", "ratio")  # the first that a table has is kept
 ZOO = """\
 # The zoo
 
@@ -59,14 +64,18 @@ this page sums them by family. Sites are counts over all models of the family.
 """
 
 
-def remake_tables(page: Path, run: Callable[[Sequence[str]], str], only: Sequence[str] = ()) -> list[str]:
+def remake_tables(page: Path, run: Callable[[Sequence[str]], str], only: Sequence[str] = (), again: bool = False) -> list[str]:
     """Replace the tables of a page, each by the output of the command above it, and write the page after each.
+
+    The ratios of each run are kept beside the page, and the page shows their range.
 
     Args:
         page: A Markdown page. A table stands between ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->``, below a blank
-            line and the command in a block of ``sh``.
+            line and the command in a block of ``sh``. A range of several tables stands between ``<!-- runs of NAME...: begin
+            -->`` and its end.
         run: Returns the output of `se-inject` for the words of a command.
         only: Names of tables; empty is all.
+        again: Whether earlier runs of these tables count, too.
 
     Returns:
         The names of the tables that were replaced.
@@ -77,12 +86,68 @@ def remake_tables(page: Path, run: Callable[[Sequence[str]], str], only: Sequenc
     if unknown:
         sys.exit(f"{page} has no table {' or '.join(unknown)}; its tables are {', '.join(commands)}")
     made = [name for name in commands if name in only or not only]
+    file = page.with_name(f"{page.stem}-runs.csv")
     for name in made:
         output = run(shlex.split(commands[name])[1:]).strip()
         new = f"<!-- {name}: begin -->\n\n```sh\n{commands[name]}\n```\n\n{output}\n\n<!-- {name}: end -->"
         text = TABLE.sub(lambda m, name=name, new=new: new if m["name"] == name else m[0], text)
+        runs = with_run(read_runs(file), name, output, again)
+        write_runs(file, runs)
+        text = with_ranges(text, runs)
         page.write_text(text)
     return made
+
+
+Ratios = dict[tuple[str, ...], str]  # the median of a ratio, by the cells of `ROW`
+
+
+def ratios(output: str) -> Ratios:
+    """The ratios in a table of `se-inject bench`; where it has optimized models, theirs."""
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines() if line.startswith("|")]
+    header = lines[0] if lines else []
+    column = next((c for c in RATIOS if c in header), None)
+    rows = [dict(zip(header, line)) for line in lines[2:]]
+    return {(row["model"], row.get("batch", ""), row.get("dtype", ""), row.get("variant", row.get("what", ""))):
+            row[column].split()[0] for row in rows if column and row[column]}
+
+
+def with_run(runs: dict[str, list[Ratios]], name: str, output: str, again: bool) -> dict[str, list[Ratios]]:
+    """The runs of each table with one more of the table `name`, or with this alone."""
+    return {**runs, name: [*(runs.get(name, []) if again else []), ratios(output)]}
+
+
+def read_runs(file: Path) -> dict[str, list[Ratios]]:
+    runs: dict[str, list[Ratios]] = defaultdict(list)
+    if file.exists():
+        with file.open(newline="") as f:
+            for table, number, *row, ratio in list(csv.reader(f))[1:]:
+                runs[table] += [{}] * (int(number) - len(runs[table]))
+                runs[table][-1] = {**runs[table][-1], tuple(row): ratio}
+    return runs
+
+
+def write_runs(file: Path, runs: dict[str, list[Ratios]]) -> None:
+    rows = [(table, n, *row, ratio) for table, made in runs.items() for n, one in enumerate(made, 1) for row, ratio in one.items()]
+    with file.open("w", newline="") as f:
+        csv.writer(f, lineterminator="\n").writerows([("table", "run", *ROW, "ratio"), *rows])
+
+
+def with_ranges(text: str, runs: dict[str, list[Ratios]]) -> str:
+    """The text of a page, with the smallest and the largest ratio of all runs in its tables of ranges."""
+
+    def ranges(names: list[str]) -> str:
+        rows = dict.fromkeys(row for name in names for one in runs.get(name, []) for row in one)
+        filled = [i for i in range(len(ROW)) if any(row[i] for row in rows)]
+        header = [ROW[i] for i in filled] + [f"{name}, {len(runs.get(name, []))} runs" for name in names]
+        lines = [[row[i] for i in filled] + [spread(name, row) for name in names] for row in rows]
+        return markdown_table(header, lines, left=("model", "dtype", "variant"))
+
+    def spread(name: str, row: tuple[str, ...]) -> str:
+        found = sorted((one[row] for one in runs.get(name, []) if row in one), key=lambda ratio: float(ratio.rstrip("%")))
+        return " to ".join(dict.fromkeys(found[:1] + found[-1:]))
+
+    return RANGES.sub(lambda m: f"<!-- runs of {m['names']}: begin -->\n\n{ranges(m['names'].split())}\n\n"
+                                f"<!-- runs of {m['names']}: end -->", text)
 
 
 def run_command(words: Sequence[str]) -> str:
@@ -201,7 +266,9 @@ def _names(rows: list[Row]) -> str:
 def main(args: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     pages = parser.add_subparsers(dest="page", required=True)
-    pages.add_parser("cost").add_argument("tables", metavar="TABLE", nargs="*")
+    cost = pages.add_parser("cost")
+    cost.add_argument("tables", metavar="TABLE", nargs="*")
+    cost.add_argument("--again", action="store_true")
     pages.add_parser("zoo").add_argument("csv", metavar="CSV", type=Path)
     pages.add_parser("how-it-works")
     given = parser.parse_args(args)
@@ -210,7 +277,7 @@ def main(args: Sequence[str] | None = None) -> None:
         page.write_text(with_steps(page.read_text(), worked_example()))
         return
     if given.page == "cost":
-        print(", ".join(remake_tables(DOCS / "cost.md", run_command, given.tables)))
+        print(", ".join(remake_tables(DOCS / "cost.md", run_command, given.tables, given.again)))
         return
     rows = [row for row in read(given.csv) if row.placement == "auto"]
     if not rows:

@@ -62,6 +62,44 @@ def test_a_page_keeps_what_stands_around_its_tables(tmp_path):
         make.remake_tables(page, lambda words: "new", ["three"])
 
 
+def measured(ratio, inject):
+    """The output of `se-inject bench`, with one ratio."""
+    header = f"| model | {'inject / create_model' if inject else 'batch | variant | over base | over base, optimized'} |"
+    row = f"| a | {ratio} (0 to 1) |" if inject else f"| a | 1 | base | | |\n| a | 1 | other, optimized | +50.0% | {ratio} (x) |"
+    return f"A machine.\n\n{header}\n| --- |\n{row}"
+
+
+def test_a_page_has_the_range_of_all_runs(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(A_PAGE + "<!-- runs of one two: begin --><!-- runs of one two: end -->\nend")
+    for again, one, two in ((False, "+99.0%", "9.00"), (False, "-1.0%", "0.90"), (True, "+10.0%", "1.10"), (True, "+2.0%", "0.90")):
+        outputs = iter([measured(one, False), measured(two, True)])
+        make.remake_tables(page, lambda words, outputs=outputs: next(outputs), again=again)
+    text = page.read_text()
+    assert text.partition("<!-- runs of one two: begin -->")[2] == """
+
+| model | batch | variant | one, 3 runs | two, 3 runs |
+| --- | ---: | --- | ---: | ---: |
+| a | 1 | other, optimized | -1.0% to +10.0% |  |
+| a |  |  |  | 0.90 to 1.10 |
+
+<!-- runs of one two: end -->
+end"""
+    make.remake_tables(page, lambda words: measured("1.20", True), ["two"])
+    assert "one, 3 runs | two, 1 runs" in page.read_text()
+    assert "| 1.20 |" in page.read_text()
+
+
+def test_the_ranges_of_the_page_are_those_of_its_runs():
+    text = (DOCS / "cost.md").read_text()
+    runs = make.read_runs(DOCS / "cost-runs.csv")
+    assert make.with_ranges(text, runs) == text
+    tables = {m["name"]: make.ratios(m[0]) for m in make.TABLE.finditer(text)}
+    assert tables == {name: runs[name][-1] for name in tables}
+    for m in make.RANGES.finditer(text):
+        assert all(len(runs[name]) >= 2 for name in m["names"].split())
+
+
 @pytest.mark.contract
 def test_a_table_is_the_output_of_its_command(tmp_path):
     page = tmp_path / "cost.md"
@@ -84,7 +122,7 @@ def test_a_command_that_fails_leaves_its_table(tmp_path):
 def test_the_commands_of_the_page_can_be_given():
     text = (DOCS / "cost.md").read_text()
     commands = [m["command"] for m in make.TABLE.finditer(text)]
-    assert len(commands) == text.count(": begin -->") >= 7
+    assert len(commands) == len(re.findall(r"<!-- [\w-]+: begin -->", text)) >= 7
     shown = re.findall(r"^se-inject bench .*$", text, re.MULTILINE)
     assert set(commands) <= set(shown)
     bench_command = cli.main.commands["bench"]
