@@ -127,7 +127,8 @@ def read_runs(file: Path) -> dict[str, list[Ratios]]:
 
 
 def write_runs(file: Path, runs: dict[str, list[Ratios]]) -> None:
-    rows = [(table, n, *row, ratio) for table, made in runs.items() for n, one in enumerate(made, 1) for row, ratio in one.items()]
+    rows = [(table, n, *row, ratio)
+            for table, made in runs.items() for n, one in enumerate(made, 1) for row, ratio in one.items()]
     with file.open("w", newline="") as f:
         csv.writer(f, lineterminator="\n").writerows([("table", "run", *ROW, "ratio"), *rows])
 

@@ -1,4 +1,4 @@
-"""What blocks cost: in inference, in a training step, to inject, and to load; each is timed beside a base."""
+"""What blocks cost: in inference, in a training step, to inject, to load, and at the start; each is timed beside a base."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -63,8 +65,10 @@ def bench(
     device = device_for(settings.device, measure)
     _check_backend(settings)
     _check_engine(measure, settings, device)
-    if others and measure in ("surgery", "loading"):
+    if others and measure in ("surgery", "loading", "startup"):
         raise ConfigError(f"--measure {measure} takes no --vs: give all models as NAMEs")
+    if measure == "startup" and (args or config != SEConfig()):
+        raise ConfigError("--measure startup takes no options of models or blocks: give NAMEs alone")
     tasks = [
         _Task(name, config, args, others, settings, device, say, image_size(name, args, settings.size))
         for name in map(base_name, names)]
@@ -261,6 +265,27 @@ def _loading(task: _Task) -> Iterator[Comparison]:
     yield Comparison(name, len(times[into]), tuple(entries))
 
 
+def _startup(task: _Task) -> Iterator[Comparison]:
+    """New processes, until they have imported timm, made a model, or printed a plan."""
+    imported, created = "import timm", "create_model"
+    make = "timm.create_model({!r})".format
+    work = {  # compared with, what Python runs
+        imported: (imported, ("-c", "import timm")),
+        "import se_inject, timm": (imported, ("-c", "import se_inject, timm")),
+        created: (created, ("-c", f"import timm; {make(task.name)}")),
+        f"{created}, twin": (created, ("-c", f"import se_inject, timm; {make(PREFIX + task.name)}")),
+        "se-inject plan": (created, ("-m", "se_inject", "plan", task.name)),
+    }
+
+    def process(words: Sequence[str], _: object) -> object:
+        return subprocess.run([sys.executable, *words], check=True, capture_output=True)
+
+    jobs = {key: Job(functools.partial(process, words)) for key, (_, words) in work.items()}
+    times = task.timed(jobs)
+    entries = [Entry(key, task.name, Spread.of(times[key]), {to: ratios(times, key, to)}) for key, (to, _) in work.items()]
+    yield Comparison(task.name, len(times[imported]), tuple(entries))
+
+
 def _check_backend(settings: Settings) -> None:
     """
     Raises:
@@ -293,7 +318,8 @@ def _check_engine(measure: str, settings: Settings, device: torch.device) -> Non
 
 
 MEASURES: dict[str, Callable[[_Task], Iterator[Comparison]]] = {
-    "inference": _inference, "training": _training, "surgery": _surgery, "loading": _loading}
+    "inference": _inference, "training": _training, "surgery": _surgery, "loading": _loading,
+    "startup": _startup}  # fmt: skip
 
 
 @torch.inference_mode()

@@ -44,7 +44,7 @@ class Entry:
     """One line of a comparison.
 
     Attributes:
-        name: The variant's name (see `Variant`); for surgery and loading, the job's name.
+        name: The variant's name (see `Variant`); for surgery, loading and startup, the job's name.
         architecture: The timm name.
         seconds: For one call.
         ratios: To other lines, by their names; from the times of the same round.

@@ -43,7 +43,8 @@ def table(report: Report) -> tuple[Row, list[Row]]:
     """The header and the rows."""
     header, row = _TABLES[report.measure]
     rows = [line for c in report.comparisons for line in row(c)]
-    left_out = [i for i, name in enumerate(header) if name == "dtype" and len(report.settings.dtypes) == 1]
+    left_out = [i for i, name in enumerate(header)
+                if not any(line[i] for line in rows) or (name == "dtype" and len(report.settings.dtypes) == 1)]
     return _without(header, left_out), [_without(line, left_out) for line in rows]
 
 
@@ -100,7 +101,7 @@ def _loading(c: Comparison) -> Iterator[Row]:
 
 _TABLES: dict[str, tuple[Row, Callable[[Comparison], Iterator[Row]]]] = {
     "inference": (_INFERENCE, _inference), "training": (_TRAINING, _training), "surgery": (_SURGERY, _surgery),
-    "loading": (_LOADING, _loading)}  # fmt: skip
+    "loading": (_LOADING, _loading), "startup": (_LOADING, _loading)}  # fmt: skip
 
 
 def _named(e: Entry) -> str:

@@ -12,7 +12,8 @@ import torch
 
 from ..errors import ConfigError
 
-_FITTING = {"surgery": ("cpu", "meta"), "loading": ("cpu",)}  # other measures take every device that computes
+# other measures take every device that computes
+_FITTING = {"surgery": ("cpu", "meta"), "loading": ("cpu",), "startup": ("cpu",)}
 
 
 def device_for(name: str, measure: str) -> torch.device:

@@ -212,6 +212,17 @@ def test_the_timed_injection_is_that_of_inject(name):
 
 
 @pytest.mark.contract
+def test_startup(monkeypatch):
+    monkeypatch.setattr(bench, "interleaved", lambda jobs, **_: {name: [1 + len(job().stdout)] for name, job in jobs.items()})
+    shown = call("bench", "test_resnet", "--measure", "startup")[0]
+    assert re.search(r"model +what +ms +quartiles +compared with +ratio\n", shown)
+    expected = {"import se_inject, timm": "import timm", "create_model, twin": "create_model", "se-inject plan": "create_model"}
+    for name, to in expected.items():
+        assert re.search(f"test_resnet +{name} .* +{to} ", shown)
+    assert re.search(r"se-inject plan +\d+,000 ", shown)  # it printed something
+
+
+@pytest.mark.contract
 def test_loading():
     (comparison,) = measured("test_resnet", "--measure", "loading", "--ratio", 0.5, *ONCE)["comparisons"]
     found = by_name(comparison)
@@ -248,6 +259,8 @@ def test_threads_and_log_are_as_before():
     (["resnet18", "--vs", "resnet50 pretrained=True"], 2, "it names weights"),
     (["resnet18", "--vs", "resnet50 foo=1"], 2, "cannot create 'resnet50'"),
     (["resnet18", "--measure", "loading", "--vs", "resnet50"], 2, "takes no --vs"),
+    (["resnet18", "--measure", "startup", "--vs", "resnet50"], 2, "takes no --vs"),
+    (["resnet18", "--measure", "startup", "--ratio", "0.5"], 2, "give NAMEs alone"),
     (["resnet18", "--batch", "0"], 2, "--batch"),
     (["resnet18", "--ratio", "16"], 2, "write ratio=1/16"),
     (["resnet18", "--device", "nowhere"], 2, "write --device cpu"),
