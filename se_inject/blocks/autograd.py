@@ -20,6 +20,7 @@ from ..private import is_legacy_batched, saved_by_batch_norm, transforms_are_act
 # On smaller maps, the calls cost as much as the saved passes. No other devices were measured.
 MIN_NUMEL = 1 << 18
 DEVICES = ("cpu",)
+PART = 1 << 20  # elements of a half-precision map at a time: torch's mean copies what it reads to float32
 
 
 def squeeze(x: torch.Tensor, dims: list[int]) -> torch.Tensor:
@@ -77,9 +78,10 @@ class _Squeeze(Function):
     def forward(ctx: Any, x: torch.Tensor, dims: list[int]) -> torch.Tensor:
         ctx.shape = x.shape
         ctx.count = math.prod(x.shape[d] for d in dims)
-        if x.dtype not in (torch.bfloat16, torch.float16):
+        if x.dtype not in (torch.bfloat16, torch.float16) or x.numel() < 2 * PART:
             return x.mean(dims, keepdim=True)
-        return x.sum(dims, keepdim=True, dtype=torch.float32).div_(ctx.count).to(x.dtype)  # as mean, without a copy of x
+        images = max(1, PART * len(x) // x.numel())
+        return torch.cat([part.mean(dims, keepdim=True) for part in x.split(images)])
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
