@@ -21,17 +21,6 @@ ConvNd = nn.modules.conv._ConvNd
 DropoutNd = nn.modules.dropout._DropoutNd
 OpOverloadPacket = torch._ops.OpOverloadPacket
 
-_module = nn.modules.module
-_OF_ALL = (_module._global_forward_hooks, _module._global_forward_pre_hooks, _module._global_backward_hooks,
-           _module._global_backward_pre_hooks)  # fmt: skip
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of a module runs hooks, its own or those of all modules."""
-    return any(_OF_ALL) or any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks,
-                                module._backward_pre_hooks))  # fmt: skip
-
-
 # how modules of torch load their own tensors: all, and batch norms, which know an older format
 PLAIN_LOADS = (nn.Module._load_from_state_dict, nn.modules.batchnorm._NormBase._load_from_state_dict)
 

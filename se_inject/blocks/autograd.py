@@ -1,13 +1,10 @@
-"""A block in a training step: values and gradients of the plain expressions, in fewer passes over the map.
+"""Squeeze, scale and shift in a training step: values and gradients of the plain expressions, in fewer passes over the map.
 
 The plain backward of ``x * gate(x.mean(...))`` writes three maps of the size of ``x`` besides the gradient: the product
 whose sum is the gradient of the gate, the expanded gradient of the mean, and the scaled gradient. Here, the gradient of
 the mean stays a view of one value per channel, which autograd adds in place, and product and scaled gradient share one
 buffer. If ``x`` is the output of a batch norm, it is not saved for the backward: the norm saves its own input, and ``x``
 is computed again from that, up to rounding.
-
-The layers of the gate are convolutions of one position. Their backward is computed as that of linear layers, in a third of the
-time.
 """
 
 from __future__ import annotations
@@ -16,15 +13,13 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
 from torch.autograd import Function, forward_ad
 
-from ..private import has_hooks, is_legacy_batched, saved_by_batch_norm, transforms_are_active
+from ..private import is_legacy_batched, saved_by_batch_norm, transforms_are_active
 
 # On smaller maps, the calls cost as much as the saved passes. No other devices were measured.
 MIN_NUMEL = 1 << 18
 DEVICES = ("cpu",)
-CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 PART = 1 << 20  # elements of a half-precision map at a time: torch's mean copies what it reads to float32
 
 
@@ -50,19 +45,6 @@ def scale(x: torch.Tensor, gate: torch.Tensor, dims: list[int], shift: torch.Ten
         return y
 
 
-def of_vector(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """``layer(x)`` for a layer of a gate on one position: a linear layer, or a convolution with a kernel of 1."""
-    weight = layer._parameters.get("weight")
-    if (weight is None or type(layer) not in CONVS or not _is_eager(x, weight) or not (x.requires_grad or weight.requires_grad)
-            or "forward" in layer.__dict__ or has_hooks(layer)
-            or weight.shape[1] * len(x) != x.numel() or weight.numel() != weight.shape[0] * weight.shape[1]
-            or layer.padding != (0,) * (x.dim() - 2)):
-        y: torch.Tensor = layer(x)
-    else:
-        y = _OfVector.apply(x, weight, layer.bias, layer)
-    return y
-
-
 def _scaled(x: torch.Tensor, gate: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
     """The plain expression; with a shift one pass, where the operator has values to compute and the dtypes agree."""
     if shift is None:
@@ -82,16 +64,12 @@ def _norm_of(x: torch.Tensor) -> tuple[Any, ...] | None:
 
 def _trains_eagerly(x: Any, gate: Any) -> bool:
     """Whether the functions below apply. Compilers, exporters and traces get the plain expression and fuse it themselves."""
-    return _is_eager(x, gate) and x.requires_grad and x.numel() >= MIN_NUMEL
-
-
-def _is_eager(x: Any, other: Any) -> bool:
-    """Whether two tensors have values, on a device that was measured, and gradients are recorded, by autograd alone."""
     return (
-        not torch.compiler.is_compiling() and type(x) is torch.Tensor and type(other) in (torch.Tensor, nn.Parameter)
-        and torch.is_grad_enabled() and x.device.type in DEVICES and x.is_floating_point()
+        not torch.compiler.is_compiling() and type(x) is torch.Tensor and type(gate) is torch.Tensor
+        and torch.is_grad_enabled() and x.requires_grad
+        and x.device.type in DEVICES and x.numel() >= MIN_NUMEL and x.is_floating_point()
         and not torch.jit.is_tracing() and not transforms_are_active()
-        and forward_ad.unpack_dual(x).tangent is None and forward_ad.unpack_dual(other).tangent is None
+        and forward_ad.unpack_dual(x).tangent is None and forward_ad.unpack_dual(gate).tangent is None
     )  # fmt: skip
 
 
@@ -108,30 +86,6 @@ class _Squeeze(Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return (grad / ctx.count).expand(ctx.shape), None
-
-
-class _OfVector(Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, layer: nn.Module
-    ) -> torch.Tensor:  # fmt: skip
-        ctx.save_for_backward(x, weight)
-        kind = x.device.type
-        if not torch.is_autocast_enabled(kind):
-            return type(layer).forward(layer, x)  # type: ignore[no-any-return, operator]
-        # the cache would keep a cast weight without its gradient, and give it to the next layer with that weight
-        with torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False):
-            return type(layer).forward(layer, x)  # type: ignore[no-any-return, operator]
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        rows = grad.reshape(grad.shape[:2])
-        of_x, of_weight, of_bias, _ = ctx.needs_input_grad
-        return (
-            (rows @ weight.flatten(1).to(rows.dtype)).view(x.shape).to(x.dtype) if of_x else None,
-            (rows.transpose(0, 1) @ x.flatten(1).to(rows.dtype)).view(weight.shape).to(weight.dtype) if of_weight else None,
-            rows.sum(0, dtype=weight.dtype) if of_bias else None, None)
 
 
 class _Scale(Function):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .autograd import of_vector, scale, squeeze
+from .autograd import scale, squeeze
 from .squeeze_excite import SqueezeExcite
 
 
@@ -38,15 +38,9 @@ class ScaleAndShift(SqueezeExcite):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         m = squeeze(x, self.dims)
-        if torch.jit.is_scripting():
-            s = self.act(self.fc1(m))
-            g: torch.Tensor = self.gate(self.fc2(s))
-            shift = self.shift(s)
-        else:
-            s = self.act(of_vector(self.fc1, m))
-            g = self.gate(of_vector(self.fc2, s))
-            shift = of_vector(self.shift, s)
+        s = self.act(self.fc1(m))
+        g: torch.Tensor = self.gate(self.fc2(s))
         if self.gain != 1.0:
             g = g * self.gain
         unit = m.abs().mean(self.channel_axis, keepdim=True)
-        return scale(x, g, self.dims, torch.tanh(shift * 0.4) * (unit * 0.25))
+        return scale(x, g, self.dims, torch.tanh(self.shift(s) * 0.4) * (unit * 0.25))

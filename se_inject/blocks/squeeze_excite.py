@@ -13,7 +13,7 @@ from timm.layers import create_act_layer
 from torch import nn
 
 from ..config import SEConfig
-from .autograd import of_vector, scale, squeeze
+from .autograd import scale, squeeze
 from .identity import HasGain
 
 CONVS: dict[str, type[nn.Module]] = {"NCL": nn.Conv1d, "NCHW": nn.Conv2d, "NCDHW": nn.Conv3d}  # where channels come first
@@ -59,10 +59,7 @@ class SqueezeExcite(HasGain):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         s = squeeze(x, self.dims)
-        if torch.jit.is_scripting():  # TorchScript passes no modules to functions, and does not compile the other branch
-            s = self.fc2(self.act(self.fc1(s)))
-        else:
-            s = of_vector(self.fc2, self.act(of_vector(self.fc1, s)))
+        s = self.fc2(self.act(self.fc1(s)))
         g: torch.Tensor = self.gate(s)
         if self.gain != 1.0:
             g = g * self.gain
@@ -80,10 +77,7 @@ class EfficientNetSqueezeExcite(SqueezeExcite):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         s = squeeze(x, self.dims)
-        if torch.jit.is_scripting():
-            s = self.conv_expand(self.act1(self.conv_reduce(s)))
-        else:
-            s = of_vector(self.conv_expand, self.act1(of_vector(self.conv_reduce, s)))
+        s = self.conv_expand(self.act1(self.conv_reduce(s)))
         g: torch.Tensor = self.gate(s)
         if self.gain != 1.0:
             g = g * self.gain

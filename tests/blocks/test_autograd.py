@@ -89,56 +89,6 @@ def test_the_function_runs_where_gradients_are_needed(block, small):
         assert block("NCHW")(x).grad_fn is None
 
 
-def hooked_everywhere(layer):
-    return nn.modules.module.register_module_forward_hook(lambda module, args, output: output * 2)
-
-
-def with_own_forward(layer):
-    layer.forward = lambda x: nn.Conv2d.forward(layer, x) * 2
-
-
-def changed(layer, shape, **options):
-    layer.weight = nn.Parameter(torch.ones(shape))
-    layer.__dict__.update(options)
-
-
-OTHERS = {
-    "hook": lambda layer: layer.register_forward_hook(lambda module, args, output: output * 2) and None,
-    "hook before": lambda layer: layer.register_forward_pre_hook(lambda module, args: (args[0] * 2,)) and None,
-    "backward hook": lambda layer: layer.register_full_backward_hook(lambda module, given, got: (given[0] * 2,)) and None,
-    "hook of all": hooked_everywhere,
-    "own forward": with_own_forward,
-    "parametrized": lambda layer: nn.utils.parametrizations.weight_norm(layer) and None,
-    "padded": lambda layer: setattr(layer, "padding", (1, 1)),
-    "wide": lambda layer: changed(layer, (6, 4, 3, 3), padding=(1, 1)),
-    "groups": lambda layer: changed(layer, (6, 2, 1, 1), groups=2),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("what", OTHERS)
-def test_a_layer_that_is_another_is_called(what):
-    torch.manual_seed(0)
-    layer, x = nn.Conv2d(4, 6, 1), torch.randn(2, 4, 1, 1, requires_grad=True)
-    assert type(autograd.of_vector(layer, x).grad_fn).__name__ == "_OfVectorBackward"
-    undo = OTHERS[what](layer)
-    try:
-        values = []
-        for y in (autograd.of_vector(layer, x), layer(x)):
-            assert "OfVector" not in str(y.grad_fn)
-            values.append((y, torch.autograd.grad(y.square().sum(), x)[0]))
-        assert all(map(torch.equal, *values))
-    finally:
-        if undo is not None:
-            undo.remove()
-
-
-def test_layers_on_several_positions_and_layers_without_gradients_are_called():
-    layer, x = nn.Conv2d(4, 6, 1), torch.randn(2, 4, 1, 1)
-    assert type(autograd.of_vector(layer, x).grad_fn).__name__ == "_OfVectorBackward"  # of the weight alone
-    assert type(autograd.of_vector(layer, torch.randn(2, 4, 2, 1)).grad_fn).__name__ == "ConvolutionBackward0"
-    assert autograd.of_vector(layer.requires_grad_(False), x).grad_fn is None
-
-
 class Normed(nn.Sequential):
     """A block after a batch norm, as in a bottleneck."""
 
@@ -219,18 +169,6 @@ def test_autocast(block, small, monkeypatch):
     for a, b in zip(mine, theirs, strict=True):
         assert a.dtype == b.dtype
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
-
-
-def test_autocast_keeps_the_gradients_of_a_weight_that_is_used_twice(monkeypatch):
-    layer, x = nn.Conv2d(4, 6, 1), torch.randn(2, 4, 1, 1)
-    with torch.autocast("cpu", torch.bfloat16):
-        once = autograd.of_vector(layer, x)
-        again = nn.functional.conv2d(x, layer.weight)
-    assert type(once.grad_fn).__name__ == "_OfVectorBackward" and again.grad_fn is not None
-    once.sum().backward()
-    expected = 2 * layer.weight.grad
-    again.sum().backward()
-    torch.testing.assert_close(layer.weight.grad, expected)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*is deprecated:FutureWarning")  # torch.func raises it
