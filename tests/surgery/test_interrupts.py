@@ -93,8 +93,8 @@ SHORT = ("eject", "eject frozen", "freeze", "freeze again", "unfreeze")
     *(("toy", action, 29) for action in (*SHORT, "train")), ("toy", "inject", 331), ("toy", "fold", 701),
     *contract(
         *((model, action, 1 if model == "toy" else 3) for model in MODELS for action in SHORT),
-        ("toy", "inject", 11), ("toy", "fold", 29), ("toy", "plan", 29), ("toy", "stale", 29), ("toy", "optimize", 61),
-        ("test_resnet", "inject", 29), ("test_vit", "inject", 41), ("test_vit", "fold", 61)),
+        ("toy", "inject", 23), ("toy", "fold", 61), ("toy", "plan", 61), ("toy", "stale", 61), ("toy", "optimize", 127),
+        ("test_resnet", "inject", 61), ("test_vit", "inject", 83), ("test_vit", "fold", 127)),
 ])  # fmt: skip
 def test_nothing_is_half_done(model, action, stride):
     """Each n-th line, by each of two errors, of which the second begins between: a stride of 2 is one of them at each line."""
