@@ -86,6 +86,9 @@ def remake_tables(page: Path, run: Callable[[Sequence[str]], str], only: Sequenc
     if unknown:
         sys.exit(f"{page} has no table {' or '.join(unknown)}; its tables are {', '.join(commands)}")
     made = [name for name in commands if name in only or not only]
+    unknown = [name for m in RANGES.finditer(text) for name in m["names"].split() if name not in commands]
+    if unknown:
+        sys.exit(f"{page} has a range of {' and '.join(unknown)}; its tables are {', '.join(commands)}")
     file = page.with_name(f"{page.stem}-runs.csv")
     for name in made:
         output = run(shlex.split(commands[name])[1:]).strip()
@@ -102,7 +105,7 @@ Ratios = dict[tuple[str, ...], str]  # the median of a ratio, by the cells of `R
 
 
 def ratios(output: str) -> Ratios:
-    """The ratios in a table of `se-inject bench`; where it has optimized models, theirs."""
+    """The ratios in a table of `se-inject bench`: those of the optimized models, where it has them."""
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in output.splitlines() if line.startswith("|")]
     header = lines[0] if lines else []
     column = next((c for c in RATIOS if c in header), None)
@@ -113,7 +116,8 @@ def ratios(output: str) -> Ratios:
 
 def with_run(runs: dict[str, list[Ratios]], name: str, output: str, again: bool) -> dict[str, list[Ratios]]:
     """The runs of each table with one more of the table `name`, or with this alone."""
-    return {**runs, name: [*(runs.get(name, []) if again else []), ratios(output)]}
+    found = ratios(output)
+    return {**runs, name: [*(runs.get(name, []) if again else []), *([found] if found else [])]}
 
 
 def read_runs(file: Path) -> dict[str, list[Ratios]]:
@@ -139,7 +143,8 @@ def with_ranges(text: str, runs: dict[str, list[Ratios]]) -> str:
     def ranges(names: list[str]) -> str:
         rows = dict.fromkeys(row for name in names for one in runs.get(name, []) for row in one)
         filled = [i for i in range(len(ROW)) if any(row[i] for row in rows)]
-        header = [ROW[i] for i in filled] + [f"{name}, {len(runs.get(name, []))} runs" for name in names]
+        counts = {name: len(runs.get(name, [])) for name in names}
+        header = [ROW[i] for i in filled] + [f"{name}, {n} run{'s' if n != 1 else ''}" for name, n in counts.items()]
         lines = [[row[i] for i in filled] + [spread(name, row) for name in names] for row in rows]
         return markdown_table(header, lines, left=("model", "dtype", "variant"))
 
@@ -147,8 +152,13 @@ def with_ranges(text: str, runs: dict[str, list[Ratios]]) -> str:
         found = sorted((one[row] for one in runs.get(name, []) if row in one), key=lambda ratio: float(ratio.rstrip("%")))
         return " to ".join(dict.fromkeys(found[:1] + found[-1:]))
 
-    return RANGES.sub(lambda m: f"<!-- runs of {m['names']}: begin -->\n\n{ranges(m['names'].split())}\n\n"
-                                f"<!-- runs of {m['names']}: end -->", text)
+    def replaced(m: re.Match[str]) -> str:
+        names = m["names"].split()
+        if not any(runs.get(name) for name in names):
+            return m[0]
+        return f"<!-- runs of {m['names']}: begin -->\n\n{ranges(names)}\n\n<!-- runs of {m['names']}: end -->"
+
+    return RANGES.sub(replaced, text)
 
 
 def run_command(words: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""What blocks cost: in inference, in a training step, to inject, to load, and at the start; each is timed beside a base."""
+"""What blocks cost: in inference and in training, to inject, to load, and to start a process; each is timed beside a base."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -266,7 +268,11 @@ def _loading(task: _Task) -> Iterator[Comparison]:
 
 
 def _startup(task: _Task) -> Iterator[Comparison]:
-    """New processes, until they have imported timm, made a model, or printed a plan."""
+    """New processes, until they have imported timm, made a model, or printed a plan.
+
+    Raises:
+        SEInjectError: One fails.
+    """
     imported, created = "import timm", "create_model"
     make = "timm.create_model({!r})".format
     work = {  # compared with, what Python runs
@@ -277,8 +283,13 @@ def _startup(task: _Task) -> Iterator[Comparison]:
         "se-inject plan": (created, ("-m", "se_inject", "plan", task.name)),
     }
 
-    def process(words: Sequence[str], _: object) -> object:
-        return subprocess.run([sys.executable, *words], check=True, capture_output=True)
+    def process(words: Sequence[str], _: object) -> str:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment)
+        if done.returncode:
+            said = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+            raise SEInjectError(f"python {shlex.join(words)} failed: {said}")
+        return done.stdout
 
     jobs = {key: Job(functools.partial(process, words)) for key, (_, words) in work.items()}
     times = task.timed(jobs)

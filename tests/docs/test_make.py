@@ -88,8 +88,18 @@ def test_a_page_has_the_range_of_all_runs(tmp_path):
 <!-- runs of one two: end -->
 end"""
     make.remake_tables(page, lambda words: measured("1.20", True), ["two"])
-    assert "one, 3 runs | two, 1 runs" in page.read_text()
+    assert "one, 3 runs | two, 1 run |" in page.read_text()
     assert "| 1.20 |" in page.read_text()
+
+
+def test_a_range_needs_its_tables(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(A_PAGE + "<!-- runs of two: begin -->as it was<!-- runs of two: end -->")
+    make.remake_tables(page, lambda words: "no table")
+    assert "as it was" in page.read_text()
+    page.write_text(A_PAGE + "<!-- runs of one three: begin --><!-- runs of one three: end -->")
+    with pytest.raises(SystemExit, match="has a range of three; its tables are one, two"):
+        make.remake_tables(page, lambda words: "new")
 
 
 def test_the_ranges_of_the_page_are_those_of_its_runs():

@@ -215,13 +215,19 @@ def test_the_timed_injection_is_that_of_inject(name):
 def test_startup(monkeypatch):
     tried = ("create_model, twin", "se-inject plan")  # each takes seconds
     monkeypatch.setattr(bench, "interleaved", lambda jobs, **_: {
-        name: [1 + len(job().stdout) if name in tried else 1] for name, job in jobs.items()})
+        name: [1 + len(job()) if name in tried else 1] for name, job in jobs.items()})
     shown = call("bench", "test_resnet", "--measure", "startup")[0]
     assert re.search(r"model +what +ms +quartiles +compared with +ratio\n", shown)
     expected = {"import se_inject, timm": "import timm", "create_model, twin": "create_model", "se-inject plan": "create_model"}
     for name, to in expected.items():
         assert re.search(f"test_resnet +{name} .* +{to} ", shown)
     assert re.search(r"se-inject plan +\d+,000 ", shown)  # it printed something
+
+
+@pytest.mark.contract
+def test_a_process_that_fails_is_an_error():
+    _, err = call("bench", "seresnet18", "--measure", "startup", *ONCE, code=1)
+    assert "python -c 'import se_inject, timm; timm.create_model('" in err.replace('"', "") and "failed: " in err
 
 
 @pytest.mark.contract
