@@ -121,13 +121,12 @@ def with_run(runs: dict[str, list[Ratios]], name: str, output: str, again: bool)
 
 
 def read_runs(file: Path) -> dict[str, list[Ratios]]:
-    runs: dict[str, list[Ratios]] = defaultdict(list)
+    runs: dict[str, dict[str, Ratios]] = defaultdict(lambda: defaultdict(dict))  # by table and number of the run
     if file.exists():
         with file.open(newline="") as f:
             for table, number, *row, ratio in list(csv.reader(f))[1:]:
-                runs[table] += [{}] * (int(number) - len(runs[table]))
-                runs[table][-1] = {**runs[table][-1], tuple(row): ratio}
-    return runs
+                runs[table][number][tuple(row)] = ratio
+    return {table: list(made.values()) for table, made in runs.items()}
 
 
 def write_runs(file: Path, runs: dict[str, list[Ratios]]) -> None:

@@ -17,8 +17,7 @@ from torch.autograd import Function, forward_ad
 
 from ..private import is_legacy_batched, saved_by_batch_norm, transforms_are_active
 
-# On smaller maps, the calls cost more than the saved passes: channels_last breaks even between 2^17 and 2^18 numbers. In NCHW a
-# larger map takes as long as by the plain expression, and saves its memory. No other devices were measured.
+# On smaller maps, the calls cost more than the saved passes. No other devices were measured.
 MIN_NUMEL = 1 << 18
 DEVICES = ("cpu",)
 PART = 1 << 20  # elements of a half-precision map at a time: torch's mean copies what it reads to float32

@@ -91,7 +91,7 @@ def _with_progress(rows: Iterator[Any], total: int, completed: int) -> Iterator[
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
 @click.option("--measure", type=click.Choice(["inference", "training", "surgery", "loading", "startup"]),
               default="inference", show_default=True,
-              help="What to time; surgery is the injection itself, startup that of new processes.")  # fmt: skip
+              help="What to time; surgery is the injection itself, startup the start of a process.")  # fmt: skip
 @click.option("--vs", "others", type=ModelParam(), multiple=True,
               help="Another timm model beside the base, such as 'se_inject/resnet50 se_block=eca'; repeatable.")  # fmt: skip
 @model_args_option

@@ -69,7 +69,7 @@ def test_gradients_and_gradients_of_gradients_are_right(block, layout, shape, sm
     assert torch.autograd.gradgradcheck(module, (x,))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("layout", "shape"), LAYOUTS)
 def test_the_squeeze_is_the_mean_to_the_bit(block, layout, shape, dtype, small, monkeypatch):
     monkeypatch.setattr(autograd, "PART", 1 << 10)
