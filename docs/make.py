@@ -233,7 +233,7 @@ def zoo_page(rows: list[Row]) -> str:
     skips: dict[str, list[tuple[Row, int]]] = defaultdict(list)
     for row in rows:
         families[row.family].append(row)
-        if row.status != "injected":
+        if row.status == "refused":
             refusals[" ".join(w for w in row.reason.split() if not w.isdigit())].append(row)
         for reason, count in parse_counts(row.skipped).items():
             skips[reason].append((row, count))
@@ -260,7 +260,7 @@ def _family(name: str, rows: list[Row]) -> list[str]:
     for row in rows:
         sites.update(parse_counts(row.sites))
     skipped = sum(sum(parse_counts(row.skipped).values()) for row in rows)
-    counts = [len(injected), len(rows) - len(injected), *(sites[kind] for kind in KINDS), skipped]
+    counts = [len(injected), sum(row.status == "refused" for row in rows), *(sites[kind] for kind in KINDS), skipped]
     shares = sorted(row.added_params / row.params for row in injected)
     return [name, str(len(rows)), *(str(n or "") for n in counts), f"{shares[0]:+.1%} to {shares[-1]:+.1%}" if shares else ""]
 

@@ -41,7 +41,7 @@ def is_legacy_batched(t: torch.Tensor) -> bool:
 
 
 def saved_by_batch_norm(x: torch.Tensor) -> tuple[Any, ...] | None:
-    """What autograd saves for the batch norm in train mode whose output is `x`: input, weight, bias, mean, 1/deviation, eps.
+    """What autograd saves for the batch norm in train mode whose output is `x`: input, weight, bias, mean, 1/deviation.
 
     None if `x` has another source, or if hooks have changed what autograd saves. Where torch does not tell whether there
     are hooks, None for every `x`: the output of the norm is then saved, as for other layers.
@@ -51,7 +51,7 @@ def saved_by_batch_norm(x: torch.Tensor) -> tuple[Any, ...] | None:
             _top_hooks(True) is not None):
         return None
     bias = getattr(fn.next_functions[2][0], "variable", None)  # None unless it is a leaf
-    return fn._saved_input, fn._saved_weight, bias, fn._saved_result1, fn._saved_result2, fn._saved_eps
+    return fn._saved_input, fn._saved_weight, bias, fn._saved_result1, fn._saved_result2
 
 
 def schemas_of(operator: str) -> list[Any]:

@@ -3,8 +3,8 @@
 The plain backward of ``x * gate(x.mean(...))`` writes three maps of the size of ``x`` besides the gradient: the product
 whose sum is the gradient of the gate, the expanded gradient of the mean, and the scaled gradient. Here, the gradient of
 the mean stays a view of one value per channel, which autograd adds in place, and product and scaled gradient share one
-buffer. If ``x`` is the output of a batch norm, it is not saved for the backward: the norm saves its own input, and ``x``
-is computed again from that, up to rounding.
+buffer. If ``x`` is the output of a batch norm in train mode with trained weight and bias, it is not saved for the backward:
+the norm saves its own input, and ``x`` is computed again from that, up to rounding.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def squeeze(x: torch.Tensor, dims: list[int]) -> torch.Tensor:
     if torch.jit.is_scripting():  # the script compiler does not look into the other branch
         return x.mean(dims, keepdim=True)
     else:
-        y: torch.Tensor = _Squeeze.apply(x, dims) if _trains_eagerly(x, x) else x.mean(dims, keepdim=True)
+        y: torch.Tensor = _Squeeze.apply(x, dims) if _trains_eagerly(x) else x.mean(dims, keepdim=True)
         return y
 
 
@@ -37,11 +37,12 @@ def scale(x: torch.Tensor, gate: torch.Tensor, dims: list[int], shift: torch.Ten
     if torch.jit.is_scripting():
         return x * gate if shift is None else x * gate + shift
     else:
-        if not _trains_eagerly(x, gate):
+        if not _trains_eagerly(x, gate, *(() if shift is None else (shift,))):
             return _scaled(x, gate, shift)
         norm = _norm_of(x)
         y: torch.Tensor = (
-            _Scale.apply(x, gate, shift, dims) if norm is None else _ScaleOfNorm.apply(x, gate, shift, dims, *norm))
+            _Scale.apply(x, gate, shift, dims) if norm is None else
+            _ScaleOfNorm.apply(x, gate, shift, dims, _Stand.apply(x), *norm))
         return y
 
 
@@ -59,17 +60,17 @@ def _scaled(x: torch.Tensor, gate: torch.Tensor, shift: torch.Tensor | None) -> 
 def _norm_of(x: torch.Tensor) -> tuple[Any, ...] | None:
     """From what the output `x` of a batch norm is computed again; None where it is not, or has been written to since."""
     norm = None if x._version else saved_by_batch_norm(x)
-    return norm if norm and all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in norm[:-1]) else None
+    return norm if norm and all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in norm) else None
 
 
-def _trains_eagerly(x: Any, gate: Any) -> bool:
+def _trains_eagerly(x: Any, *others: Any) -> bool:
     """Whether the functions below apply. Compilers, exporters and traces get the plain expression and fuse it themselves."""
     return (
-        not torch.compiler.is_compiling() and type(x) is torch.Tensor and type(gate) is torch.Tensor
+        not torch.compiler.is_compiling() and all(type(t) is torch.Tensor for t in (x, *others))
         and torch.is_grad_enabled() and x.requires_grad
         and x.device.type in DEVICES and x.numel() >= MIN_NUMEL and x.is_floating_point()
         and not torch.jit.is_tracing() and not transforms_are_active()
-        and forward_ad.unpack_dual(x).tangent is None and forward_ad.unpack_dual(gate).tangent is None
+        and all(forward_ad.unpack_dual(t).tangent is None for t in (x, *others))
     )  # fmt: skip
 
 
@@ -103,24 +104,50 @@ class _Scale(Function):
         return *_gradients(ctx, grad, gate, grad * x), None
 
 
+class _Stand(Function):
+    """A tensor of the shape of `x`, in the memory of one number, whose gradient is that of `x`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.set_materialize_grads(False)  # there is a gradient only of a gradient
+        return x.new_empty(()).expand(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor | None) -> torch.Tensor | None:
+        return grad
+
+
+class _WithGradientOf(Function):
+    """`values`, whose gradient is that of `stand`."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, stand: torch.Tensor) -> torch.Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor]:
+        return None, grad
+
+
 class _ScaleOfNorm(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, gate: torch.Tensor, shift: torch.Tensor | None, dims: list[int], norm_input: torch.Tensor,
-        weight: torch.Tensor, bias: torch.Tensor, mean: torch.Tensor, invstd: torch.Tensor, eps: float,
+        ctx: Any, x: torch.Tensor, gate: torch.Tensor, shift: torch.Tensor | None, dims: list[int], stand: torch.Tensor,
+        norm_input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, mean: torch.Tensor, invstd: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
         factor = weight * invstd
-        ctx.save_for_backward(gate, norm_input, weight, bias, factor, bias - mean * factor)
-        ctx.dims, ctx.eps = dims, eps
+        ctx.save_for_backward(gate, stand, norm_input, factor, bias - mean * factor)
+        ctx.dims = dims
         return _scaled(x, gate, shift)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gate, norm_input, weight, bias, factor, offset = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a function of the norm's input, for the gradient of this gradient
-            product = grad * torch.batch_norm(norm_input, weight, bias, None, None, True, 0.0, ctx.eps, False)
-        else:
+        gate, stand, norm_input, factor, offset = ctx.saved_tensors
+        with torch.no_grad():
             x = _normed(norm_input, factor, offset)
+        if torch.is_grad_enabled():  # a function of `x`, for the gradient of this gradient
+            product = grad * _WithGradientOf.apply(x, stand)
+        else:
             product = grad * x if _is_batched(grad) else torch.mul(grad, x, out=x)
         return *_gradients(ctx, grad, gate, product), *(None,) * 7
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Hashable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -95,28 +96,32 @@ def returned(output: Iterable[Any]) -> Step:
     return RETURN, _keys(output), ()
 
 
-def related(trail: Iterable[Step], given: Iterable[Any], module: nn.Module) -> tuple[tuple[int, ...], ...]:
+def related(
+    trail: Iterable[Step], given: Iterable[Any], module: nn.Module, same: Mapping[int, int] = MappingProxyType({})
+) -> tuple[tuple[int, ...], ...]:  # fmt: skip
     """The steps of a forward with its tensors numbered as they appear, so that two runs of it can be compared.
 
     Args:
         trail: The steps of one run.
         given: The arguments of that run.
         module: Its parameters and buffers have numbers of their own.
+        same: Keys of tensors, each with that of another that it counts as.
     """
     numbers: dict[int, int] = {}
     for k in _keys(given):
-        numbers.setdefault(k, len(numbers))
+        numbers.setdefault(same.get(k, k), len(numbers))
     steps = []
     own = itertools.chain(module._parameters.values(), module._buffers.values())
     weights = {key(t): -1 - i for i, t in enumerate(own) if t is not None}
     for digest, sources, results in trail:
-        for k in (*sources, *results):
+        keys = [same.get(k, k) for k in (*sources, *results)]
+        for k in keys:
             if k not in numbers:
                 if k < 0 and k not in weights:  # of a child, perhaps; a rare walk
                     for t in itertools.chain(module.parameters(), module.buffers()):
                         weights.setdefault(key(t), -1 - len(weights))
                 numbers[k] = weights[k] if k in weights else len(numbers)
-        steps.append((digest, *map(numbers.__getitem__, (*sources, *results))))
+        steps.append((digest, *map(numbers.__getitem__, keys)))
     return tuple(steps)
 
 

@@ -139,9 +139,15 @@ def storages(value: Any) -> set[int]:
 
 
 class Memory:
-    """The values of an inlined graph in groups that may share memory, and when each is read last."""
+    """The values of an inlined graph in groups that may share memory, and when each is read last.
 
-    def __init__(self, graph: fx.Graph) -> None:
+    Args:
+        graph: With what `describe_memory` tells of its nodes.
+        may_write: Whether any of them may be written by another operator than the author's.
+    """
+
+    def __init__(self, graph: fx.Graph, may_write: bool = True) -> None:
+        self.may_write = may_write
         self.index = {node: i for i, node in enumerate(graph.nodes)}
         self._group: dict[fx.Node, list[fx.Node]] = {}
         self._external: dict[int, bool] = {}
@@ -172,7 +178,7 @@ class Memory:
         group = self._group[node]
         value = node.meta["val"]
         dense = all(n == 1 or s != 0 for n, s in zip(value.shape, value.stride()))
-        return dense and not self._external[id(group)] and not self.is_read_after(node, at) and all(
+        return self.may_write and dense and not self._external[id(group)] and not self.is_read_after(node, at) and all(
             n is node or self._group[n] is not group for n in others)
 
     def is_external(self, node: fx.Node) -> bool:

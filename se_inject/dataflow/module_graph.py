@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import fx, nn
+from torch.utils._pytree import tree_leaves
 
 from ..capture.calls import Call, Run
 from ..capture.channels import channel_axis
@@ -20,6 +21,9 @@ from .layers import is_layer, is_weight, mixes
 from .ops import is_tensor, shape
 
 _T = TypeVar("_T")
+_PLAIN = (int, float, str, torch.Size, torch.dtype, type(None))  # values that hold no tensor, without a walk
+
+
 class TracedModel:
     """The modules of one recorded run, each traced once, when it is first asked for."""
 
@@ -181,14 +185,16 @@ class ModuleGraph:
         return masks
 
     def carries_data(self, node: fx.Node) -> bool:
-        """Whether a node holds activations: a tensor, or a list of them, that is no parameter."""
+        """Whether a node holds activations: a tensor, or a container of them, that is no parameter."""
         if node.op == "get_attr":
             return False
         value = node.meta.get("val")
-        if isinstance(value, torch.Tensor):
-            return True
-        return isinstance(value, (list, tuple, dict)) and any(
-            isinstance(v, torch.Tensor) for v in (value.values() if isinstance(value, dict) else value))
+        return isinstance(value, torch.Tensor) or (
+            not isinstance(value, _PLAIN) and any(isinstance(v, torch.Tensor) for v in tree_leaves(value)))
+
+    def readers(self, node: fx.Node) -> list[fx.Node]:
+        """The users of a value that may read its elements: those that only ask for its sizes are left out."""
+        return [u for u in node.users if u.op in ("output", "call_module") or self.carries_data(u)]
 
     def members(self, mask: int) -> list[fx.Node]:
         out = []

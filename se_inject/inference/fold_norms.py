@@ -1,23 +1,28 @@
-"""Batch norms in eval mode, folded into the convolutions and linear layers before them."""
+"""Which batch norms, in eval mode, can be folded into the convolutions and linear layers before them."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from ..capture.calls import Call
 from ..capture.channels import channel_axis
+from ..capture.graphs import output_of, subgraph
+from ..capture.snapshot import restored
+from ..capture.trail import is_trusted
 from ..dataflow.aliasing import storages
 from ..dataflow.branches import branches, trace_branches
+from ..dataflow.layers import is_layer
 from ..dataflow.module_graph import ModuleGraph, TracedModel, spelled
 from ..dataflow.ops import CONVS, TRANSPOSED_CONVS, argument, is_tensor, layer_arguments, name_of, of, shape
 from ..dataflow.value_flow import ValueFlow
 from ..errors import Refusal
+from .forward_class import class_with_forward
 from .rewritable import check_plain
 
 
@@ -30,7 +35,7 @@ class Fold:
         layer: The layer before it.
         eps: Of the norm.
         linear, transposed: Whether the layer is linear, or a transposed convolution; else it is a convolution.
-        rest: Names of the norm's children that its forward calls after it, such as an activation.
+        code: The norm's class without the normalization.
     """
 
     norm: nn.Module
@@ -38,7 +43,7 @@ class Fold:
     eps: float
     linear: bool
     transposed: bool
-    rest: tuple[str, ...]
+    code: type[nn.Module]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +106,8 @@ def _fold(flow: ValueFlow, norm: nn.Module) -> Fold:
     if argument(node, "training", False) or not all(
             _is_own(norm, argument(node, name), name) for name in ("running_mean", "running_var", "weight", "bias")):
         raise Refusal("it normalizes by other statistics or weights than its own")
-    rest = _children_after(flow, view, node)
+    _check_children_after(view, node)
+    _check_keeps_nothing(flow, view)
     above, value = _layer_before(flow, view, node)
     layer = above.module
     if len(traces.calls[layer]) > 1:
@@ -117,9 +123,10 @@ def _fold(flow: ValueFlow, norm: nn.Module) -> Fold:
         raise Refusal("the layer before it is a transposed convolution with groups")
     if weight is None or not _is_own(layer, weight, "weight") or not _is_own(layer, bias, "bias"):
         raise Refusal(f"{traces.calls[layer][0].path or 'the layer before it'} computes its weight")
-    if not all(_ends_in_layer(layer, g, value) for g in _graphs(above)):
-        raise Refusal("the layer before it does more than a convolution")
-    return Fold(norm, layer, argument(node, "eps", 1e-5), linear, transposed, rest)
+    if not (is_trusted(layer) and "bias" not in layer.__dict__):  # torch's own layers take whatever bias they have
+        _check_takes_bias(above, value)
+    graph = _without_norm(view, node)
+    return Fold(norm, layer, argument(node, "eps", 1e-5), linear, transposed, class_with_forward(norm, graph))
 
 
 def _read_from_above(traces: TracedModel) -> Iterator[nn.Module]:
@@ -164,20 +171,30 @@ class _Run:
             and all(around.issuperset(self.readers[value]) for value in storages(c.output)) for n, c in zip(norms, layers))
 
 
-def _graphs(view: ModuleGraph) -> list[fx.Graph]:
-    """The graphs of all branches of a forward: a convolution may pad its input, or not, by its size."""
-    if not view.forward.decisions:
-        return [view.forward.graph]
-    return [p.graph for p in trace_branches(view.module, view.forward.constants, reading=True) if p.graph is not None]
+def _check_takes_bias(view: ModuleGraph, like: fx.Node) -> None:
+    """
+    Args:
+        view: The forward of a layer.
+        like: Its operator.
 
-
-def _ends_in_layer(layer: nn.Module, graph: fx.Graph, like: fx.Node) -> bool:
-    """Whether a forward returns the result of the operator that `like` calls, with the same weights."""
-    (node,) = list(graph.nodes)[-1].args
-    if not isinstance(node, fx.Node) or name_of(node) != name_of(like):
-        return False
-    _, weight, bias, _ = layer_arguments(node)
-    return _is_own(layer, weight, "weight") and _is_own(layer, bias, "bias")
+    Raises:
+        Refusal: The layer, given a bias, would not return the result of that operator with its weight and that bias, on each
+            branch: a convolution may pad its input, or not, by its size.
+    """
+    layer = view.module
+    with restored([layer]):
+        if layer._parameters.get("bias") is None:
+            layer._parameters["bias"] = nn.Parameter(torch.empty(0, device="meta"), requires_grad=False)
+        for branch in trace_branches(layer, view.forward.constants):
+            if branch.refused:
+                continue
+            if branch.graph is None:
+                raise Refusal(branch.error)
+            result: Any = output_of(branch.graph).args[0]
+            if name_of(result) != name_of(like) or not all(
+                    isinstance(p, fx.Node) and _is_own(layer, p, name)
+                    for p, name in zip(layer_arguments(result)[1:], ("weight", "bias"))):
+                raise Refusal("the layer before it does more than a convolution, or takes no bias")
 
 
 def _is_own(module: nn.Module, node: object, name: str) -> bool:
@@ -188,22 +205,47 @@ def _is_own(module: nn.Module, node: object, name: str) -> bool:
     return isinstance(node, fx.Node) and node.op == "get_attr" and node.target == name and own.get(name) is not None
 
 
-def _children_after(flow: ValueFlow, view: ModuleGraph, node: fx.Node) -> tuple[str, ...]:
-    """The chain of children that the norm's forward calls after normalizing, without those that return their input.
-
-    Raises:
-        Refusal: The forward does something else.
+def _check_children_after(view: ModuleGraph, node: fx.Node) -> None:
     """
-    names: list[str] = []
-    while True:
-        (user, *more) = node.users
-        if more or user.op not in ("call_module", "output") or list(user.all_input_nodes) != [node]:
-            raise Refusal(f"{type(view.module).__name__}.forward does more than normalize and call its children")
-        if user.op == "output":
-            return tuple(names)
-        if not flow.passes(view.call_of(user)):
-            names.append(str(user.target))
+    Raises:
+        Refusal: The norm's forward does more than normalize its input, call its children in a chain, and return the result.
+    """
+    more = Refusal(f"{type(view.module).__name__}.forward does more than normalize and call its children")
+    if sum(n.op == "placeholder" for n in view.nodes) != 1:
+        raise more
+    while node.op != "output":
+        if len(node.users) != 1:
+            raise more
+        (user,) = node.users
+        if user.op not in ("call_module", "output") or user.args != (node,) or user.kwargs:
+            raise more
         node = user
+
+
+def _without_norm(view: ModuleGraph, node: fx.Node) -> fx.Graph:
+    """A norm's forward with its input in place of the normalized one."""
+    graph = subgraph(view.forward.graph)
+    copy = list(graph.nodes)[view.index[node]]
+    copy.replace_all_uses_with(argument(copy, "input"))
+    for n in reversed(graph.nodes):
+        if not n.users and n.op not in ("placeholder", "output"):
+            graph.erase_node(n)
+    return graph
+
+
+def _check_keeps_nothing(flow: ValueFlow, view: ModuleGraph) -> None:
+    """
+    Raises:
+        Refusal: A forward that computes, passes on or normalizes a map may keep it, such as in an attribute.
+    """
+    module = view.module
+    if is_trusted(module):
+        return
+    cls: Any = type(module)
+    if is_layer(cls):
+        trace_branches(module, view.forward.constants)
+    elif flow.traces.view(module) is None and module in flow.traces.failures:
+        raise Refusal(flow.traces.failures[module])
 
 
 def _layer_before(flow: ValueFlow, view: ModuleGraph, node: fx.Node) -> tuple[ModuleGraph, fx.Node]:
@@ -218,7 +260,7 @@ def _layer_before(flow: ValueFlow, view: ModuleGraph, node: fx.Node) -> tuple[Mo
         raise Refusal("it normalizes another axis than the channels")
     crossed: list[ModuleGraph] = []
     while True:
-        readers = [u for u in x.users if u.op == "output" or (view.carries_data(u) and not _reads_shape(u, x))]
+        readers = [u for u in view.readers(x) if not _reads_shape(u, x)]
         if len(readers) != 1:
             raise Refusal("what comes before it is also read elsewhere")
         if x.op == "placeholder":
@@ -242,6 +284,7 @@ def _layer_before(flow: ValueFlow, view: ModuleGraph, node: fx.Node) -> tuple[Mo
             given = x.args[0]
         else:
             for other in crossed:
+                _check_keeps_nothing(flow, other)
                 name = type(other.module).__name__
                 if other is not view and branches(other.module, other.forward):  # `_fold` looks at all branches of the layer
                     raise Refusal(f"{name}.forward branches on sizes")
@@ -266,32 +309,3 @@ def _keeps_channels(node: fx.Node, channels: int) -> bool:
     axes = [channel_axis(t) for t in tensors]
     return tensors[0].numel() == tensors[1].numel() and all(
         a is not None and t.shape[a] == channels for t, a in zip(tensors, axes))
-
-
-@torch.no_grad()
-def apply_folds(model: nn.Module, folds: list[Fold]) -> None:
-    """Fold norms, in place: a layer gets new weights, and the norm's place gets what the norm called after itself."""
-    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
-    for parent in model.modules():
-        for name, child in parent._modules.items():
-            if child is not None:
-                places.setdefault(child, []).append((parent, name))
-    for f in folds:
-        weight, bias = f.layer._parameters["weight"], f.layer._parameters.get("bias")
-        mean, var = f.norm._buffers["running_mean"], f.norm._buffers["running_var"]
-        assert weight is not None and mean is not None and var is not None
-        gamma, beta = f.norm._parameters.get("weight"), f.norm._parameters.get("bias")
-        w, m, v = weight.double(), mean.double(), var.double()
-        g = torch.ones_like(m) if gamma is None else gamma.double()
-        s = torch.zeros_like(m) if beta is None else beta.double()
-        b = torch.zeros_like(m) if bias is None else bias.double()
-        if f.linear:
-            new, shift = fuse_linear_bn_weights(w, b, m, v, f.eps, g, s)
-        else:
-            new, shift = fuse_conv_bn_weights(w, b, m, v, f.eps, g, s, f.transposed)
-        f.layer._parameters["weight"] = nn.Parameter(new.to(weight.dtype), requires_grad=False)
-        f.layer._parameters["bias"] = nn.Parameter(shift.to(weight.dtype), requires_grad=False)
-        rest = [f.norm.get_submodule(name) for name in f.rest]
-        new_module = nn.Identity() if not rest else rest[0] if len(rest) == 1 else nn.Sequential(*rest)
-        for parent, name in places[f.norm]:
-            parent._modules[name] = new_module.eval()

@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from ..capture.snapshot import set_class
 from ..dataflow.ops import is_tensor
-from ..surgery.generated_class import Source, generated, guards_for, new_of, with_guards
+from ..surgery.generated_class import Code, generated, guards_for, new_of, with_guards
 from ..surgery.sequential import MEMBERS, sequential_class
 from ..surgery.state import OPTIMIZED, base_class, edits_of, set_edits
 
@@ -46,10 +46,19 @@ def optimized_class(
     return _class_of(base, sources, isinstance(module, nn.Sequential) and edits_of(module) is not None)
 
 
+def class_with_forward(module: nn.Module, graph: fx.Graph) -> type[nn.Module]:
+    """A subclass of `module`'s class whose forward is this graph, for all inputs. `module` is not changed."""
+    graph.lint()
+    code = graph.python_code("self")
+    return _class_of(base_class(module), [(code.src, code.globals)], has_blocks=False)
+
+
 def wants_plain(x: torch.Tensor) -> bool:
-    """Whether a forward runs the author's code: operators in place have no gradient; under autocast values that share memory
-    may have different dtypes; and programs made from a trace, of torch.jit or of fx, have no operators with ``out=``, or other
-    dtypes (ONNX, OpenVINO, quantization)."""
+    """Whether the author's code must run.
+
+    It must with gradients, as operators in place have none; under autocast, where values that share memory may differ in
+    dtype; and in traces of fx and torch.jit, whose programs may take no ``out=`` and other dtypes (ONNX, quantization).
+    """
     if torch.jit.is_scripting():  # TorchScript does not compile the other branch
         return False
     else:
@@ -57,7 +66,7 @@ def wants_plain(x: torch.Tensor) -> bool:
             not x.is_meta and torch.is_autocast_enabled(x.device.type))
 
 
-def _class_of(base: type[nn.Module], sources: Sequence[Source], has_blocks: bool) -> type[nn.Module]:
+def _class_of(base: type[nn.Module], sources: Sequence[Code], has_blocks: bool) -> type[nn.Module]:
     """`has_blocks`: `base` is a Sequential's class, and there are blocks among the children, without positions."""
     members: dict[str, Any] = dict(MEMBERS) if has_blocks else {}
     if issubclass(base, nn.Sequential):

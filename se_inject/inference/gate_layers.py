@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 
-from torch import fx, nn
+from torch import fx
 
 from ..dataflow.module_graph import ModuleGraph, spelled
 from ..dataflow.ops import CONVS, argument, is_tensor, name_of, of, products, shape
@@ -14,7 +14,7 @@ from ..find.attention import Gate
 from .affine import Affine, Maps, is_pointwise
 from .merged_layers import Layer
 
-_IN_PLACE = ("relu", "sigmoid")  # activations with a method that works in place
+_IN_PLACE = ("relu", "sigmoid")  # the functions that are recognized; each has a method that works in place
 
 
 class GateBuilder:
@@ -61,11 +61,11 @@ class GateBuilder:
         if name_of(node) in _IN_PLACE and list(node.all_input_nodes) == [x]:
             return f"{name_of(node)}_", view, x
         inputs = [n for n in view.nodes if n.op == "placeholder" and is_tensor(n)]
-        if len(inputs) == 1 and _is_elementwise(view):
+        if len(inputs) == 1 and view.nodes[-1].args[0] is node and _is_elementwise(view):
             outside = self.flow.outward(view, inputs[0])
             if outside[0] is not view:
-                return _for_vectors(view.module), *outside
-        raise Refusal(f"{spelled(node, view)} is neither a linear layer nor an activation")
+                return copy.deepcopy(view.module), *outside
+        raise Refusal(f"{spelled(node, view)} is neither a linear layer, nor relu, sigmoid or an activation module")
 
     def _unmoved(self, view: ModuleGraph, node: fx.Node) -> tuple[ModuleGraph, fx.Node]:
         """The operator that computes a vector (N, C), through changes of its shape."""
@@ -97,10 +97,12 @@ class GateBuilder:
 
 
 def _is_vector_layer(view: ModuleGraph, node: fx.Node) -> bool:
-    """Whether a node is a linear layer, or a convolution that is one, on a vector."""
-    x = argument(node, "input")
-    return (name_of(node) == "linear" or name_of(node) in CONVS) and is_tensor(x) and is_pointwise(view, node) and (
-        _vector(x) is not None and _vector(node) is not None)
+    """Whether a node is a linear layer, or a convolution that is one, on the channels of a vector."""
+    x, is_linear = argument(node, "input"), name_of(node) == "linear"
+    if not (is_linear or name_of(node) in CONVS) or not is_tensor(x) or not is_pointwise(view, node):
+        return False
+    axis = -1 if is_linear else 1
+    return all(_vector(n) == (shape(n)[0], shape(n)[axis]) for n in (x, node))
 
 
 def _vector(node: fx.Node) -> tuple[int, int] | None:
@@ -114,11 +116,3 @@ def _is_elementwise(view: ModuleGraph) -> bool:
     """Whether a forward computes each element from the same element of its input, without parameters."""
     return not any(True for _ in view.module.parameters()) and all(
         n.op in ("placeholder", "output") or of(n).elementwise for n in view.nodes if n.op == "output" or is_tensor(n))
-
-
-def _for_vectors(activation: nn.Module) -> nn.Module:
-    """A copy of an activation that works in place where it can: nothing else reads the output of the layer before it."""
-    module = copy.deepcopy(activation)
-    if getattr(module, "inplace", None) is False:
-        module.__dict__["inplace"] = True
-    return module

@@ -24,13 +24,18 @@ class _Product:
     nodes: list[fx.Node]
 
 
-def write_in_place(graph: fx.Graph) -> tuple[int, int]:
+def write_in_place(graph: fx.Graph, may_write: bool = True) -> tuple[int, int]:
     """Rewrite the sums and scalings of an inlined graph, in place.
+
+    Args:
+        graph: Changed in place.
+        may_write: Whether the graph may write into the memory of its values. Not in a `torch.fx.GraphModule`: it has this one
+            forward for all calls, also for those with gradients.
 
     Returns:
         How many sums, and how many products outside of sums, were rewritten.
     """
-    memory = Memory(graph)
+    memory = Memory(graph, may_write)
     sums = sum(_rewrite_sum(memory, node) for node in list(graph.nodes) if _is_sum(node))
     scalings = sum(_rewrite_scaling(memory, node) for node in list(graph.nodes) if _is_scaling(node))
     return sums, scalings
@@ -100,10 +105,10 @@ def _rewrite_sum(memory: Memory, node: fx.Node) -> bool:
     # where the author's operator writes into `a`, whoever else has that memory must see it
     if writes(node) and not memory.is_free(a, node, (b,)):
         return False
-    scaled = [(_product(memory, x), s) for x, s in ((a, b), (b, a)) if x is not s and list(x.users) == [node]]
-    scaled = sorted((p for p in scaled if p[0].nodes), key=lambda p: -len(p[0].factors))
-    if scaled:
-        product, s = scaled[0]
+    found = [(_product(memory, x), s) for x, s in ((a, b), (b, a)) if x is not s and list(x.users) == [node]]
+    found = sorted((p for p in found if p[0].nodes), key=lambda p: -len(p[0].factors))
+    if found:
+        product, s = found[0]
         x = product.full
         into = next((t for t in (x, s) if memory.is_free(t, node, (x, s, *product.factors))), None)
         out = {} if into is None else {"out": into}

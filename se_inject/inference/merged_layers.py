@@ -14,17 +14,21 @@ from .affine import Affine
 Layer = Affine | nn.Module | str | float  # a map, an activation, a method that works in place, a factor on the result
 
 
+def is_program(x: torch.Tensor) -> bool:
+    """Whether a forward on `x` is compiled, traced or exported: it is then for other sizes and values, too."""
+    return isinstance(x, fx.Proxy) or torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def pool(x: torch.Tensor, dims: list[int]) -> tuple[torch.Tensor, float]:
     """A tensor and a number whose product is the mean of `x` over `dims`: the next layer does the division.
 
-    The tensor is the sum, and in three cases the mean: a sum can overflow in float16; under autocast the next layer may be in
-    float16; and a program that is compiled, traced or exported here is for other sizes too.
+    The tensor is the sum. It is the mean in float16, where a sum can overflow; under autocast, where the next layer may be in
+    float16; and in programs, where the number would be that of the traced size.
     """
     if torch.jit.is_scripting():  # TorchScript does not compile the other branch
         return x.mean(dims), 1.0
     else:
-        if (isinstance(x, fx.Proxy) or torch.compiler.is_compiling() or torch.jit.is_tracing() or x.dtype is torch.float16
-                or (not x.is_meta and torch.is_autocast_enabled(x.device.type))):
+        if is_program(x) or x.dtype is torch.float16 or (not x.is_meta and torch.is_autocast_enabled(x.device.type)):
             return x.mean(dims), 1.0
         return x.sum(dims), 1 / math.prod(x.shape[d] for d in dims)
 
@@ -54,8 +58,9 @@ class MergedGate(nn.Module):
                 self.register_parameter(f"bias{i}", nn.Parameter(layer.bias.to(like), requires_grad=False))
                 self.steps.append(f"weight{i}")
             elif isinstance(layer, nn.Module):
-                self.add_module(f"act{i}", layer)
-                self.steps.append(f"act{i}")
+                name = f"act{1 + len(self._modules)}"
+                self.add_module(name, layer)
+                self.steps.append(name)
             else:
                 self.steps.append(layer)
 

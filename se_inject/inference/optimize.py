@@ -18,8 +18,9 @@ from ..surgery.load_hooks import remove_hooks
 from ..surgery.refusals import refuse
 from ..surgery.session import copied, traced
 from ..surgery.state import REPORT, block_paths, given_inputs, set_injections
+from .apply_folds import apply_folds, check_steps, drop_tensors, steps_without
 from .find_blocks import find_blocks
-from .fold_norms import apply_folds, find_folds
+from .fold_norms import find_folds
 from .regions import find_rewrites, find_sums, merged
 from .report import OptimizedModel
 
@@ -84,14 +85,17 @@ def optimize_for_inference(
     with traced(fast, inputs) as t:
         others = [call for call in (_run_of(fast, method, inputs) for method in _METHODS) if call is not None]
         folds, norms = find_folds(ValueFlow(t, hooked), others)
-    apply_folds(fast, folds)
+        steps = steps_without(t.root, folds)
+    apply_folds(folds)
 
     values = {**dict(fast.named_parameters(remove_duplicate=False)), **dict(fast.named_buffers(remove_duplicate=False))}
     with traced(fast, inputs) as t:
+        check_steps(steps, steps_without(t.root, folds))
         flow = ValueFlow(t, hooked)
         blocks, reports = find_blocks(flow, values, injected)
         sums, kept = find_sums(flow, {block.call for block in blocks})
         rewrites = find_rewrites(flow, merged([*(block.region for block in blocks), *sums]), blocks)
+    drop_tensors(folds)
     for rewrite in rewrites:
         rewrite.apply()
 

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import fx, nn
 
-from ..capture.arguments import Unpacked, optional_tensors
+from ..capture.arguments import optional_tensors
 from ..capture.calls import Call
 from ..capture.graphs import subgraph
 from ..capture.meta_ops import storage
@@ -125,7 +125,7 @@ class Rewrite:
 
 
 def find_rewrites(flow: ValueFlow, regions: Iterable[Region], blocks: list[Block]) -> list[Rewrite]:
-    """What to do to the root of each region; nothing where no sum can be in place and there is no block.
+    """What to do to the root of each region; nothing where there is no block, and neither a sum nor a product to rewrite.
 
     Use it inside `on_meta`; the model is not changed.
 
@@ -140,7 +140,7 @@ def find_rewrites(flow: ValueFlow, regions: Iterable[Region], blocks: list[Block
     for region in regions:
         inlined = inline(flow, region, weights)
         gates = [(b.call.module, _insert_gate(inlined, b), b.gate) for b in blocks if b.view.call in region.calls]
-        sums, scalings = write_in_place(inlined.graph)
+        sums, scalings = write_in_place(inlined.graph, may_write=not isinstance(region.root.module, fx.GraphModule))
         if gates or sums or scalings:
             found.append(Rewrite(region.root.module, _code(flow, region.root, inlined.graph), gates, sums))
     return found
@@ -152,9 +152,8 @@ def _code(flow: ValueFlow, call: Call, graph: fx.Graph) -> type[nn.Module] | fx.
         return graph
     view = flow.traces.view(call.module)
     assert view is not None
-    constants = {
-        k: v for k, v in view.forward.constants.items() if v is None or isinstance(v, (bool, int, float, str, Unpacked))}
-    given = optional_tensors(type(call.module), view.forward.constants, [view.forward.graph])
+    constants = view.forward.constants
+    given = optional_tensors(type(call.module), constants, [view.forward.graph])
     return optimized_class(call.module, graph, subgraph(view.forward.graph), constants, given)
 
 

@@ -81,7 +81,11 @@ def check_rewritable(flow: ValueFlow, call: Call, *, inlined: bool) -> None:
 
 
 def forward_of(flow: ValueFlow, call: Call) -> ModuleGraph | None:
-    """The forward of a call to inline: torch's own layers have one, too. None where fx cannot follow it."""
+    """The forward of a call to inline: torch's own layers have one, too. None where fx cannot follow it.
+
+    Raises:
+        Refusal: It is a layer's, and fx cannot follow it.
+    """
     cls: Any = type(call.module)
     return flow.traces.inside(call) if is_layer(cls) else flow.traces.view(call.module)
 

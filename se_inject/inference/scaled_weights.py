@@ -10,15 +10,16 @@ from ..dataflow.module_graph import ModuleGraph, spelled
 from ..dataflow.ops import CONVS, is_tensor, layer_arguments, name_of, shape
 from ..dataflow.value_flow import ValueFlow
 from ..errors import Refusal
+from .merged_layers import is_program
 from .rewritable import check_rewritable, forward_of
 
 
 def scaled(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, in_place: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """The input and the weight of a layer on `x` times `gate`: the gate goes into the smaller of the two.
 
-    A gate goes into the weight only where it is the same for all images, so for one image. The weight is read and written to
-    new memory, and the layer then reads it from the cache: it has to be at most half of the map. Compilers and exported
-    programs scale the map: they do it together with the operator before it, and arrange a constant weight once.
+    A gate goes into the weight only where it is the same for all images, so for one image. Scaling the weight costs a read and
+    a write of it: this pays where it has at most half as many elements as the map. Programs scale the map: compilers do that
+    together with the operator before it, and arrange a constant weight once.
 
     Args:
         x: The map, with its channels along axis 1 (convolutions) or the last one (linear layers).
@@ -29,8 +30,7 @@ def scaled(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, in_place: 
     if torch.jit.is_scripting():  # TorchScript does not compile the other branch
         return (x.mul_(gate) if in_place else x * gate), weight
     else:
-        is_program = isinstance(x, fx.Proxy) or torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if not is_program and gate.numel() == weight.shape[1] and 2 * weight.numel() <= x.numel():
+        if not is_program(x) and gate.numel() == weight.shape[1] and 2 * weight.numel() <= x.numel():
             return x, weight * gate.view(-1, *(1,) * (weight.dim() - 2))
         return (x.mul_(gate) if in_place else x * gate), weight
 

@@ -114,20 +114,23 @@ class Upstream:
         return f"{node.name} in {view.path or type(view.module).__name__}"
 
     def _sources(self, own: Source) -> tuple[list[Source], str]:
-        """The tensors that can be squeezed for `own`, itself first, and why there are no more."""
+        """The tensors that can be squeezed for `own`, itself first, and why there are no more.
+
+        A tensor that is written in place between its operator and the block is none of them, but for `own`, which is squeezed
+        where the block is called.
+        """
         found = [Source(*self.flow.outward(own.view, own.node), own.axis)]
         end = found[0].view.call
         while True:
             last = found[-1]
             view, node = self.flow.origin(last.view, last.node)
+            if written_between(self.flow, view, node, end):
+                return found[:-1] or found, f"{spelled(last.node, last.view)} is changed in place later"
             try:
                 x, axis, step = self._step(view, node, last.axis)
             except Refusal as reason:
                 return found, str(reason)
-            view, node = self.flow.outward(view, x)
-            if written_between(self.flow, view, node, end):
-                return found, f"{spelled(node, view)} is changed in place later"
-            found.append(Source(view, node, axis, last.steps if step is None else (*last.steps, step)))
+            found.append(Source(*self.flow.outward(view, x), axis, last.steps if step is None else (*last.steps, step)))
 
     def _step(self, view: ModuleGraph, node: fx.Node, axis: int) -> tuple[fx.Node, int, Callable[[], Affine] | None]:
         """One operator back: its input, the input's channel axis, and what makes the map, None for the identity.

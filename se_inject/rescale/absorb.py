@@ -249,7 +249,7 @@ def _readers(view: ModuleGraph, node: fx.Node) -> list[fx.Node]:
     Raises:
         Refusal: There are several, and its memory is written in place: not all of them read the value itself.
     """
-    found = [u for u in node.users if u.op == "output" or view.carries_data(u)]
+    found = view.readers(node)
     if len(found) > 1 and is_tensor(node) and is_written_after(view, node):
         raise Refusal(f"its tensor is changed in place, and read by {spelled(found[-1], view)}")
     return found

@@ -52,14 +52,14 @@ def with_guards(source: str, guards: str) -> str:
     return head + sep + guards + body
 
 
-Source = tuple[str, Mapping[str, Any]]  # the text of one or more methods, and the names that they use
+Code = tuple[str, Mapping[str, Any]]  # the text of one or more methods, and the names that they use
 
 _classes: dict[Hashable, type[nn.Module]] = {}
 _numbers = itertools.count(1)
 
 
 def generated(
-    base: type[nn.Module], sources: Sequence[Source], members: Mapping[str, Any], key: Hashable = None
+    base: type[nn.Module], sources: Sequence[Code], members: Mapping[str, Any], key: Hashable = None
 ) -> type[nn.Module]:
     """The subclass of `base` with the functions of `sources` for methods, and with `members`.
 

@@ -62,15 +62,15 @@ def bench(
         SEInjectError: There is nothing to inject, or an optimized model deviates from the plain one.
     """
     config, args, settings = config or SEConfig(), dict(args or {}), settings or Settings()
-    if not settings.batches:
-        settings = dataclasses.replace(settings, batches=(8 if measure == "training" else 1,))
     device = device_for(settings.device, measure)
     _check_backend(settings)
     _check_engine(measure, settings, device)
-    if others and measure in ("surgery", "loading", "startup"):
-        raise ConfigError(f"--measure {measure} takes no --vs: give all models as NAMEs")
+    if measure not in ("inference", "training"):
+        _check_no_calls(measure, settings, others)
     if measure == "startup" and (args or config != SEConfig()):
         raise ConfigError("--measure startup takes no options of models or blocks: give NAMEs alone")
+    if not settings.batches:
+        settings = dataclasses.replace(settings, batches=(8 if measure == "training" else 1,))
     tasks = [
         _Task(name, config, args, others, settings, device, say, image_size(name, args, settings.size))
         for name in map(base_name, names)]
@@ -151,7 +151,7 @@ class _Task:
             references = [BASE, BASE + OPTIMIZED] if v.is_optimized else [BASE]
             entries.append(Entry(
                 v.name, v.architecture, Spread.of(times[v.name]), {to: ratios(times, v.name, to) for to in references},
-                memory(jobs[v.name]), v.params, v.blocks, v.deviation))
+                memory(jobs[v.name]), v.params, v.blocks, v.deviation if dtype == "float32" else None))
         return Comparison(self.name, len(times[BASE]), tuple(entries), batch, self.size, dtype)
 
 
@@ -309,6 +309,18 @@ def _check_backend(settings: Settings) -> None:
     backends = torch.compiler.list_backends(exclude_tags=())
     if settings.backend not in backends:
         raise ConfigError(f"--backend {settings.backend}: torch.compile has {', '.join(backends)}")
+
+
+def _check_no_calls(measure: str, settings: Settings, others: Sequence[Other]) -> None:
+    """
+    Raises:
+        ConfigError: There are options of calls of models, and `measure` calls none.
+    """
+    of_calls = {"--vs": others, "--batch": settings.batches, "--size": settings.size, "--compile": settings.compile,
+                "--dtype": settings.dtypes != Settings.dtypes, "--channels-last": settings.channels_last,
+                "--no-native": not settings.native}
+    if given := [option for option, value in of_calls.items() if value]:
+        raise ConfigError(f"--measure {measure} calls no model: leave {' and '.join(given)} out; all models are NAMEs")
 
 
 def _check_engine(measure: str, settings: Settings, device: torch.device) -> None:

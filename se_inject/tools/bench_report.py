@@ -49,9 +49,9 @@ class Entry:
         seconds: For one call.
         ratios: To other lines, by their names; from the times of the same round.
         memory: Bytes at the peak, beyond what was allocated before.
-        params, blocks, deviation: See `Variant`.
+        params, blocks, deviation: See `Variant`. For the line ``inject``, the parameters of the blocks alone.
         parts: The median of the seconds in each stage of an injection.
-        nodes: Nodes in the graphs that an injection traces; a module that is called several times counts each time.
+        nodes: Nodes of the traced forwards; each module counts once, also where modules share a trace.
         file: Bytes of the file that is loaded.
     """
 

@@ -13,20 +13,22 @@ from .timing import Job
 
 
 def peak_memory(job: Job, device: torch.device) -> int | None:
-    """The peak in bytes of one call of `job.run`, beyond the memory allocated before it; None on the meta device.
+    """The peak in bytes of one call of `job.run`, beyond the memory allocated before it; None where torch does not count.
 
     The figure is that of torch's allocator. Libraries with an allocator of their own are not counted.
     """
     argument = job.setup() if job.setup else None
-    if device.type == "meta":
-        return None
     if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-        before = torch.accelerator.memory_allocated(device)
-        torch.accelerator.reset_peak_memory_stats(device)
+        of_device = torch.get_device_module(device)  # such as torch.cuda
+        if not hasattr(of_device, "max_memory_allocated"):
+            return None
+        of_device.synchronize(device)
+        before = of_device.memory_allocated(device)
+        of_device.reset_peak_memory_stats(device)
         job.run(argument)
-        torch.accelerator.synchronize(device)
-        return torch.accelerator.max_memory_allocated(device) - before
+        of_device.synchronize(device)
+        peak: int = of_device.max_memory_allocated(device) - before
+        return peak
     from torch.autograd.profiler import MEMORY_EVENT_NAME, profile
 
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler would write to stderr

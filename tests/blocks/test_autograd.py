@@ -8,6 +8,7 @@ import timm
 import torch
 import torch.utils.checkpoint
 from torch import nn
+from torch.autograd import forward_ad
 
 import se_inject
 from se_inject.blocks import autograd
@@ -157,6 +158,30 @@ def test_gradients_of_gradients_after_a_norm(block, small):
     weights = tuple(model[1].parameters())
     assert torch.autograd.gradgradcheck(lambda *w: torch.func.functional_call(
         model, dict(zip(("1.weight", "1.bias"), w)), (x.detach(),)), weights)
+
+
+@needs_norms_computed_again
+def test_gradients_of_the_gradient_of_a_map_itself(small, monkeypatch):
+    """The map is computed again from what the norm saves, and is a function of itself all the same."""
+    norm, z = nn.BatchNorm2d(4).double(), torch.randn(3, 4, 5, 5, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(4, 4, dtype=torch.float64)
+
+    def found():
+        x = norm(z)
+        gate = (autograd.squeeze(x, [2, 3]).flatten(1) @ w).sigmoid()[:, :, None, None]
+        (g,) = torch.autograd.grad(autograd.scale(x, gate, [2, 3]).pow(3).sum(), x, create_graph=True)
+        return torch.autograd.grad(g.square().sum(), (x, z, norm.weight))
+
+    mine = found()
+    monkeypatch.setattr(autograd, "DEVICES", ())
+    torch.testing.assert_close(mine, found())
+
+
+def test_a_tangent_of_the_shift_alone(small):
+    x, gate, shift = torch.randn(2, 4, 5, 5, requires_grad=True), torch.rand(2, 4, 1, 1), torch.randn(2, 4, 1, 1)
+    with forward_ad.dual_level():
+        y = autograd.scale(x, gate, [2, 3], forward_ad.make_dual(shift, torch.ones_like(shift)))
+        assert torch.equal(forward_ad.unpack_dual(y).tangent, torch.ones_like(x))
 
 
 def test_autocast(block, small, monkeypatch):

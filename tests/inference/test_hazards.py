@@ -15,7 +15,6 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import se_inject
-from se_inject.surgery.state import OPTIMIZED
 
 from ..support.checks import randomise, total
 from .test_optimize import deviation
@@ -92,6 +91,10 @@ def check(model, sides=(16, 24), batches=(2, 1), run=lambda m, x: m(x)):
     "method": lambda m, x: last(y := m.point(m.stem(x)), y.add_(1.0), m.se(y)),
     "view": lambda m, x: last(y := m.point(m.stem(x)), y.flatten(2).add_(1.0), m.se(y)),
     "upstream": lambda m, x: last(y := m.stem(x), z := m.wide(y), y.relu_(), m.wide_se(z).sum(1, keepdim=True) + y),
+    "wide, function": lambda m, x: last(y := m.wide(m.stem(x)), F.relu_(y), m.wide_se(y)),
+    "wide, method": lambda m, x: last(y := m.wide(m.stem(x)), y.add_(1.0), m.wide_se(y)),
+    "wide, in a child": (lambda m, x: m.wide_se(m.child(m.stem(x))), lambda m, x: last(y := m.wide(x), y.add_(1.0), y)),
+    "wide, in a child before": (lambda m, x: m.wide_se(m.wide(m.child(x))), lambda m, x: last(y := m.stem(x), y.add_(1.0), y)),
 })
 def test_an_input_changed_in_place_is_squeezed_after_that(case):
     check(net(*case))
@@ -395,6 +398,128 @@ def test_a_block_on_vectors(shaped):
     check(net(lambda m, x: m.child(shaped(m.fc(m.stem(x).mean((2, 3))))), SE(64, 8), fc=nn.Linear(8, 64)))
 
 
+class Gate(nn.Module):
+    """A block whose gate ends in this activation."""
+
+    def __init__(self, act):
+        super().__init__()
+        self.a, self.b, self.act = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1), act
+
+    def forward(self, x):
+        return x * self.act(self.b(self.a(x.mean((2, 3), keepdim=True)).relu()))
+
+
+@cases({
+    "two": nn.Sequential(nn.Softplus(), nn.Tanh()),
+    "sigmoid of another": net(lambda m, x: torch.sigmoid(x.clamp(-0.3, 0.3))),
+    "relu of another": net(lambda m, x: 2.0 * torch.relu(x.clamp(-1, 0.3))),
+    "number times another": net(lambda m, x: (F.relu6(x + 3) / 6) * 2.0),
+    "with a flag of its own": net(lambda m, x: x.sigmoid() if m.inplace else x.tanh()),
+})
+def test_activations_of_a_gate(case):
+    (act,) = copy.deepcopy(case)
+    act.inplace = False
+    check(net(lambda m, x: m.child(m.stem(x)), Gate(act)))
+
+
+@cases({
+    "linear": lambda m, x: x * m.one(x.mean((2, 3)).unsqueeze(-1)).sigmoid().unsqueeze(-1),
+    "convolution": lambda m, x: x * m.across(x.mean((2, 3)).unsqueeze(1)).sigmoid().transpose(1, 2).unsqueeze(-1),
+})
+def test_a_layer_of_a_gate_on_another_axis_than_the_channels(case):
+    check(net(lambda m, x: m.child(m.stem(x)), net(*case, one=nn.Linear(1, 1), across=nn.Conv1d(1, 1, 1))))
+
+
+class OwnNorm(nn.BatchNorm2d):
+    def normed(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+
+def own_norm(forward):
+    return type("Norm", (OwnNorm,), {"forward": forward})(8)
+
+
+def own_conv(forward):
+    return type("Conv", (nn.Conv2d,), {"forward": forward})(3, 8, 3, padding=1, bias=False)
+
+
+def without_bias(conv):
+    del conv.bias
+    conv.bias = None
+    return conv
+
+
+@cases({
+    "reads no bias": own_conv(lambda m, x: F.conv2d(x, m.weight, padding=1)),
+    "adds a bias": own_conv(lambda m, x: F.conv2d(x, m.weight, padding=1) + (0 if m.bias is None else m.bias.sum())),
+    "has no place for a bias": without_bias(nn.Conv2d(3, 8, 3, padding=1)),
+})
+def test_a_layer_that_takes_no_bias_keeps_its_norm(case):
+    fast = check(net(lambda m, x: m.norm(m.child(x)), *case))
+    assert not fast.se_report.norms_folded
+
+
+def test_a_layer_that_computes_its_call_takes_a_bias():
+    fast = check(net(lambda m, x: m.norm(m.child(x)), own_conv(lambda m, x: F.conv2d(x, m.weight, m.bias, padding=1))))
+    assert fast.se_report.norms_folded == {"norm": "child"}
+
+
+# (forward, its child, why the norm stays)
+@cases({
+    "nested": (lambda m, x: last(y := m.stem(x), t := m.child(y), m.norm(y) + t[0][0]), lambda m, x: ([x * 2], [x]), "where"),
+    "nothing": (lambda m, x: last(y := m.stem(x), m.child(y), m.norm(y)), lambda m, x: None, "elsewhere"),
+    "attribute": (lambda m, x: last(setattr(m, "kept", y := m.stem(x)), m.norm(y)), None, "sets attributes"),
+    "attribute of a child": (lambda m, x: m.norm(m.child(x)) + m.child.kept, own_conv(
+        lambda m, x: last(setattr(m, "kept", F.conv2d(x, m.weight, padding=1)), m.kept)), ""),
+    "attribute of the norm": (lambda m, x: m.child(m.stem(x)) + m.child.kept, own_norm(
+        lambda m, x: last(setattr(m, "kept", x), m.normed(x))), ""),
+    "argument of an activation": (lambda m, x: m.child(m.stem(x)), own_norm(lambda m, x: m.act(m.normed(x), 0.1)), "more than"),
+    "second argument": (lambda m, x: m.child(m.stem(x), True), own_norm(lambda m, x, flag: m.normed(x)), "more than"),
+    "tuple": (lambda m, x: m.child(m.stem(x))[0], own_norm(lambda m, x: (m.normed(x),)), "more than"),
+    "not used": (lambda m, x: m.child(m.stem(x)), own_norm(lambda m, x: last(m.normed(x), x * 2)), "more than"),
+})
+def test_a_norm_that_has_to_stay(case):
+    forward, child, why = case
+    model = net(forward, copy.deepcopy(child))
+    if isinstance(child, OwnNorm):
+        model.child.act = net(lambda m, x, k=1: x.clamp(-k, k))
+    fast = check(model)
+    assert not fast.se_report.norms_folded
+    assert any(why in reason for reason in fast.se_report.norms_kept.values())
+
+
+@cases({
+    "class": lambda m, x: last(y := m.stem(x), m.norm(y) if isinstance(m.norm, nn.BatchNorm2d) else y * 2),
+    "attribute": lambda m, x: m.norm(m.stem(x)) * (1e5 * m.norm.eps if hasattr(m.norm, "eps") else 1),
+    "by name": lambda m, x: m.norm(input=m.stem(x)),
+    "children": lambda m, x: last(y := m.stem(x), [y := c(y) for c in m.children() if isinstance(c, nn.BatchNorm2d)], y),
+})
+def test_a_folded_norm_keeps_its_class(case):
+    fast = check(net(*case))
+    assert fast.se_report.norms_folded == {"norm": "stem"}
+    assert not any(key.startswith("norm.") for key in fast.state_dict())
+    fast.load_state_dict({k: v.clone() for k, v in fast.state_dict().items()}, strict=True)
+
+
+def test_a_forward_that_asks_for_the_bias_of_a_layer_is_refused():
+    model = net(lambda m, x: m.norm(m.child(x)) * (2 if m.child.bias is None else 1), nn.Conv2d(3, 8, 3, bias=False))
+    with pytest.raises(se_inject.SEInjectError, match=r"the model runs .* once batch norms are folded"):
+        se_inject.optimize_for_inference(model, input_size=(3, 16, 16))
+
+
+@pytest.mark.parametrize("name", ["seresnet18", "test_resnet"])
+def test_a_graph_module_takes_gradients_and_autocast(name):
+    model = torch.fx.symbolic_trace(randomise(timm.create_model(name)).eval())
+    fast, grads = check(model, (32, 64)), []
+    for m in (model, fast):
+        x = image(1, 32).requires_grad_()
+        m(x).sum().backward()
+        grads.append(x.grad)
+    assert deviation(*grads) < 1e-4
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert deviation(model(image(2, 32)), fast(image(2, 32))) < 0.1
+
+
 @pytest.mark.parametrize("groups, channels, bias", [(8, 8, False), (2, 16, True), (4, 16, False), (1, 16, True)])
 def test_a_norm_behind_a_transposed_convolution(groups, channels, bias):
     conv = nn.ConvTranspose2d(8, channels, 3, stride=2, groups=groups, bias=bias)
@@ -424,7 +549,7 @@ def test_gradients_and_autocast_take_the_authors_forward(name):
         exact = copy.deepcopy(model).double()(image(2, 160).double())
         with torch.autocast("cpu", torch.bfloat16):
             assert deviation(exact, fast(image(2, 160))) < 2 * deviation(exact, model(image(2, 160)))
-            block = next(m for m in fast.modules() if OPTIMIZED in type(m).__dict__ and m is not fast)
+            block = next(m for m in fast.modules() if hasattr(type(m), "_se_plain") and m is not fast)
             args = []
             block.register_forward_pre_hook(lambda _, given: args.extend(given))
             fast(image(2, 160))

@@ -79,15 +79,15 @@ def mean(x):
 # (gate, its layers), or (gate, part of the reason why there are none)
 @cases({
     "linear layers in a row": (lambda m, x: m.b(m.a(mean(x))).sigmoid(), ["weight1", "sigmoid_"]),
-    "module": (lambda m, x: m.b(m.act(m.a(mean(x)))).sigmoid() * 2, ["weight1", "act2", "weight2", "sigmoid_", 2.0]),
+    "module": (lambda m, x: m.b(m.act(m.a(mean(x)))).sigmoid() * 2, ["weight1", "act1", "weight2", "sigmoid_", 2.0]),
     "number first": (lambda m, x: 0.5 * m.c(mean(x)).relu(), ["weight1", "relu_", 0.5]),
     "pool": (lambda m, x: m.c(nn.functional.adaptive_avg_pool2d(x, 1)).sigmoid(), ["weight1", "sigmoid_"]),
     "activation first": (lambda m, x: m.c(mean(x).relu()).sigmoid(), ["relu_", "weight1", "sigmoid_"]),
-    "function of another kind": (lambda m, x: m.c(mean(x)).exp(), "exp is neither a linear layer nor an activation"),
+    "function of another kind": (lambda m, x: m.c(mean(x)).exp(), "exp is neither a linear layer, nor relu"),
     "mean of another value": (lambda m, x: m.c(mean(x.abs())).sigmoid(), "its squeeze reads abs"),
     "mean of means": (lambda m, x: m.c(x.mean(2, keepdim=True).mean(3, keepdim=True)).sigmoid(), "its squeeze reads mean"),
-    "number inside": (lambda m, x: (m.c(mean(x)) * 0.5).sigmoid(), "mul is neither a linear layer nor an activation"),
-    "parameter": (lambda m, x: m.c(mean(x)).sigmoid() + m.p, "add is neither a linear layer nor an activation"),
+    "number inside": (lambda m, x: (m.c(mean(x)) * 0.5).sigmoid(), "mul is neither a linear layer, nor relu"),
+    "parameter": (lambda m, x: m.c(mean(x)).sigmoid() + m.p, "add is neither a linear layer, nor relu"),
 })
 def test_gates(case):
     gate, expected = case
