@@ -6,6 +6,7 @@ import dis
 import functools
 import inspect
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,31 @@ def functions_of(cls: Any) -> tuple[types.FunctionType, ...]:
         if not isinstance(function, types.FunctionType) or function.__code__ in found:
             continue
         found[function.__code__] = function
-        for name in function.__code__.co_names:
-            value = function.__globals__.get(name)
-            if isinstance(value, types.FunctionType) and value.__module__ in (function.__module__, cls.__module__):
-                todo.append(value)
-            elif name not in function.__globals__ and not hasattr(nn.Module, name):
-                todo.append(getattr(cls, name, None))
+        for code in codes_of(function):
+            for step in dis.get_instructions(code):
+                if step.opname == "LOAD_GLOBAL":
+                    value = function.__globals__.get(step.argval)
+                    if isinstance(value, types.FunctionType) and value.__module__ in (function.__module__, cls.__module__):
+                        todo.append(value)
+                elif step.opname in _READS_ATTRIBUTE and not hasattr(nn.Module, step.argval):
+                    todo.append(getattr(cls, step.argval, None))
     return tuple(found.values())
+
+
+_READS_ATTRIBUTE = {"LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"}
+
+
+def codes_of(function: types.FunctionType) -> Iterator[types.CodeType]:
+    """The code of a function, and of the functions and comprehensions inside it."""
+    todo = [function.__code__]
+    while todo:
+        yield (code := todo.pop())
+        todo += [c for c in code.co_consts if isinstance(c, types.CodeType)]
+
+
+def names_in(function: types.FunctionType) -> set[str]:
+    """The names of globals and attributes in a function."""
+    return {name for code in codes_of(function) for name in code.co_names}
 
 
 def is_of_library(hook: Any, cls: Any) -> bool:
@@ -70,12 +89,13 @@ def own_call(cls: Any) -> tuple[Any, ...]:
 def asks_by_identity(cls: Any) -> str | None:
     """The word by which a forward asks what a proxy answers otherwise than the traced value; None where it does not."""
     for function in functions_of(cls):
-        steps = list(dis.get_instructions(function))
-        for i, step in enumerate(steps):
-            if step.opname == "LOAD_GLOBAL" and step.argval in ("type", "callable"):
-                return str(step.argval)
-            if step.opname == "IS_OP" and not _is_harmless(steps[:i]):
-                return "is"
+        for code in codes_of(function):
+            steps = list(dis.get_instructions(code))
+            for i, step in enumerate(steps):
+                if step.opname == "LOAD_GLOBAL" and step.argval in ("type", "callable"):
+                    return str(step.argval)
+                if step.opname == "IS_OP" and not _is_harmless(steps[:i]):
+                    return "is"
     return None
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..undo import entered, surgery_lock, undone
-from .author_code import functions_of, is_of_library
+from .author_code import functions_of, is_of_library, names_in
 
 _AT_CALL = ("_forward_hooks", "_forward_pre_hooks")
 _AT_BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
@@ -121,8 +121,8 @@ def kept_globals(classes: Iterable[Any]) -> Iterator[Callable[[], bool]]:
 def _globals_of(cls: Any) -> tuple[list[tuple[dict[str, Any], str]], list[Any]]:
     """The names of globals in a class's forward and in what that calls, with their namespaces; and the default values there."""
     functions = functions_of(cls)
-    found = {(id(f.__globals__), name): (f.__globals__, name) for f in functions for name in f.__code__.co_names
-             if name in f.__globals__}
+    found = {
+        (id(f.__globals__), name): (f.__globals__, name) for f in functions for name in names_in(f) if name in f.__globals__}
     return list(found.values()), [
         value for f in functions for value in (*(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values())]
 

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..private import as_one_node, constant_types, fx_is_tracing, module_call, module_getattr, names_to_wrap, set_fx_tracing
 from ..undo import entered, surgery_lock, undone
-from .author_code import draws_by_name, is_ours, own_call
+from .author_code import draws_by_name, is_ours, names_in, own_call
 
 _MISSING = object()
 READ_AGAIN = "read again"  # in the meta of an ``x + y`` that the author wrote as ``x += y``
@@ -305,11 +305,7 @@ def samples(function: object) -> bool:
 def _samples(function: types.FunctionType, depth: int = 3) -> bool:
     if str(function.__module__).startswith(("torch.", "se_inject.")):
         return False
-    names, todo = set[str](), [function.__code__]
-    while todo:
-        code = todo.pop()
-        names.update(code.co_names)
-        todo += [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    names = names_in(function)
     called = [function.__globals__.get(name) for name in names if depth]
     return any(map(draws_by_name, names)) or any(isinstance(f, types.FunctionType) and _samples(f, depth - 1) for f in called)
 

@@ -114,7 +114,9 @@ def related(
     own = itertools.chain(module._parameters.values(), module._buffers.values())
     weights = {key(t): -1 - i for i, t in enumerate(own) if t is not None}
     for digest, sources, results in trail:
-        keys = [same.get(k, k) for k in (*sources, *results)]
+        keys: Sequence[int] = (*sources, *results)
+        if same:
+            keys = [same.get(k, k) for k in keys]
         for k in keys:
             if k not in numbers:
                 if k < 0 and k not in weights:  # of a child, perhaps; a rare walk

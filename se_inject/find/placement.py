@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from ..blocks.masks import MASKS
 from ..capture.arguments import signature_of
-from ..capture.author_code import functions_of
+from ..capture.author_code import functions_of, names_in
 from ..capture.forward import is_plain_sequential
 from ..dataflow.aliasing import is_read_elsewhere, is_written_after
 from ..dataflow.layers import is_conv, is_depthwise, mixes
@@ -234,7 +234,7 @@ def _other_method(view: ModuleGraph) -> str | None:
 
 def _find_other_method(cls: Any, is_root: bool) -> str | None:
     # methods that forward calls do not count; those of the model itself do, as users call them by name
-    used: set[str] = set() if is_root else {name for function in functions_of(cls) for name in function.__code__.co_names}
+    used: set[str] = set() if is_root else set().union(*map(names_in, functions_of(cls)))
     return next((
         name for name in sorted(dir(cls)) if name.startswith("forward_") and name not in used
         and callable(getattr(cls, name))), None)

@@ -26,6 +26,9 @@ CASES = {
     "isinstance": "y = self.f(x); return x + (y if isinstance(x, torch.Tensor) else y * 0.5)",
     "is_tensor": "y = self.f(x); return x + (y if torch.is_tensor(y) else y * 0.5)",
     "type": "y = self.f(x); return x + (y if type(y) is torch.Tensor else y * 0.5)",
+    "type in a comprehension": "y = self.f(x); return x + (y if [type(t) for t in (x, y)][0] is torch.Tensor else y * 0.5)",
+    "is in a generator": "y = self.f(x); return x + (y * 0.5 if any(n is self.count for n in x.shape[2:]) else y)",
+    "function of a method's name": "return x + self.kind(self.f(x))",
     "hasattr": "y = self.f(x); return x + (y * 0.5 if hasattr(x, 'mask') else y)",
     "dtype is": "y = self.f(x); return x + (y if x.dtype is torch.float32 else y * 0.5)",
     "dtype table": "y = self.f(x); return x + y * {torch.float32: 0.5}.get(x.dtype, 1.0)",
@@ -106,7 +109,7 @@ CASES = {
 }
 TAKEN = {  # cases that get their block
     "isinstance", "isinstance size", "plain", "sizes", "flag", "requires_grad", "is contiguous", "torch", "rank", "rank asked",
-    "batch", "length of a list"}
+    "batch", "length of a list", "function of a method's name"}
 
 
 @functools.lru_cache
@@ -116,6 +119,10 @@ def half_of(n):
 
 def note():
     LOG.append(1)
+
+
+def kind(value):
+    return type(value)
 
 
 class Meter:
@@ -136,6 +143,9 @@ def block(body):
             self.generator, self.numbers = random.Random(0), None
 
         forward = names["forward"]
+
+        def kind(self, x):
+            return x * 0.5
 
     return Block()
 
