@@ -22,7 +22,7 @@ from ..dataflow.module_graph import ModuleGraph, TracedModel, spelled
 from ..dataflow.ops import CONVS, TRANSPOSED_CONVS, argument, is_tensor, layer_arguments, name_of, of, shape
 from ..dataflow.value_flow import ValueFlow
 from ..errors import Refusal
-from .forward_class import class_with_forward
+from .forward_class import folded_class
 from .rewritable import check_plain
 
 
@@ -126,7 +126,7 @@ def _fold(flow: ValueFlow, norm: nn.Module) -> Fold:
     if not (is_trusted(layer) and "bias" not in layer.__dict__):  # torch's own layers take whatever bias they have
         _check_takes_bias(above, value)
     graph = _without_norm(view, node)
-    return Fold(norm, layer, argument(node, "eps", 1e-5), linear, transposed, class_with_forward(norm, graph))
+    return Fold(norm, layer, argument(node, "eps", 1e-5), linear, transposed, folded_class(norm, graph))
 
 
 def _read_from_above(traces: TracedModel) -> Iterator[nn.Module]:

@@ -46,11 +46,12 @@ def optimized_class(
     return _class_of(base, sources, isinstance(module, nn.Sequential) and edits_of(module) is not None)
 
 
-def class_with_forward(module: nn.Module, graph: fx.Graph) -> type[nn.Module]:
-    """A subclass of `module`'s class whose forward is this graph, for all inputs. `module` is not changed."""
+def folded_class(module: nn.Module, graph: fx.Graph) -> type[nn.Module]:
+    """A subclass of a folded norm's class whose forward is this graph, for all inputs. `module` is not changed."""
     graph.lint()
     code = graph.python_code("self")
-    return _class_of(base_class(module), [(code.src, code.globals)], has_blocks=False)
+    printed: Code = "def extra_repr(self):\n    return 'folded'\n", {}
+    return _class_of(base_class(module), [(code.src, code.globals), printed], has_blocks=False)
 
 
 def wants_plain(x: torch.Tensor) -> bool:

@@ -497,6 +497,7 @@ def test_a_norm_that_has_to_stay(case):
 def test_a_folded_norm_keeps_its_class(case):
     fast = check(net(*case))
     assert fast.se_report.norms_folded == {"norm": "stem"}
+    assert isinstance(fast.norm, nn.BatchNorm2d) and str(fast.norm) == "BatchNorm2d(folded)"
     assert not any(key.startswith("norm.") for key in fast.state_dict())
     fast.load_state_dict({k: v.clone() for k, v in fast.state_dict().items()}, strict=True)
 
