@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import numbers
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -78,6 +79,12 @@ class SEConfig:
     existing: str = "skip"
 
     def __post_init__(self) -> None:
+        for name, kind, fits in (
+                ("ratio", float, _is_number), ("rd_channels", int, _is_int), ("rd_divisor", int, _is_int),
+                ("min_channels", int, _is_int)):
+            value = getattr(self, name)
+            if fits(value) and not isinstance(value, (int, float)):  # NumPy's, which JSON does not take
+                object.__setattr__(self, name, kind(value))
         if self.ratio is not None and not (_is_number(self.ratio) and 0 < self.ratio <= 1):
             raise ConfigError(
                 f"ratio={self.ratio!r}: it is squeeze width over channels, in (0, 1]{_ratio_hint(self.ratio)}")
@@ -147,12 +154,12 @@ class SEConfig:
         return out
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _is_int(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _ratio_hint(ratio: Any) -> str:

@@ -119,11 +119,8 @@ def skeleton(name: str, **args: Any) -> nn.Module:
     try:
         return without_values(lambda: timm.create_model(bare, **args))
     except Exception as error:
-        if not args:
-            raise
-        raise ConfigError(
-            f"timm cannot create {bare!r} with {args} ({error!r}): leave out the arguments that this model does not take"
-        ) from error
+        given, leave = f" with {args}", ": leave out the arguments that this model does not take"
+        raise ConfigError(f"timm cannot create {bare!r}{given if args else ''} ({error!r}){leave if args else ''}") from error
 
 
 def unknown_model_message(name: str, architecture: str) -> str:

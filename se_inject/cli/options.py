@@ -122,7 +122,8 @@ class Target:
         """Whether `source` is a file or a folder rather than a timm name."""
         if os.path.isdir(self.source):
             return os.path.isfile(os.path.join(self.source, "config.json")) or os.sep in self.source
-        return os.path.exists(self.source) or self.source.endswith((".safetensors", ".pth", ".pt", ".tar", ".bin"))
+        return os.path.exists(self.source) or self.source.endswith(
+            (".safetensors", ".safetensors.index.json", ".pth", ".pt", ".ckpt", ".tar", ".bin"))
 
     def input_size(self, model: Any) -> tuple[int, ...] | None:
         """The (C, H, W) for `img_size`, with the channels of the model."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -130,6 +130,12 @@ class Plan:
         if self.ended is not None:
             lines.append(f"{self.ended}: modules that are called later were not looked at")
         return "\n".join(lines)
+
+
+def without_match(config: SEConfig, sites: Collection[Site]) -> list[tuple[str, str]]:
+    """The globs of `config` that match no site, each after the name of its option."""
+    globs = [("include", p) for p in config.include or ()] + [("exclude", p) for p in config.exclude or ()]
+    return [(option, p) for option, p in globs if not any(fnmatchcase(s.path, p) for s in sites)]
 
 
 def rejected(config: SEConfig, site: Site) -> str | None:

@@ -246,9 +246,9 @@ def _head_names(model: nn.Module, head: object) -> tuple[str, ...]:
                 f"freeze_base({type(model).__name__}): this model has no get_classifier() that returns its head: give the "
                 "module itself, as in head=model.fc, or head=False to train the blocks alone")
         return tuple(head_paths(model))
-    modules = [m for m in (head if isinstance(head, (tuple, list)) else (head,)) if m is not None]
+    modules = head if isinstance(head, (tuple, list)) else (head,)
     names = {m: name for name, m in model.named_modules()}
-    if any(not isinstance(m, nn.Module) or not names.get(m) for m in modules):
+    if not modules or any(not isinstance(m, nn.Module) or not names.get(m) for m in modules):
         raise ConfigError(
             f"freeze_base({type(model).__name__}): head={head!r} is not a module inside this model: give one, as in "
             "head=model.fc, or True or False")

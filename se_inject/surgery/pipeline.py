@@ -19,7 +19,7 @@ from ..config import SEConfig
 from ..dataflow.module_graph import TracedModel
 from ..errors import ConfigError, SEInjectError
 from ..find.places import PlacedSite
-from ..find.plan import Plan
+from ..find.plan import Plan, without_match
 from ..find.sites import find_sites
 from ..site import Site
 from ..timm_names import architecture_of, rename, skeleton
@@ -265,6 +265,8 @@ def prepare(
     with recorded(model, config, inputs, what) as t:
         found, untraced = placed_sites(model, t, config, drawn=drawn)
         jobs = owner_jobs(found, t)
+    for option, glob in without_match(config, [*(s.site for s in found), *untraced]):
+        _logger.warning("%s=%r matches no site of %s: a glob is of whole paths, such as 'layer4.*'", option, glob, name)
     params = sum(p.numel() for p in model.parameters())
     plan = Plan(name, config, t.run.input_size, params, t.run.macs, (*(s.site for s in found), *untraced), t.run.ended)
     return Prepared(plan, tuple(jobs), inputs)

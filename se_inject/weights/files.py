@@ -185,7 +185,7 @@ def load_found(
 ) -> nn.Module:  # fmt: skip
     """`load`, for a `path` that is already read as `found`."""
     found = dataclasses.replace(found, model_args={**found.model_args, **(model_args or {})})
-    _check_request(found, path, model, base, pretrained, model_args, options)
+    _check_request(found, path, model, base, pretrained, model_args, device, dtype, options)
     given = isinstance(model, nn.Module)
     below, over = (None if file is None else read_checkpoint(file) for file in (base, head))
     said = found.architecture if model is None else model
@@ -194,13 +194,17 @@ def load_found(
     over = over and without_prefix(over, said, head)
     if below is not None:
         _check_base(below, base, found, path, model)
+    if over is not None and model is None and not _of_one_architecture(found, over):
+        raise WeightsError(
+            f"{str(path)!r} is of {found.architecture}, and head={str(head)!r} of {over.architecture}: give the head of "
+            f"{found.architecture}, or confirm with model={found.architecture!r}")
     top = {} if over is None else over.tensors
     if isinstance(model, nn.Module):
         net = model
     else:
         everything = {**(below.tensors if below else {}), **found.tensors, **top}
         sizes = infer_model_args(base_architecture(found, model, path), everything) if below or top else {}
-        args = {**found.model_args, **sizes}  # classes and channels as in the weights that win
+        args = {**found.model_args, **sizes, **(model_args or {})}  # classes and channels as in the weights that win
         net = base_of(dataclasses.replace(found, tensors=everything, model_args=args), model, path, pretrained=pretrained)
         if device is not None or dtype is not None:
             net.to(device=device, dtype=dtype)
@@ -232,7 +236,7 @@ def load_found(
 
 def _check_request(
     found: Checkpoint, path: object, model: nn.Module | str | None, base: object, pretrained: bool,
-    model_args: Mapping[str, Any] | None, options: dict[str, Any],
+    model_args: Mapping[str, Any] | None, device: object, dtype: object, options: dict[str, Any],
 ) -> None:  # fmt: skip
     """Refuse arguments of `load` that contradict the file, or that would be ignored.
 
@@ -246,7 +250,8 @@ def _check_request(
             f"{str(path)!r} has its own recipe, so that {', '.join(sorted(options))} cannot be set; "
             "load it without options, or load its base weights into a model and inject that")
     if isinstance(model, nn.Module):
-        unused = {"pretrained": pretrained, "model_args": model_args, "options": injections_of(model) and options}
+        unused = {"pretrained": pretrained, "model_args": model_args, "device": device is not None, "dtype": dtype is not None,
+                  "options": injections_of(model) and options}
         if any(unused.values()):
             raise ConfigError(
                 f"load({str(path)!r}, model={type(model).__name__}): {', '.join(k for k, v in unused.items() if v)} cannot "

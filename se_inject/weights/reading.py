@@ -110,13 +110,13 @@ def _read_file(file: Path) -> Checkpoint:
     if not file.is_file():
         raise WeightsError(
             f"there is no file {str(file)!r}: give a .safetensors file, a .pth file, or a folder with config.json")
-    return _described(*_tensors_and_metadata(file), file) if _is_safetensors(file) else _read_pickle(file)
-
-
-def _is_safetensors(file: Path) -> bool:
-    with open(file, "rb") as f:
-        start = f.read(9)
-    return file.suffix == ".safetensors" or start[8:9] == b"{"  # an 8-byte length, then JSON
+    try:
+        with open(file, "rb") as f:
+            start = f.read(9)
+    except OSError as error:
+        raise WeightsError(f"cannot read {str(file)!r}: {error}") from error
+    is_safetensors = file.suffix == ".safetensors" or start[8:9] == b"{"  # an 8-byte length, then JSON
+    return _described(*_tensors_and_metadata(file), file) if is_safetensors else _read_pickle(file)
 
 
 def _tensors_and_metadata(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

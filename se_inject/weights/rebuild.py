@@ -56,7 +56,9 @@ def base_of(
     except SEInjectError:
         raise
     except Exception as error:
-        if pretrained or not said:
+        if pretrained:
+            raise WeightsError(f"timm cannot load its pretrained weights of {bare!r} ({error!r}): give base=FILE") from error
+        if not said:
             raise
         raise WeightsError(
             f"{str(path)!r}: timm cannot create {bare!r} with the arguments that the file says, {said} ({error!r}): "

@@ -37,28 +37,38 @@ def write_safetensors(
     removed after that.
 
     Raises:
-        WeightsError: The file cannot be written, or an entry is no tensor, has no values, or is of a kind that safetensors
-            does not know.
-        ConfigError: `metadata` or `max_shard_size` has a bad value.
+        WeightsError: The file cannot be written, or there is no tensor, or an entry is no tensor, has no values, or is of a
+            kind that safetensors does not know; or `path` is the name of an index.
+        ConfigError: `metadata` or `max_shard_size` has a bad value, or shards are needed for a name without the suffix.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
     _check_tensors(tensors)
+    if not tensors:
+        raise WeightsError(f"there are no tensors to write to {str(path)!r}")
     strange = [k for k, v in metadata.items() if not (isinstance(k, str) and isinstance(v, str))]
     if strange:
         raise ConfigError(
             f"metadata[{strange[0]!r}] is {metadata[strange[0]]!r}, and the header takes only strings: write str(...)")
     header = {**metadata, "format": "pt"}
     target = destination(path)
+    if target.name.endswith(INDEX):
+        raise WeightsError(f"{str(path)!r} is the name of an index: write {target.name.removesuffix(INDEX)}.safetensors")
     index = index_of(target)
     shard_names = re.compile(re.escape(_stem(target)) + r"-[0-9a-f]{16}-\d{5}-of-\d{5}\.safetensors")
     names = "|".join((re.escape(target.name), re.escape(index.name), shard_names.pattern))
     plain = unshared(tensors)
     try:
         split = split_torch_state_dict_into_shards(plain, max_shard_size=max_shard_size)
+        if isinstance(max_shard_size, bool) or not (isinstance(max_shard_size, str) or max_shard_size > 0):
+            raise ValueError(max_shard_size)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"max_shard_size={max_shard_size!r}: expected a number of bytes, or a size such as '5GB'") from error
+    has_suffix = target.name != _stem(target)  # `model` and `model.safetensors` would share an index
+    if split.is_sharded and not has_suffix:
+        raise ConfigError(
+            f"{str(path)!r} is above max_shard_size={max_shard_size!r}: for shards write {target.name}.safetensors")
     files: list[tuple[Path, Callable[[str], object]]] = [(target, functools.partial(save_file, plain, metadata=header))]
     kept: Collection[str] = ()
     obsolete = index
@@ -77,12 +87,24 @@ def write_safetensors(
         obsolete = target  # the single file of an earlier save, which `load` would prefer to the index
 
     def clean_up() -> None:
-        obsolete.unlink(missing_ok=True)
+        if not has_suffix:
+            return
+        if obsolete is target or _is_of_shards(index, shard_names):
+            obsolete.unlink(missing_ok=True)
         for file in target.parent.iterdir():  # shards of earlier saves, also of interrupted ones
             if shard_names.fullmatch(file.name) and file.name not in kept:
                 file.unlink(missing_ok=True)
 
     replace_files(files, path, names, status_of(target, index), clean_up)
+
+
+def _is_of_shards(index: Path, names: re.Pattern[str]) -> bool:
+    """Whether an index is of shards by these names, and not one of another program."""
+    try:
+        files = json.loads(index.read_text())["weight_map"].values()
+        return all(names.fullmatch(file) for file in files)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False
 
 
 def _check_tensors(tensors: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ import tempfile
 import pytest
 import timm
 import torch
+import torchvision
 from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -193,3 +194,15 @@ def test_every_command_of_a_file_takes_its_name_and_arguments(tmp_path):
     base, x = timm.create_model("test_resnet", act_layer="silu", num_classes=3).eval(), torch.randn(1, 3, 64, 64)
     base.load_state_dict(load_file(tmp_path / "base.safetensors"))
     assert torch.equal(base(x), se_inject.eject(model)(x))
+
+
+def test_there_is_no_base_to_write(tmp_path):
+    base = tmp_path / "base.safetensors"
+    base.write_bytes(b"before")
+    model = se_inject.inject(torchvision.models.shufflenet_v2_x0_5(), input_size=(3, 64, 64))
+    se_inject.save(model, tmp_path / "se.safetensors", only="se")
+    assert "holds the blocks alone" in call("eject", tmp_path / "se.safetensors", "-o", base, code=1)[1].replace("\n", " ")
+    torch.save(randomise(timm.create_model("seresnet18")).state_dict(), tmp_path / "se.pth")
+    said = call("eject", tmp_path / "se.pth", "--model", "seresnet18", "--existing", "replace", "-o", base, code=1)[1]
+    assert "whose weights it does not hold" in said.replace("\n", " ")
+    assert base.read_bytes() == b"before"

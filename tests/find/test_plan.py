@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+
+import numpy as np
 import timm
 
 import se_inject
@@ -16,9 +19,19 @@ def test_filters():
     assert {s.reason for s in plan.skipped} == {"filter_fn said no"}
 
 
-def test_plan_adds_up_and_goes_to_json():
-    import json
+def test_a_glob_that_matches_nothing_is_said(caplog):
+    plan = se_inject.plan("resnet18", exclude=("layer4", "layer3.*"), include="*")
+    assert [r.getMessage() for r in caplog.records] == [
+        "exclude='layer4' matches no site of resnet18: a glob is of whole paths, such as 'layer4.*'"]
+    assert {s.stage for s in plan.sites} == {1, 2, 4}
 
+
+def test_numbers_of_numpy():
+    config = se_inject.SEConfig(ratio=np.float32(0.125), rd_divisor=np.int64(4), min_channels=np.int64(0))
+    assert json.loads(json.dumps(config.to_dict())) == {"ratio": 0.125, "rd_divisor": 4}
+
+
+def test_plan_adds_up_and_goes_to_json():
     model = timm.create_model("mobilenetv2_100")
     plan = se_inject.plan(model)
     before = sum(p.numel() for p in model.parameters())

@@ -154,8 +154,9 @@ def test_a_head_by_hand():
     se_inject.inject(model, input_size=(3, 64, 64))
     with pytest.raises(se_inject.SEInjectError, match=r"head=model\.fc"):
         se_inject.freeze_base(model)
-    with pytest.raises(se_inject.SEInjectError, match="not a module inside"):
-        se_inject.freeze_base(model, head=nn.Linear(1, 1))
+    for head in (nn.Linear(1, 1), None, [], (None,)):
+        with pytest.raises(se_inject.SEInjectError, match="not a module inside"):
+            se_inject.freeze_base(model, head=head)
     assert all(p.requires_grad for p in model.parameters()) and "_se_frozen" not in model.__dict__
     se_inject.freeze_base(model, head=model.fc)
     free = {k for k, p in model.named_parameters() if p.requires_grad}

@@ -140,6 +140,8 @@ def test_an_argument_that_would_be_ignored_is_refused(tmp_path):
     for path, model, kwargs in (
             (se, timm.create_model("test_resnet"), {"pretrained": True}),
             (full, timm.create_model("test_resnet"), {"model_args": {"num_classes": 5}}),
+            (full, timm.create_model("test_resnet"), {"dtype": torch.bfloat16}),
+            (full, timm.create_model("test_resnet"), {"device": "cpu"}),
             (tmp_path / "bare.safetensors", timm.create_model("se_inject/test_resnet"), {"ratio": 0.5})):
         before = {k: t.clone() for k, t in model.state_dict().items()}
         with pytest.raises(se_inject.SEInjectError, match="already made"):
@@ -152,7 +154,8 @@ def test_half_a_head_is_an_error(tmp_path):
     for name in ("deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"):
         se_inject.save(timm.create_model(f"se_inject/{name}", img_size=32, num_classes=4, depth=2), tmp_path / name)
     with pytest.raises(WeightsError, match=r"head_dist\.weight"):
-        se_inject.load(tmp_path / "deit_tiny_distilled_patch16_224", head=tmp_path / "deit_tiny_patch16_224")
+        name = "deit_tiny_distilled_patch16_224"
+        se_inject.load(tmp_path / name, name, head=tmp_path / "deit_tiny_patch16_224")
 
 
 def test_a_head_alone_goes_over_a_model_with_weights(tmp_path, written):
@@ -199,6 +202,16 @@ def test_a_base_of_another_architecture_is_refused(tmp_path):
     with pytest.raises(WeightsError, match="is of efficientnet_lite0, and base="):
         se_inject.load(files[0], base=files[1])
     assert block_paths(se_inject.load(files[0], "tf_efficientnet_lite0", base=files[1]))
+    with pytest.raises(WeightsError, match="is of tf_efficientnet_lite0, and head="):
+        se_inject.load(files[1], head=files[0])
+
+
+def test_arguments_of_the_user_win_over_those_of_the_files(tmp_path):
+    base = randomise(timm.create_model("test_resnet"))
+    save_file(base.state_dict(), tmp_path / "base.safetensors")
+    se_inject.save(timm.create_model("se_inject/test_resnet"), tmp_path / "se.safetensors", only="se")
+    with pytest.raises(WeightsError, match="fc"):
+        se_inject.load(tmp_path / "se.safetensors", base=tmp_path / "base.safetensors", model_args={"num_classes": 10})
 
 
 def test_options_of_several_injections_belong_to_their_sites(tmp_path):

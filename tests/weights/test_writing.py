@@ -13,6 +13,7 @@ from torch import nn
 import se_inject
 from se_inject.errors import WeightsError
 from se_inject.weights.reading import read_checkpoint
+from se_inject.weights.writing import write_safetensors
 
 from ..support.checks import randomise
 from ..support.outputs import out
@@ -37,8 +38,37 @@ def test_shards(tmp_path):
         se_inject.load(path)
     se_inject.save(model, path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["away", "m.safetensors"]
-    with pytest.raises(se_inject.SEInjectError, match="max_shard_size='much'"):
-        se_inject.save(model, path, max_shard_size="much")
+    for size in ("much", -1, 0, True, float("nan")):
+        with pytest.raises(se_inject.SEInjectError, match=f"max_shard_size={size!r}"):
+            se_inject.save(model, path, max_shard_size=size)
+
+
+def test_names_that_would_share_an_index(tmp_path):
+    first, second = (randomise(timm.create_model("se_inject/test_resnet"), seed) for seed in (1, 2))
+    path = tmp_path / "m.safetensors"
+    se_inject.save(first, path, max_shard_size="500KB")
+    se_inject.save(second, tmp_path / "m")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(se_inject.SEInjectError, match=r"for shards write n\.safetensors"):
+        se_inject.save(second, tmp_path / "n", max_shard_size="500KB")
+    with pytest.raises(se_inject.SEInjectError, match=r"is the name of an index: write m\.safetensors"):
+        se_inject.save(second, tmp_path / "m.safetensors.index.json")
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    assert torch.equal(out(se_inject.load(path)), out(first.eval()))
+    assert torch.equal(out(se_inject.load(tmp_path / "m")), out(second.eval()))
+
+
+def test_the_index_of_another_program_stays(tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"fc.weight": "model-00001-of-00001.safetensors"}}))
+    se_inject.save(timm.create_model("se_inject/test_resnet"), tmp_path / "model.safetensors", only="se")
+    assert index.exists()
+
+
+def test_no_tensors_are_no_file(tmp_path):
+    with pytest.raises(WeightsError, match="there are no tensors to write"):
+        write_safetensors(tmp_path / "m.safetensors", {}, {})
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.xdist_group("processes")
