@@ -199,11 +199,16 @@ def _read_pickle(file: Path) -> Checkpoint:
         raise WeightsError(
             f"{file} holds no state dict ({', '.join(map(repr, other[:3])) or 'it is empty'}): "
             "write tensors by name, as torch.save(model.state_dict(), path) does, or a timm training checkpoint")
-    arch = loaded.get("arch")
-    args = getattr(loaded.get("args"), "model_kwargs", None)
-    args = checked_args(args, file) if isinstance(args, Mapping) else {}
+    arch, training = loaded.get("arch"), loaded.get("args")  # the arguments of timm's train.py
+    given = getattr(training, "model_kwargs", None)
+    args = {name: getattr(training, option, None) for option, name in _OF_TRAINING.items()}
+    args = {name: value for name, value in args.items() if isinstance(value, (str, int, float))}
+    args |= checked_args(given, file) if isinstance(given, Mapping) else {}
     prefix = _wrappers_prefix(tensors)
     return Checkpoint(_without(prefix, tensors), arch if isinstance(arch, str) else None, args, prefix=prefix)
+
+
+_OF_TRAINING = {"gp": "global_pool", "bn_eps": "bn_eps", "bn_momentum": "bn_momentum"}  # which train.py gives to the model too
 
 
 def state_dict_in(loaded: Mapping[str, Any]) -> Mapping[str, Any]:

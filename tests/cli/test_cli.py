@@ -105,6 +105,16 @@ def test_info_knows_the_blocks_of_a_training_checkpoint(tmp_path):
     assert json.loads(call("info", file, "--json")[0])["content"] == "base"
 
 
+def test_what_timms_training_gives_to_a_model_beside_its_arguments(tmp_path):
+    model = randomise(timm.create_model("test_efficientnet", global_pool="max", bn_eps=0.1)).eval()
+    args = argparse.Namespace(gp="max", bn_eps=0.1, bn_momentum=None, model_kwargs={})
+    torch.save({"arch": "test_efficientnet", "state_dict": model.state_dict(), "args": args}, tmp_path / "last.pth.tar")
+    call("inject", tmp_path / "last.pth.tar", "-o", tmp_path / "o.safetensors")
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(se_inject.load(tmp_path / "o.safetensors")(x), model(x))
+
+
 @pytest.mark.contract
 def test_demo(tmp_path):
     out, err = call("demo", "-o", tmp_path / "d.safetensors", "--json")
