@@ -191,14 +191,19 @@ def _identity_problem(config: SEConfig, outer_gain: float) -> str | None:
         x = torch.randn(2, 16, 8, 8)
         for training in (True, False):
             block.train(training)
-            y = block(x)
+            try:
+                y = block(x.clone())  # it may write into it
+            except Exception as error:
+                return f"{head}: it raises {error!r} on a map of shape {tuple(x.shape)}; {advice}"
+            if not isinstance(y, torch.Tensor):
+                return f"{head}: it returns a {type(y).__name__}, and a gate returns a map; {advice}"
             if y.shape != x.shape:
                 return f"{head}: it returns {tuple(y.shape)} for {tuple(x.shape)}, and a gate keeps the shape; {advice}"
             if not torch.equal(y * outer_gain, x):
                 behind = f" with the factor {outer_gain:g} that the model applies to it" if outer_gain != 1 else ""
                 return f"{head}{behind}: it does not return its input at the start; {advice}"
         block.train()
-        (block(x.requires_grad_()) * torch.randn(2, 16, 8, 8)).sum().backward()
+        (block(x.requires_grad_().clone()) * torch.randn(2, 16, 8, 8)).sum().backward()
     if not any(p.grad is not None and p.grad.abs().sum() > 0 for p in block.parameters()):
         return f"{head}: none of its parameters would have a gradient; {advice}"
     return None

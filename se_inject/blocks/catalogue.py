@@ -142,8 +142,11 @@ def register_block(
         raise ConfigError(f"register_block({name!r}): the name of a block is one word; write a name such as 'mine'")
     if name in _rows or name in _NO_GATES:
         raise ConfigError(f"register_block({name!r}): there is a block of that name; choose another name")
-    if not callable(cls):
+    if not callable(cls) or isinstance(cls, nn.Module):
         raise ConfigError(f"register_block({name!r}, {cls!r}): expected a class of modules, not an object of it")
+    for option, value in (("zero", zero), ("gates", gates)):
+        if isinstance(value, str):
+            raise ConfigError(f"register_block({name!r}, {option}={value!r}): expected names; write {option}=({value!r},)")
     _rows[name] = Block(name, cls, Start(tuple(zero), tuple(gates), first), positions, weighs=True)  # for all that is known
 
 

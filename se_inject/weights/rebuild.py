@@ -167,6 +167,10 @@ def base_architecture(found: Checkpoint, name: str | None, path: object) -> str:
     bare = base_name(said)
     if not timm.is_model(bare):
         raise WeightsError(f"{str(path)!r}: {unknown_model_message(said, bare)}")
+    try:
+        timm.get_pretrained_cfg(bare)
+    except RuntimeError as error:
+        raise WeightsError(f"{str(path)!r}: timm has no {bare!r} ({error}): leave its tag out") from error
     return bare
 
 

@@ -147,6 +147,10 @@ def _check_fit(
         raise WeightsError(
             f"{source}: {len(integers)} tensors have another type than the model's ({first}: {tensors[first].dtype} for "
             f"{own[first].dtype}), as quantized weights do; save them in floating point")
+    if empty := [k for k, t in tensors.items() if t.is_meta]:
+        raise WeightsError(
+            f"{source}: {len(empty)} tensors have no values ({', '.join(empty[:3])}), as of a model on the meta device: save a "
+            "model with weights")
     bad = _with_nan(tensors)
     if bad:
         raise WeightsError(

@@ -129,7 +129,22 @@ def test_a_block_of_ones_own(registered):
     assert isinstance(model.layer1[0].se, Mine) and model.layer1[0].se.rd_ratio == 0.25
     with pytest.raises(se_inject.SEInjectError, match="there is a block of that name"):
         se_inject.register_block("mine", nn.Identity)
+    with pytest.raises(se_inject.SEInjectError, match="expected a class of modules, not an object of it"):
+        se_inject.register_block("other", Mine(8))
+    with pytest.raises(se_inject.SEInjectError, match=r"expected names; write zero=\('fc',\)"):
+        se_inject.register_block("other", Mine, zero="fc")
+    assert "other" not in catalogue._rows
     assert get_block("mine").cls is Mine
+
+
+class Changed(nn.Module):
+    """A block with this forward."""
+
+    def __init__(self, body):
+        super().__init__()
+        names = {}
+        exec(f"def forward(self, x):\n    {body}", names)
+        self.fc, self.forward = nn.Conv2d(16, 16, 1), names["forward"].__get__(self)
 
 
 @pytest.mark.parametrize("row, message", [
@@ -138,6 +153,9 @@ def test_a_block_of_ones_own(registered):
     (Block("wrong_2", Mine), "does not return its input at the start"),
     (Block("wrong_3", nn.Conv2d), "cannot be created for 16 channels.*its class has to accept"),
     (Block("wrong_4", lambda channels: nn.AdaptiveAvgPool2d(1)), "returns .* and a gate keeps the shape"),
+    (Block("wrong_6", lambda channels: Changed("return x.mul_(2)")), "does not return its input at the start"),
+    (Block("wrong_7", lambda channels: Changed("return x, self.fc(x)")), "it returns a tuple, and a gate returns a map"),
+    (Block("wrong_8", lambda channels: Changed("return self.missing(x)")), "it raises AttributeError"),
     (Block("wrong_5", lambda channels: nn.Identity()), "none of its parameters would have a gradient")])  # fmt: skip
 def test_a_block_that_does_not_fit_is_refused_with_the_reason(monkeypatch, row, message):
     monkeypatch.setitem(catalogue._rows, row.name, row)

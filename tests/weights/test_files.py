@@ -206,6 +206,14 @@ def test_a_base_of_another_architecture_is_refused(tmp_path):
         se_inject.load(files[1], head=files[0])
 
 
+def test_a_file_without_values_and_a_tag_that_timm_does_not_have(tmp_path):
+    torch.save(timm.create_model("test_resnet").to("meta").state_dict(), tmp_path / "m.pth")
+    with pytest.raises(WeightsError, match="tensors have no values"):
+        se_inject.load(tmp_path / "m.pth", "test_resnet")
+    with pytest.raises(WeightsError, match="leave its tag out"):
+        se_inject.load(tmp_path / "m.pth", "test_resnet.typo")
+
+
 def test_arguments_of_the_user_win_over_those_of_the_files(tmp_path):
     base = randomise(timm.create_model("test_resnet"))
     save_file(base.state_dict(), tmp_path / "base.safetensors")
