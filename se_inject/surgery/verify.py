@@ -36,7 +36,7 @@ def check_outputs(
         model.get_submodule(path).register_forward_hook(lambda _, args, output, factor=factor: args[0] / factor)
     device = next((p.device for p in base.parameters()), torch.device("cpu"))
     example = inputs if isinstance(inputs, Example) else Example.images(size, dtype_of(base))
-    example = example.filled(device)
+    example = example.enlarged().filled(device)  # norms in train mode need more than one value for each channel
     modules = {path for path, _ in base.named_modules()}
     for training in (False, True):
         outputs: list[list[tuple[str, Any]]] = []

@@ -13,6 +13,7 @@ import time
 
 import numpy as np
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -509,3 +510,14 @@ def test_default_values_stay_as_they_were():
 
     model = nn.Sequential(nn.Conv2d(3, 8, 1), Residual(), Default())
     assert se_inject.block_paths(se_inject.inject(model, input_size=(3, 10, 10))) == ["1.se"] and not seen
+
+
+def test_verify_of_one_small_image_and_of_no_values():
+    model = timm.create_model("resnet18")
+    se_inject.inject(model, example_inputs=torch.randn(1, 3, 32, 32), verify=True)
+    assert se_inject.block_paths(model)
+    with torch.device("meta"):
+        empty = timm.create_model("resnet18")
+    with pytest.raises(SEInjectError, match="the model has no values"):
+        se_inject.inject(empty, verify=True)
+    assert not se_inject.block_paths(empty)
