@@ -17,7 +17,7 @@ from ..private import names_in_files
 from ..surgery.parts import Parts, own_tensors
 from ..surgery.refusals import injected_inside, refuse_optimized
 from ..surgery.state import injections_of
-from ..timm_names import base_name
+from ..timm_names import PREFIX, base_name
 from . import digest
 from .reading import Checkpoint, read_checkpoint
 from .rebuild import (
@@ -211,6 +211,8 @@ def load_found(
     with all_or_nothing(net):
         if not has_blocks_of(net, found, options, path):
             inject_as_said(net, found, options, path, verify=verify)
+            if found.recipe is None and not str(said).startswith(PREFIX):
+                _check_replaced(net, found, path)
         elif found.recipe is not None:
             check_blocks(net, found.recipe, path)
         parts = Parts.of(net)
@@ -260,6 +262,19 @@ def _check_request(
         raise WeightsError(
             f"{str(path)!r} holds the {parts_in_words(recipe.content)} alone: add base=FILE, pretrained=True, or model=a model "
             f"with weights; in the command, `se-inject merge {path} --base FILE -o FULL`")
+
+
+def _check_replaced(net: nn.Module, found: Checkpoint, path: object) -> None:
+    """
+    Raises:
+        WeightsError: The weights may be those of attention that was replaced, or those of the blocks in its place.
+    """
+    replaced = [key for injection in injections_of(net) for site in injection.sites for key in site.replaces]
+    if either := [key for key in replaced if key in found.tensors and key in own_tensors(net)]:
+        raise WeightsError(
+            f"{str(path)!r} does not say whether {either[0]} is a weight of the base's own attention or of the block that "
+            "replaces it: load the base into a model and write inject(model, existing='replace'); for weights of blocks, give "
+            "a file of save, or name the model as in model='se_inject/...'")
 
 
 def _check_base(

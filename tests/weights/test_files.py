@@ -258,3 +258,15 @@ def test_a_model_without_memory_is_refused(tmp_path):
     with pytest.raises(WeightsError, match="on the meta device, without memory"):
         se_inject.load(tmp_path / "m.safetensors", model)
     assert not block_paths(model)
+
+
+def test_weights_of_attention_that_is_replaced_are_not_taken_for_those_of_the_blocks(tmp_path):
+    model = randomise(timm.create_model("se_inject/seresnet18", se_existing="replace")).eval()
+    timm.models._hub.save_for_hf(model, tmp_path / "folder", safe_serialization=True)
+    assert torch.equal(out(se_inject.load(tmp_path / "folder")), out(model))
+    save_file(model.state_dict(), tmp_path / "bare.safetensors")
+    again = se_inject.load(tmp_path / "bare.safetensors", "se_inject/seresnet18", existing="replace")
+    assert torch.equal(out(again), out(model))
+    for name in ("seresnet18", timm.create_model("seresnet18")):
+        with pytest.raises(WeightsError, match=r"does not say whether layer1\.0\.se\.fc1\.weight is a weight of the base"):
+            se_inject.load(tmp_path / "bare.safetensors", name, existing="replace")
