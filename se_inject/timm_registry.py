@@ -40,6 +40,11 @@ class _Pending:
     configs: tuple[SEConfig, ...]
     done: bool = False
 
+    def waits_for(self, pretrained_cfg: Any) -> bool:
+        """Whether the injection comes after these weights: they may be those of attention that blocks replace."""
+        of_base = not str((pretrained_cfg or {}).get("architecture")).startswith(PREFIX)
+        return of_base and any(config.existing == "replace" for config in self.configs)
+
     def inject(self, model: Any) -> None:
         with entered(import_lock):
             from .surgery.pipeline import inject
@@ -64,7 +69,7 @@ def create(name: str, pretrained: bool = False, **kwargs: Any) -> Any:
     """Build the timm model `name` with blocks. timm calls this with all arguments of `timm.create_model`.
 
     Pretrained weights are those of the base, for the tag. They are loaded after the injection, so that a file with blocks
-    loads through the same code.
+    loads through the same code; but before it where blocks replace attention that has such weights.
     """
     configs, rest = split_options(kwargs)
     pending = _Pending(configs)
@@ -95,7 +100,7 @@ def _inject_before(load_pretrained: Callable[..., Any]) -> Callable[..., Any]:
         call = signature.bind(*args, **kwargs)
         model = call.arguments["model"]
         pending = _pending.get()
-        if pending is not None and not pending.done:
+        if pending is not None and not pending.done and not pending.waits_for(call.arguments.get("pretrained_cfg")):
             pending.inject(model)
         if injections_of(model):
             call.arguments["filter_fn"] = around_blocks(call.arguments.get("filter_fn"))

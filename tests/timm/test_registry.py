@@ -10,6 +10,7 @@ import warnings
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from timm.models import _factory, _registry
 
 import se_inject
@@ -18,6 +19,8 @@ from se_inject.config import SEConfig
 from se_inject.timm_names import ALIAS, PREFIX, split_options
 from se_inject.timm_registry import register
 from se_inject.timm_tables import TwinEntrypoints
+
+from ..support.checks import randomise
 
 
 def run(code: str) -> str:
@@ -240,3 +243,13 @@ def test_config_is_checked():
         SEConfig.of(rd_chanels=4)
     config = SEConfig(ratio=0.5, stages=[1, 2])
     assert SEConfig.of(config.to_dict()) == config and config.stages == (1, 2)
+
+
+def test_blocks_that_replace_attention_do_not_get_its_weights(tmp_path):
+    base = randomise(timm.create_model("seresnet18")).eval()
+    save_file(base.state_dict(), tmp_path / "base.safetensors")
+    model = timm.create_model("se_inject/seresnet18", pretrained=True, se_existing="replace", pretrained_cfg_overlay={
+        "file": str(tmp_path / "base.safetensors")}).eval()
+    expected, x = se_inject.inject(base, existing="replace"), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(model(x), expected(x))
