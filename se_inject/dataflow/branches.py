@@ -126,7 +126,8 @@ def _branches(module: nn.Module, forward: Forward) -> bool:
 
 
 def other_branches(module: nn.Module, forward: Forward) -> list[dict[fx.Node, fx.Node]]:
-    """For each other branch of a forward that calls layers: the nodes of it by those of the traced branch."""
+    """For each other branch of a forward that an input may take, and that does other work: the nodes of it by those of the
+    traced branch. There are none where it cannot be traced."""
     return forward.shared("other branches", lambda: _other_branches(module, forward)) if forward.decisions else []
 
 
@@ -136,8 +137,8 @@ def _other_branches(module: nn.Module, forward: Forward) -> list[dict[fx.Node, f
     except Refusal:
         return [{}]
     return [
-        counterparts(forward.graph, p.graph) for p in others
-        if p.graph is not None and not same_work(taken, p) and any(n.op in ("call_module", "get_attr") for n in p.graph.nodes)]
+        {} if p.graph is None else counterparts(forward.graph, p.graph) for p in others
+        if not p.refused and not same_work(taken, p)]
 
 
 def _taken_and_others(module: nn.Module, forward: Forward) -> tuple[Branch, list[Branch]]:

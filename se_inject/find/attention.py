@@ -25,12 +25,13 @@ from ..errors import Refusal
 class Gate:
     """A block multiplies its input by this: the value of `node` in the forward `view`, which varies along `axis`.
 
-    `moved` says that the input is in another layout there, and `shifted` that the block also adds something to the product;
-    `shift` is that, where it is a value of the gate's shape in the same forward.
+    `input` is the block's input there, `moved` says that it is in another layout there, and `shifted` that the block also adds
+    something to the product; `shift` is that, where it is a value of the gate's shape in the same forward.
     """
 
     view: ModuleGraph
     node: fx.Node
+    input: fx.Node
     axis: int
     moved: bool
     shifted: bool = False
@@ -79,7 +80,7 @@ def gate_of(flow: ValueFlow, call: Call, *, shifts: bool = False) -> Gate:
         moved = flow.outward(view, x)[1] is not flow.outward(inside, inputs[0])[1]
         axis = _axis_of_gate(view, x, g, other)
         shift = added if plain and is_tensor(added) and view is end and shape(added) == shape(g) else None
-        return Gate(view, g, axis, moved, added is not None, shift)
+        return Gate(view, g, x, axis, moved, added is not None, shift)
     raise other
 
 

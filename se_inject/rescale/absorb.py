@@ -11,17 +11,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from ..capture.calls import Call
+from ..capture.forward import trace_forward
+from ..capture.graphs import counterparts
+from ..capture.snapshot import restored
+from ..capture.trail import is_trusted
 from ..dataflow.aliasing import is_written_after
 from ..dataflow.branches import other_branches
 from ..dataflow.module_graph import ModuleGraph, TracedModel, spelled
-from ..dataflow.ops import is_tensor, of
+from ..dataflow.ops import is_tensor, name_of, of
 from ..dataflow.value_flow import ValueFlow
 from ..errors import Refusal
 from .element_labels import compact, spare
@@ -57,11 +61,15 @@ class Absorber:
         model: The model that was traced.
         traces: Its traces.
         compensate: Whether the other readers of a scaled value may take in the inverse factor.
+        shared: Names of parameters that must not be scaled, as other tensors are in their memory, see `in_shared_memory`.
     """
 
-    def __init__(self, model: nn.Module, traces: TracedModel, *, compensate: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, traces: TracedModel, *, compensate: bool = False, shared: Collection[str] = ()
+    ) -> None:  # fmt: skip
         self.traces = traces
         self.compensate = compensate
+        self.shared = shared
         self.flow = ValueFlow(traces)
         self._names = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
         self._uses: dict[fx.Graph, Counter[tuple[str, str]]] = {}
@@ -183,21 +191,24 @@ class Absorber:
         return self.before(view, goal.node, goal.labels, goal.reader, power)
 
     def _check_branches(self, view: ModuleGraph, node: fx.Node, reader: fx.Node) -> None:
-        """A forward that branches on sizes must do the same with a value in each branch.
+        """A forward that branches on sizes, or calls more layers in train mode, must do the same with a value in each branch.
 
         Raises:
             Refusal: It does something else, or that is not known.
         """
         def same(pairs: dict[fx.Node, fx.Node]) -> bool:
             there, its_reader = pairs.get(node), pairs.get(reader)
-            if there is None or its_reader is None:
+            if there is None or its_reader is None or not _has_same_arguments(view, reader, its_reader, pairs):
                 return False
-            users = {u for u in there.users if not of(u).asks}
+            users = {u for u in there.users if not _asks(u)}
             return users == {pairs.get(r) for r in _readers(view, node)} and (
                 self._is_single(there) and self._is_single(its_reader))
 
+        name = type(view.module).__name__
         if not all(map(same, other_branches(view.module, view.forward))):
-            raise Refusal(f"{type(view.module).__name__}.forward branches on sizes, and does something else there")
+            raise Refusal(f"{name}.forward branches on sizes, and does something else there")
+        if not all(map(same, _in_training(view))):
+            raise Refusal(f"{name}.forward does something else in train mode")
 
     # parameters
 
@@ -213,34 +224,103 @@ class Absorber:
         key = f"{view.path}.{node.target}" if view.path else str(node.target)
         if p is None:
             raise Refusal(f"{key} is no parameter")
-        if self._names[id(p)] > 1:
+        if self._names[id(p)] > 1 or key in self.shared:
             raise Refusal(f"{key} is shared with another module")
-        calls = len(self.traces.calls.get(module, ()))  # a layer whose parameter its parent reads is not called itself
-        if calls != (0 if path else 1) or not self._is_single(node) or tuple(p.shape) != labels.shape or (
-                self._is_read_above(view.call.parent, key)):
+        calls = self.traces.calls
+        if len(calls[view.module]) != 1 or (path and calls.get(module)):  # one whose parameter its parent reads is not called
+            raise Refusal(f"{key} is used more than once")
+        if tuple(p.shape) != labels.shape or not self._is_single(node) or self._is_used_again(view.call, key):
             raise Refusal(f"{key} is used more than once")
         return Scaling(key, labels, power)
 
-    def _is_read_above(self, call: Call | None, key: str) -> bool:
-        """Whether a forward around a layer reads the layer's parameter itself."""
+    def _is_used_again(self, call: Call | None, key: str) -> bool:
+        """Whether a forward around a parameter reads it itself, or uses its layer otherwise on a branch or in training."""
+        inner = True
         while call is not None:
             with contextlib.suppress(Refusal):
                 view = self.traces.inside(call)
-                prefix = f"{view.path}." if view.path else ""
-                if key.startswith(prefix) and self._count(view.forward.graph, "get_attr", key[len(prefix):]):
+                name = key.removeprefix(f"{view.path}." if view.path else "")
+                uses = self._uses_of(view.forward.graph, name)
+                if not inner and uses["get_attr", name]:
                     return True
-            call = call.parent
+                for pairs in (*other_branches(view.module, view.forward), *_in_training(view)):
+                    if not pairs or self._uses_of(next(iter(pairs.values())).graph, name) - uses:
+                        return True
+            call, inner = call.parent, False
         return False
+
+    def _uses_of(self, graph: fx.Graph, name: str) -> Counter[tuple[str, str]]:
+        """How often a forward reads a parameter, and calls the layers that hold it."""
+        return Counter({(op, target): n for (op, target), n in self._counts(graph).items() if (
+            op == "get_attr" and target == name) or (op == "call_module" and name.startswith(f"{target}."))})
 
     def _is_single(self, node: fx.Node) -> bool:
         """Whether no other node calls the same layer, or reads the same parameter."""
-        return node.op not in ("call_module", "get_attr") or self._count(node.graph, node.op, str(node.target)) == 1
+        return node.op not in ("call_module", "get_attr") or self._counts(node.graph)[node.op, str(node.target)] == 1
 
-    def _count(self, graph: fx.Graph, op: str, target: str) -> int:
-        """How often a forward calls a layer, or reads a parameter."""
+    def _counts(self, graph: fx.Graph) -> Counter[tuple[str, str]]:
+        """How often a forward calls each layer, and reads each parameter."""
         if graph not in self._uses:
             self._uses[graph] = Counter((n.op, str(n.target)) for n in graph.nodes)
-        return self._uses[graph][op, target]
+        return self._uses[graph]
+
+
+def in_shared_memory(model: nn.Module) -> set[str]:
+    """The names of a model's parameters and buffers in whose memory there are others, too. Call it outside `on_meta`."""
+    spans = sorted(
+        (t.data_ptr(), sum((n - 1) * step for n, step in zip(t.shape, t.stride())) * t.element_size(), name)
+        for name, t in (*model.named_parameters(), *model.named_buffers()) if t.numel() and t.data_ptr())
+    found: set[str] = set()
+    last, holder = -1, ""
+    for begin, length, name in spans:
+        if begin <= last:
+            found |= {name, holder}
+        if begin + length > last:
+            last, holder = begin + length, name
+    return found
+
+
+def _in_training(view: ModuleGraph) -> list[dict[fx.Node, fx.Node]]:
+    """Where a forward calls more layers in train mode, such as a second head: its nodes there, by those in eval mode."""
+    return [] if is_trusted(view.module) else view.shared("in training", lambda: _traced_in_training(view))
+
+
+def _traced_in_training(view: ModuleGraph) -> list[dict[fx.Node, fx.Node]]:
+    graph, decisions = view.forward.graph, iter(view.forward.decisions)
+    with restored([view.module]):
+        view.module.__dict__["training"] = True
+        try:
+            trained = trace_forward(view.module, view.forward.constants, lambda _: next(decisions), reading=True, drawing=True)
+        except Refusal:
+            return []
+    calls, more = (Counter(str(n.target) for n in g.nodes if n.op == "call_module") for g in (graph, trained))
+    return [counterparts(graph, trained)] if more - calls else []
+
+
+def _asks(node: fx.Node) -> bool:
+    """Whether a node asks for a size or the like, and not for elements."""
+    return of(node).asks and (name_of(node) != "getattr" or node.args[1] in ("shape", "ndim", "dtype", "device"))
+
+
+def _has_same_arguments(view: ModuleGraph, a: fx.Node, b: fx.Node, pairs: dict[fx.Node, fx.Node]) -> bool:
+    """Whether two nodes of the same operator have the same arguments, those that are computed from sizes alike.
+
+    Args:
+        view: The forward of `a`.
+        a, b: The nodes.
+        pairs: The nodes of another branch of the forward, that of `b`, by those of `a`'s.
+    """
+    def same(x: Any, y: Any) -> bool:
+        if isinstance(x, fx.Node) and isinstance(y, fx.Node):
+            return pairs.get(x) is y and (view.carries_data(x) or _has_same_arguments(view, x, y, pairs))
+        if isinstance(x, (list, tuple)) and isinstance(y, (list, tuple)):
+            return len(x) == len(y) and all(map(same, x, y))
+        if isinstance(x, slice) and isinstance(y, slice):
+            return same((x.start, x.stop, x.step), (y.start, y.stop, y.step))
+        return type(x) is type(y) and bool(x == y)
+
+    return (a.op, a.target) == (b.op, b.target) and same(a.args, b.args) and (
+        a.kwargs.keys() == b.kwargs.keys() and all(same(a.kwargs[k], b.kwargs[k]) for k in a.kwargs))
 
 
 def _readers(view: ModuleGraph, node: fx.Node) -> list[fx.Node]:

@@ -58,6 +58,22 @@ def first_of(what: str, model: nn.Module, found: Iterator[Batch]) -> Batch:
     return first
 
 
+def run(what: str, model: nn.Module, batch: Example, method: str = "forward") -> Any:
+    """What a model, or another method of it, returns for a batch.
+
+    Raises:
+        SEInjectError: It raises an error.
+    """
+    try:
+        return batch.run(model if method == "forward" else getattr(model, method))
+    except (MemoryError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise SEInjectError(
+            f"{what}({type(model).__name__}): the model does not take the batch of {batch}: {type(error).__name__}: {error}; "
+            "the model was not changed") from error
+
+
 def _images(what: str, batch: Any, dims: int) -> Example:
     images = batch[0] if isinstance(batch, (list, tuple)) and batch else batch
     if not isinstance(images, torch.Tensor) or images.dim() != dims or not images.is_floating_point():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -12,12 +11,13 @@ from torch import nn
 from ..capture.example import Example, Inputs, asked
 from ..capture.snapshot import all_or_nothing, evaluating
 from ..errors import ConfigError, SEInjectError
-from ..surgery.refusals import refuse_plain
+from ..surgery.refusals import refuse_changed_owners, refuse_plain
+from ..surgery.session import copied
 from ..surgery.state import given_inputs
 from .batches import batches, first_of
 from .gate_statistics import measure
 from .gates import GatedBlock, find_blocks_for, reason_to_keep
-from .proof import compare
+from .proof import compare, reasons_of_methods
 from .replacement import forget_blocks, replace_blocks
 from .report import FoldedSite, FoldReport
 
@@ -33,7 +33,8 @@ def fold(
     same for all images changes the outputs by rounding alone; for other gates, the report says by how much.
 
     The model runs in eval mode; afterwards all `training` flags are as before. On any error the model is as it was. There
-    are two copies of the model in memory while this runs.
+    are two copies of the model in memory while this runs. A block stays where ``forward_features`` or
+    ``forward_intermediates`` would return features without its gate.
 
     Args:
         model: An injected model; changed in place.
@@ -51,8 +52,8 @@ def fold(
     Raises:
         ConfigError: `model` is no model, or `max_variation` no number of at least 0.
         TraceError: The model is wrapped, compiled or scripted.
-        SEInjectError: The model has no blocks; the loader gives no images, or images that the model does not take; a gate or
-            an output is not finite.
+        SEInjectError: The model has no blocks, or an owner of one was changed since; the loader gives no images, or images
+            that the model does not take; a gate or an output is not finite, or the outputs are no tensors.
 
     Shape:
         Images: (N, C, H, W), (N, C, L) or (N, C, D, H, W), floating point; N may differ from batch to batch.
@@ -72,6 +73,11 @@ def fold(
         <All keys matched successfully>
     """
     refuse_plain(model, "fold")
+    refuse_changed_owners(model, "fold")
+    if any(p.is_inference() for p in model.parameters()) and not torch.is_inference_mode_enabled():
+        raise SEInjectError(
+            "fold: the model was made in inference mode, outside which its weights cannot be changed: call fold inside "
+            "torch.inference_mode(), too, or make the model outside")
     if max_variation is not None and not (isinstance(max_variation, (int, float)) and max_variation >= 0):
         raise ConfigError(f"max_variation={max_variation!r}: expected a number of at least 0, such as 0.05, or None for all")
     if isinstance(loader, Iterator):
@@ -84,11 +90,14 @@ def fold(
         first = first_of("fold", model, batches("fold", loader, model, inputs))
         blocks = find_blocks_for("fold", model, first.arguments, inputs)
         measured = [(gate, statistics.add) for b in blocks for gate, statistics in b.measured()]
-        measure(model, _arguments(loader, model, inputs), measured)
+        measure("fold", model, _arguments(loader, model, inputs), measured)
         for b in blocks:
             b.reason = reason_to_keep("fold", b, max_variation)
+        reasons = reasons_of_methods(model, [b for b in blocks if b.reason is None], first.arguments)
+        for b in blocks:
+            b.reason = b.reason or reasons.get(b.site.path)
         folded = [b for b in blocks if b.reason is None]
-        before = copy.deepcopy(model)
+        before = copied(model, "fold")
     with all_or_nothing(model, [model.get_parameter(s.key) for b in folded for s in b.scalings]):
         replace_blocks(model, folded)
         with evaluating(model):

@@ -24,7 +24,8 @@ class SiteGates:
         class_means: The mean over the images of each class (K, C), in the order of `GateReport.classes`.
         variation: How much the gate varies from image to image, see `FoldedSite.variation`; of a block with a
             shift how much that varies, if `fold` can take it and it varies more.
-        kept: Why `fold` would keep the block; None if it can fold it.
+        kept: Why `fold` would keep the block; None if it can fold it. Whether another method than `forward` would lose the
+            gate is known to `fold` alone.
     """
 
     path: str
@@ -41,7 +42,7 @@ class SiteGates:
         return self.class_means.std(0, correction=0) if len(self.class_means) > 1 else None
 
     def folds(self, max_variation: float = math.inf) -> bool:
-        """Whether ``fold(model, loader, max_variation=...)`` takes the block on the same images."""
+        """Whether ``fold(model, loader, max_variation=...)`` takes the block on the same images, but for what `kept` says."""
         return self.kept is None and self.variation <= max_variation
 
 

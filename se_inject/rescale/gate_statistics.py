@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from ..capture.example import Example
 from ..find.attention import Gate
 from ..undo import undone
+from .batches import run
 
 
 class GateStatistics:
@@ -129,16 +130,19 @@ class ClassMeans:
 
 
 def measure(
-    model: nn.Module, batches: Iterable[Example], gates: Iterable[tuple[Gate, Callable[[torch.Tensor], object]]],
+    what: str, model: nn.Module, batches: Iterable[Example], gates: Iterable[tuple[Gate, Callable[[torch.Tensor], object]]],
 ) -> None:  # fmt: skip
-    """Run the model on all images, and call a function with each gate of each batch.
+    """Run the model on all images for the function `what`, and call a function with each gate of each batch.
 
     A gate is computed by its block's own traced code from the block's input. The quotient of the block's output and input
     would not do: the input may be 0.
+
+    Raises:
+        SEInjectError: The model does not take them.
     """
     def hook(function: nn.Module, add: Callable[[torch.Tensor], object]) -> Any:
-        def add_gates(module: nn.Module, args: tuple[Any, ...]) -> None:
-            add(function(*args))
+        def add_gates(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            add(function(*args, **kwargs))
 
         return add_gates
 
@@ -146,6 +150,6 @@ def measure(
     with undone(lambda: [*map(RemovableHandle.remove, handles)]):
         for gate, add in gates:
             owner = gate.view.module
-            handles.append(owner.register_forward_pre_hook(hook(gate.function().eval(), add)))
+            handles.append(owner.register_forward_pre_hook(hook(gate.function().eval(), add), with_kwargs=True))
         for batch in batches:
-            batch.run(model)
+            run(what, model, batch)

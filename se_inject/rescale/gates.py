@@ -10,6 +10,7 @@ import dataclasses
 import torch
 from torch import fx, nn
 
+from ..capture.calls import Call
 from ..capture.example import Example, Inputs
 from ..capture.forward import trace_forward
 from ..capture.snapshot import restored
@@ -20,8 +21,8 @@ from ..find.attention import Gate, gate_of
 from ..site import Site
 from ..surgery.session import traced
 from ..surgery.state import edits_of, injections_of
-from .absorb import Absorber, Scaling
-from .element_labels import filled, label_channels
+from .absorb import Absorber, Scaling, in_shared_memory
+from .element_labels import along, filled, label_channels, moved
 from .gate_statistics import GateStatistics
 
 
@@ -86,8 +87,9 @@ def find_blocks(model: nn.Module, inputs: Inputs) -> list[GatedBlock]:
         TraceError: The model does not take these inputs.
     """
     blocks = [GatedBlock(site) for injection in injections_of(model) for site in injection.sites]
+    shared = in_shared_memory(model)
     with traced(model, inputs) as t:
-        absorber = Absorber(model, t)
+        absorber = Absorber(model, t, shared=shared)
         for b in blocks:
             try:
                 _find_scalings(absorber, b, model.get_submodule(b.site.path))
@@ -139,7 +141,9 @@ def _find_scalings(absorber: Absorber, b: GatedBlock, module: nn.Module) -> None
     calls = absorber.traces.calls.get(module, [])
     if not calls:
         raise Refusal("it is not called on these images")
-    b.gate = gate_of(absorber.flow, calls[0], shifts=True)
+    gate = gate_of(absorber.flow, calls[0], shifts=True)
+    _check_channels(absorber, b, gate, calls[0])
+    b.gate = gate
     if b.gate.shifted and b.gate.shift is None:
         raise Refusal("it adds a shift in a form that no bias takes in")
     if b.site.replaces:
@@ -151,6 +155,30 @@ def _find_scalings(absorber: Absorber, b: GatedBlock, module: nn.Module) -> None
         b.scalings = tuple(absorb_gate(absorber, view, node, axis))
     else:
         b.scalings, b.bias = absorb_shift(absorber, view, node, axis)
+
+
+def _check_channels(absorber: Absorber, b: GatedBlock, gate: Gate, call: Call) -> None:
+    """Follow the channels of a block's input to where the gate multiplies it.
+
+    Raises:
+        Refusal: The gate has not one factor for each channel, in their order.
+    """
+    def labels(view: ModuleGraph, node: fx.Node) -> torch.Tensor:
+        if node.op == "placeholder":
+            if view.call is call:
+                return label_channels(shape(node), b.channel_axis(len(shape(node))))
+            above, caller = absorber.caller(view)
+            return labels(above, absorber.flow.bound(view.module, caller)[str(node.target)])
+        source = argument(node, "input")
+        given = labels(view, source)
+        if name_of(node).startswith("view"):  # labels are expanded, and the input is not
+            given = given.contiguous()
+        out: torch.Tensor = moved(node, {source: given})
+        return out
+
+    found = along(labels(gate.view, gate.input), [gate.axis])
+    if found is None or not torch.equal(found.flatten(), torch.arange(b.site.channels, dtype=found.dtype)):
+        raise Refusal("its gate is not one factor for each channel")
 
 
 def only_call(absorber: Absorber, block: nn.Module) -> tuple[ModuleGraph, fx.Node]:

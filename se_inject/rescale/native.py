@@ -236,7 +236,10 @@ def _candidates(base: str) -> tuple[list[str], list[str]]:
 
 
 def _equal(model: nn.Module, native: nn.Module) -> bool:
-    """Whether two models give equal outputs on random images in eval and train mode. `model` is not changed."""
+    """Whether two models give equal outputs on random images in eval and train mode, and then have equal statistics.
+
+    `model` is not changed.
+    """
     size = next((s for s in smaller_sizes(model) if runs_on(model, s) and runs_on(native, s)), None)
     p = next(p for p in model.parameters() if p.is_floating_point())
     if size is None:
@@ -252,7 +255,8 @@ def _equal(model: nn.Module, native: nn.Module) -> bool:
                 outputs.append(m(images))
             if not equal(*outputs):
                 return False
-    return True
+        buffers = dict(model.named_buffers())
+        return all(torch.equal(t, buffers[k]) for k, t in native.named_buffers() if k in buffers)
 
 
 @contextlib.contextmanager

@@ -193,7 +193,7 @@ def _weight(view: ModuleGraph, node: fx.Node) -> fx.Node:
 
 def _channels(labels: torch.Tensor, node: fx.Node) -> torch.Tensor:
     """The labels along the channels of a layer's input or result."""
-    found = along(labels, [-1 if name_of(node) == "linear" else 1])
+    found = along(labels, [-1 if name_of(node) == "linear" else -1 - _spatial(node)])
     if found is None:
         raise Refusal(f"its channels are on another axis at {spelled(node)}")
     return found.flatten()
@@ -210,7 +210,7 @@ def _apart(view: ModuleGraph, node: fx.Node, labels: torch.Tensor, size: tuple[i
     if name_of(node) == "linear":
         return _across(labels, -1, size, node)
     if shape(weight)[:2] == (groups, 1):
-        return _across(labels, range(2, len(size)), size, node)
+        return _across(labels, range(-_spatial(node), 0), size, node)
     most = compact(labels).amax()
     if bool((compact(labels) != most).any()):
         raise Refusal(f"{spelled(node, view)} mixes the channels")
@@ -226,8 +226,14 @@ def _combined_axes(node: fx.Node) -> Any:
     """
     op = of(node)
     if op.pools:
-        return range(2, len(shape(node)))
-    return argument(node, "dim") if op.reduces else None
+        return range(-_spatial(node), 0)
+    return fx.map_arg(argument(node, "dim"), lambda n: n.meta["val"]) if op.reduces else None
+
+
+def _spatial(node: fx.Node) -> int:
+    """The number of spatial axes, the last ones, of a pool or a convolution: on a value without a batch axis, too."""
+    name = name_of(node)
+    return int(name[-2]) if name.endswith("d") else len(shape(node)) - 2
 
 
 def _axes(dims: Any) -> Iterable[int]:
@@ -251,7 +257,7 @@ def _moved_before(view: ModuleGraph, node: fx.Node, labels: torch.Tensor) -> Ite
         if is_tensor(source):
             yield Goal(source, labels_before(node, source, [(node, labels)]), node)
         elif view.carries_data(source):  # the result of a split, and `node` is one of its parts
-            whole = source.args[0]
+            whole = source.args[0] if source.args else None
             if len(source.all_input_nodes) != 1 or not is_tensor(whole) or not all(map(is_tensor, source.users)):
                 raise Refusal(f"it comes out of {spelled(source, view)} together with others")
             parts = [(n, labels if n is node else filled(ONE, shape(n))) for n in source.users]

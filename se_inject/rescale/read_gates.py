@@ -72,11 +72,13 @@ def gates(
         labels = Labels()
         readings = [_Reading(b, labels) for b in find_blocks_for("gates", model, first.arguments, inputs)]
         arguments = _counted(itertools.chain([first], found), labels, inputs)
-        measure(model, arguments, [measured for r in readings for measured in r.measured()])
-    left_out = {r.block.site.path: reason for r in readings if (reason := r.reason_to_leave_out()) is not None}
+        measure("gates", model, arguments, [measured for r in readings for measured in r.measured()])
+        left_out = {r.block.site.path: reason for r in readings if (reason := r.reason_to_leave_out()) is not None}
+        read = [r.block for r in readings if r.block.site.path not in left_out]
+        kept = {b.site.path: reason_to_keep("gates", b, None) for b in read}
     classes, rows = _sorted(labels)
     return GateReport(
-        tuple(r.result(rows) for r in readings if r.block.site.path not in left_out), left_out, labels.images,
+        tuple(r.result(rows, kept[path]) for r in readings if (path := r.block.site.path) in kept), left_out, labels.images,
         tuple(_named(c, class_names) for c in classes), tuple(labels.counts[c] for c in classes))
 
 
@@ -104,10 +106,9 @@ class _Reading:
         maps = self.block.statistics.images
         return None if maps == self.labels.images else f"it gates {maps} maps of {self.labels.images} images"
 
-    def result(self, rows: list[int]) -> SiteGates:
-        """The report of the block, with the means of the classes in the order of `rows`."""
+    def result(self, rows: list[int], kept: str | None) -> SiteGates:
+        """The report of the block, with the means of the classes in the order of `rows`, and why `fold` would keep it."""
         b = self.block
-        kept = reason_to_keep("gates", b, None)
         return SiteGates(
             b.site.path, b.site.stage, b.statistics.mean, b.statistics.deviation, self.class_means.means[rows],
             b.variation, kept)

@@ -30,15 +30,13 @@ from .initializing import init_weights
 from .jobs import Job, make_block_for, owner_jobs
 from .layer_decay import group_matcher
 from .load_hooks import register_hooks, remove_hooks
-from .refusals import no_sites, refuse
+from .refusals import no_sites, refuse, refuse_changed_owners
 from .save_pretrained import save_pretrained
 from .session import copied, traced
 from .state import (
-    BASE,
     Injection,
     edited_owners,
     edits_of,
-    has_generated_class,
     injections_of,
     set_injections,
     slots_of,
@@ -231,11 +229,7 @@ def eject(model: nn.Module) -> nn.Module:
     """
     refuse(model, "eject", traced=False)
     owners = edited_owners(model)
-    other = [type(m).__name__ for m in owners if hasattr(m, BASE) and not has_generated_class(m)]
-    if other:
-        raise SEInjectError(
-            f"eject({_model_name(model)}): {other[0]} was changed since (by a parametrization, say): undo that first; "
-            "nothing was changed")
+    refuse_changed_owners(model, f"eject({_model_name(model)})")
     if not owners:
         raise SEInjectError(f"eject({_model_name(model)}): there are no injected blocks in this model; nothing was changed")
     with all_or_nothing(model):

@@ -11,7 +11,7 @@ from torch import nn
 from ..errors import ConfigError, NoSitesError, SEInjectError, TraceError
 from ..find.patterns import LINEAR, UNLEARNED
 from ..find.plan import Plan, rejected
-from .state import injections_of, is_optimized
+from .state import BASE, edited_owners, has_generated_class, injections_of, is_optimized
 
 # packages whose layers replace those that are quantized
 _QUANTIZERS = ("torchao", "bitsandbytes", "quanto", "hqq", "auto_gptq", "gptqmodel", "awq", "compressed_tensors")
@@ -136,6 +136,18 @@ def refuse_plain(model: object, what: str) -> None:
         raise SEInjectError(
             f"{what}({type(model).__name__}): its module {inside!r} is the injected model: {what}({_at(inside)})")
     raise SEInjectError(f"{what}({type(model).__name__}): there are no injected blocks in this model; inject() it first")
+
+
+def refuse_changed_owners(model: nn.Module, what: str) -> None:
+    """Raise for a model in which the class of a block's owner was changed after the injection.
+
+    Raises:
+        SEInjectError: It was; nothing is changed then.
+    """
+    other = [type(m).__name__ for m in edited_owners(model) if hasattr(m, BASE) and not has_generated_class(m)]
+    if other:
+        raise SEInjectError(
+            f"{what}: {other[0]} was changed since (by a parametrization, say): undo that first; nothing was changed")
 
 
 def injected_inside(model: nn.Module) -> str | None:

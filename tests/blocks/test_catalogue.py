@@ -115,6 +115,11 @@ class Mine(nn.Module):
         return x * self.gate(self.fc(x.mean((2, 3), keepdim=True)))
 
 
+class InPlace(Mine):
+    def forward(self, x):
+        return x.mul_(self.gate(self.fc(x.mean((2, 3), keepdim=True))))
+
+
 @pytest.fixture
 def registered():
     se_inject.register_block("mine", Mine, zero=("fc",), gates=("gate",))
@@ -151,6 +156,7 @@ class Changed(nn.Module):
     (Block("wrong_0", Mine, Start(("fd",))), "Mine has no module 'fd'.*fc, gate"),
     (Block("wrong_1", Mine, Start(("fc",), ("fc.weight",))), "Mine has no module 'fc.weight'"),
     (Block("wrong_2", Mine), "does not return its input at the start"),
+    (Block("wrong_9", InPlace), "does not return its input at the start"),
     (Block("wrong_3", nn.Conv2d), "cannot be created for 16 channels.*its class has to accept"),
     (Block("wrong_4", lambda channels: nn.AdaptiveAvgPool2d(1)), "returns .* and a gate keeps the shape"),
     (Block("wrong_6", lambda channels: Changed("return x.mul_(2)")), "does not return its input at the start"),
@@ -163,6 +169,12 @@ def test_a_block_that_does_not_fit_is_refused_with_the_reason(monkeypatch, row, 
     with pytest.raises(se_inject.SEInjectError, match=message):
         se_inject.inject(model, block=row.name)
     assert not block_paths(model)
+
+
+def test_a_block_that_works_in_place(monkeypatch):
+    row = Block("in_place", InPlace, Start(("fc",), ("gate",)), weighs=True)
+    monkeypatch.setitem(catalogue._rows, row.name, row)
+    check_identity(timm.create_model("test_resnet"), (3, 64, 64), block="in_place")
 
 
 def test_a_block_of_ones_own_goes_into_a_file(registered, tmp_path):

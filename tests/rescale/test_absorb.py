@@ -4,9 +4,11 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from timm.layers import SEModule
 from torch import nn
 
+from se_inject.errors import Refusal
 from se_inject.rescale.absorb import Absorber
 from se_inject.rescale.gates import absorb_gate, only_call
 from se_inject.surgery.session import traced
@@ -20,7 +22,7 @@ def into(module, size=(8, 16, 16), path="se"):
         absorber = Absorber(module, t)
         try:
             return {s.key for s in absorb_gate(absorber, *only_call(absorber, module.get_submodule(path)), 1)}
-        except Exception as error:
+        except Refusal as error:
             return str(error)
 
 
@@ -54,10 +56,111 @@ def on_large_maps(m, x):
     return y if x.shape[-1] > 8 else y + m.conv1(x)
 
 
+class Pair(nn.Module):
+    """A layer that returns a map together with something else."""
+
+    def forward(self, hidden):
+        return hidden * 2, None
+
+
+class Parent(nn.Module):
+    """A head that reads the weights of its linear layer and does not call it."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 2)
+
+    def forward(self, x):
+        return F.linear(x, self.fc.weight, self.fc.bias)
+
+
+class Head(nn.Module):
+    """A linear layer, used by a function of the module and its input."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.fc, self.by = nn.Linear(8, 2), forward
+
+    def forward(self, x):
+        return self.by(self, x)
+
+
+def without_a_layer(m, x):
+    return x.mean((2, 3)) if x.shape[-1] < 4 else m.fc(x.mean((2, 3)))
+
+
+def untraceable(m, x):
+    if x.shape[-1] < 4:
+        x = x / float(x.abs().max())
+    return m.fc(x.mean((2, 3)))
+
+
+def by_another_number(m, x):
+    return m.fc(x.mean((2, 3)).roll(1 if x.shape[-1] > 8 else 2, 1))
+
+
+def by_another_number_of_sizes(m, x):
+    return m.fc(x.mean((2, 3)).roll(x.shape[1] // 2 if x.shape[-1] > 8 else x.shape[1] // 4, 1))
+
+
+def with_another_term(m, x):
+    return m.fc((x + 0 if x.shape[-1] > 8 else x + 1).mean((2, 3)))
+
+
+def transposed(m, x):
+    x = x.mean((2, 3))
+    return m.fc(x) if x.shape[0] < 8 else m.fc(x) + x.T.sum()
+
+
+def refused(m, x):
+    if x.shape[-1] < 4:
+        raise ValueError("too small")
+    return m.fc(x.mean((2, 3)))
+
+
+class Unit(Toy):
+    """A convolution before its SE, of which the forward around it may call the convolution alone."""
+
+    def __init__(self):
+        super().__init__(lambda m, x: m.se(m.conv1(x).relu()))
+
+
+def past_the_unit(m, x):
+    return m.conv2(m.unit.conv1(x) if x.shape[-1] < 8 else m.unit(x))
+
+
+def past_the_unit_by_weight(m, x):
+    y = m.unit(x)
+    return m.conv2(y * m.unit.conv1.bias.sum() if x.shape[-1] < 8 else y)
+
+
+def past_the_unit_in_training(m, x):
+    return (m.unit(x), m.conv2(m.unit.conv1(x))) if m.training else m.unit(x)
+
+
+def with_a_second_head(m, x):
+    y = m.se(F.gelu(m.conv1(x))).mean((2, 3))
+    return (m.fc(y), m.second(y)) if m.training else m.fc(y)
+
+
+def with_a_second_head_for_the_input(m, x):
+    y = m.se(F.gelu(m.conv1(x))).mean((2, 3))
+    return (m.fc(y), m.second(x.mean((2, 3)))) if m.training else m.fc(y)
+
+
+def past_a_layer(m, x):
+    return m.unit(x) if x.shape[-1] < 8 else m.conv2(m.unit(x))
+
+
+def both(m, x):
+    y = m.conv1(x).sigmoid()
+    return m.head(m.se(y).mean((2, 3))) + m.head(x.mean((2, 3)))
+
+
 def padded(m, x):
     y = m.conv1(x)
     if x.shape[-1] % 7:
-        y = torch.nn.functional.pad(y, (0, 1))
+        y = F.pad(y, (0, 1))
     return m.se(y)
 
 
@@ -70,8 +173,8 @@ UP, DOWN = {"conv1.weight", "conv1.bias"}, {"conv2.weight"}
     (Toy(lambda m, x: m.se(m.norm(m.conv1(x))), norm=nn.BatchNorm2d(8)), {"norm.weight", "norm.bias"}),
     (Toy(lambda m, x: m.se(m.norm(m.conv1(x))), norm=nn.GroupNorm(2, 8)), {"norm.weight", "norm.bias"}),
     (Toy(lambda m, x: m.se(m.norm(m.conv1(x))), norm=nn.BatchNorm2d(8, affine=False)), "norm"),
-    (Toy(lambda m, x: m.conv2(m.se(torch.nn.functional.silu(m.conv1(x))).relu())), DOWN),
-    (Toy(lambda m, x: m.conv2(torch.nn.functional.pad(m.se(x), (1, 1, 1, 1)))), DOWN),
+    (Toy(lambda m, x: m.conv2(m.se(F.silu(m.conv1(x))).relu())), DOWN),
+    (Toy(lambda m, x: m.conv2(F.pad(m.se(x), (1, 1, 1, 1)))), DOWN),
     (Toy(lambda m, x: m.conv2(m.se(x).flip(1))), DOWN),
     (Toy(lambda m, x: m.conv2(m.se(x)) + m.conv1(m.se.bn(x)) * 0), DOWN),
     (Toy(lambda m, x: m.se(x) + x), "added to something else"),
@@ -92,11 +195,42 @@ UP, DOWN = {"conv1.weight", "conv1.bias"}, {"conv2.weight"}
     (Toy(on_large_maps), "branches on sizes"),
     (Toy(lambda m, x: m.se(m.conv1(x)) * m.conv1.weight.mean()), "conv1.weight is used more than once"),
     (Toy(padded), "branches on sizes"),
+    (Toy(lambda m, x: m.se(m.pair(hidden=m.conv1(x))[0]), pair=Pair()), "comes out of pair together with others"),
+    (Toy(lambda m, x: m.fc(m.se(x).flatten(2).mean(x.dim() - 2)), fc=nn.Linear(8, 2)), {"fc.weight"}),
+    (Toy(lambda m, x: m.fc(F.avg_pool1d(m.se(x).mean((2, 3)), 2)), fc=nn.Linear(4, 2)), "mixed by avg_pool1d"),
+    (Toy(lambda m, x: m.fc(F.avg_pool1d(m.se(x).mean((2, 3)), 3, 1, 1)), fc=nn.Linear(8, 2)), "mixed by avg_pool1d"),
+    (Toy(both, head=Parent()), "used more than once"),
+    (Toy(lambda m, x: m.head(m.se(x).mean((2, 3))), head=Parent()), {"head.fc.weight"}),
 ])  # fmt: skip
 def test_where_a_factor_goes(toy, expected):
     found = into(toy.eval())
     assert (found == expected) if isinstance(expected, set) else (
         isinstance(found, str) and re.search(expected, found)), found
+
+
+@pytest.mark.parametrize("forward, expected", [
+    *((f, "branches on sizes") for f in (
+        without_a_layer, untraceable, by_another_number, by_another_number_of_sizes, with_another_term, transposed)),
+    (refused, {"head.fc.weight"})])
+def test_layers_in_a_forward_that_branches(forward, expected):
+    found = into(Toy(lambda m, x: m.head(m.se(F.gelu(m.conv1(x)))), head=Head(forward)).eval())
+    assert found == expected if isinstance(expected, set) else re.search(expected, str(found)), found
+
+
+@pytest.mark.parametrize("forward, expected", [
+    (past_the_unit, "unit.conv1.weight is used more than once"), (past_the_unit_by_weight, "unit.conv1.bias is used more than"),
+    (past_the_unit_in_training, "unit.conv1.weight is used more than once"),
+    (past_a_layer, {"unit.conv1.weight", "unit.conv1.bias"})])
+def test_layers_that_another_branch_calls_without_the_block(forward, expected):
+    found = into(Toy(forward, unit=Unit()).eval(), path="unit.se")
+    assert found == expected if isinstance(expected, set) else re.search(expected, str(found)), found
+
+
+@pytest.mark.parametrize("forward, expected", [
+    (with_a_second_head, "does something else in train mode"), (with_a_second_head_for_the_input, {"fc.weight"})])
+def test_heads_of_train_mode(forward, expected):
+    found = into(Toy(forward, fc=nn.Linear(8, 2), second=nn.Linear(8, 2)).eval())
+    assert found == expected if isinstance(expected, set) else re.search(expected, str(found)), found
 
 
 def test_shared_weights_are_refused():
@@ -112,7 +246,7 @@ def test_shared_weights_are_refused():
     lambda m, x: m.fc(m.se(x).flatten(1)),
     lambda m, x: m.se(halves(m, x)) + x,
     lambda m, x: m.conv2(m.se(x).view(-1, 4, 2, 16, 16).transpose(1, 2).reshape(-1, 8, 16, 16)),  # channel shuffle
-    lambda m, x: m.conv2(torch.nn.functional.pixel_unshuffle(m.se(x), 2)[:, ::4].repeat(1, 1, 2, 2)),
+    lambda m, x: m.conv2(F.pixel_unshuffle(m.se(x), 2)[:, ::4].repeat(1, 1, 2, 2)),
 ])
 def test_the_scaled_weights_do_what_the_factor_does(forward):
     toy = Toy(forward, grouped=nn.Conv2d(8, 8, 3, groups=4, padding=1), fc=nn.Linear(8 * 16 * 16, 2)).double().eval()

@@ -1,6 +1,7 @@
 """Gates folded into weights: only rounding if they are constant; otherwise a report says what they do."""
 
 import copy
+import dataclasses
 import math
 import pickle
 import re
@@ -8,9 +9,11 @@ import re
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import se_inject
+from se_inject.blocks import catalogue
 from se_inject.capture.inputs import smallest_input
 from se_inject.surgery.state import block_paths, injections_of
 
@@ -249,6 +252,57 @@ def test_timm_saves_the_model_as_it_is_now(tmp_path):
             assert torch.equal(other(images()), m(images()))
 
 
+@needs_intermediates
+@pytest.mark.parametrize("name, include, kept", [
+    ("resnet18", ("layer4.*",), ["layer4.1.se1"]), ("mobilenetv2_050", ("blocks.0.*", "blocks.1.*"), ["blocks.1.1.se1"])])
+def test_gates_that_other_methods_would_lose_are_kept(name, include, kept):
+    """The gate behind the last layer of a stage could go into the next stage or the classifier, but for the features."""
+    model = constant_gates(se_inject.inject(randomise(timm.create_model(name)), placement="post", include=include)).eval()
+
+    def outputs():
+        with torch.no_grad():
+            return [total(f(images(2))) for f in (model, model.forward_features, model.forward_intermediates)]
+
+    expected = outputs()
+    report = se_inject.fold(model, [images(2)])
+    assert [s.path for s in report.kept] == block_paths(model) == kept and report.folded
+    assert "returns would be without its gate, which goes into" in report.kept[0].reason
+    for a, b in zip(expected, outputs(), strict=True):
+        assert (a - b).norm() <= 1e-4 * a.norm()
+
+
+def test_an_owner_that_was_parametrized_is_refused():
+    model = se_inject.inject(Net(), input_size=(3, 32, 32)).eval()
+    model.block.register_parameter("gain", nn.Parameter(torch.ones(())))
+    nn.utils.parametrize.register_parametrization(model.block, "gain", nn.Identity())
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(se_inject.SEInjectError, match="fold: ParametrizedResidual was changed since"):
+        se_inject.fold(model, [images()])
+    assert list(model.state_dict()) == list(state) and block_paths(model)
+
+
+def test_layers_in_the_memory_of_others():
+    """Tied by their data, a layer stays as it is; parts of one vector that do not overlap are scaled."""
+    model = timm.create_model("resnet18")
+    vector = nn.utils.parameters_to_vector(model.parameters())
+    nn.utils.vector_to_parameters(vector, model.parameters())
+    model.layer1[1].bn2.weight = nn.Parameter(model.layer1[0].bn2.weight.data)
+    model.layer2[1].bn2.bias = nn.Parameter(vector.data[3:131])
+    report = se_inject.fold(constant_gates(se_inject.inject(model)).eval(), [images()])
+    assert {s.path: s.folded for s in report.sites} == {f"layer{i}.{j}.se": (i > 2 or (i, j) == (2, 0)) for i in range(1, 5)
+                                                        for j in range(2)}
+    assert all("is shared with another module" in s.reason for s in report.kept)
+
+
+def test_a_model_of_inference_mode():
+    with torch.inference_mode():
+        model = constant_gates(se_inject.inject(randomise(Net()), input_size=(3, 32, 32))).eval()
+    with pytest.raises(se_inject.SEInjectError, match="call fold inside"):
+        se_inject.fold(model, [images()])
+    with torch.inference_mode():
+        assert len(se_inject.fold(model, [images()]).folded) == 1
+
+
 class Counting(list):
     """A loader that gives other images in its second pass."""
 
@@ -269,7 +323,9 @@ def test_a_loader_may_shuffle():
     ([], "no batch"), (iter([images()]), "an iterator"), ([torch.zeros(3, 32, 32)], "batches of floating-point images"),
     ([{"image": images()}], "gave a dict"), ([images() * math.nan], "NaN"), ([images().byte()], "floating-point"),
     ([images(size=(1, 32, 32))], "does not take"), ([images(), "x"], "gave a str"),
-], ids=["empty", "iterator", "dims", "dict", "nan", "bytes", "channels", "late"])
+    ([images(), images(size=(1, 32, 32))], "does not take the batch of an input of shape"),
+    ([images().double()], "does not take the batch"),
+], ids=["empty", "iterator", "dims", "dict", "nan", "bytes", "channels", "late", "later", "double"])
 def test_wrong_loaders_change_nothing(loader, message):
     model = se_inject.inject(timm.create_model("resnet18"))
     model.layer1.eval()
@@ -329,3 +385,136 @@ def injected():
 def test_models_that_are_refused(function, make, message):
     with pytest.raises(se_inject.SEInjectError, match=message):
         function(make())
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return x + self.bn(self.conv(x.relu()))
+
+
+class Net(nn.Module):
+    """A small classifier, and what it returns as a function of its logits."""
+
+    def __init__(self, returned=lambda z: z):
+        super().__init__()
+        self.stem, self.block, self.fc, self.returned = nn.Conv2d(3, 8, 3), Residual(), nn.Linear(8, 5), returned
+
+    def forward(self, x):
+        return self.returned(self.fc(self.block(self.stem(x)).mean((2, 3))))
+
+
+@dataclasses.dataclass
+class Logits:
+    logits: torch.Tensor
+
+
+@pytest.mark.parametrize("returned", [
+    lambda z: (z, z.argmax(1)), lambda z: {"probable": z > z.mean(), "logits": [z, None, 3, "text"]},
+    lambda z: torch.fft.fft(z), lambda z: F.dropout(z, 0.5, training=True), lambda z: z * torch.rand_like(z),
+], ids=["class", "nested", "complex", "dropout", "noise"])
+def test_outputs_that_are_compared(returned):
+    model = constant_gates(se_inject.inject(randomise(Net(returned)), input_size=(3, 32, 32)).eval())
+    assert block_paths(model) == ["block.se"]
+    report = se_inject.fold(model, [images()])
+    assert len(report.folded) == 1 and report.change < 1e-5
+
+
+def test_a_model_that_amplifies_rounding_is_proven_in_double_precision():
+    model = constant_gates(se_inject.inject(randomise(Net(lambda z: (z * 3e5).sin())), input_size=(3, 32, 32)).eval())
+    report = se_inject.fold(model, [images()])
+    assert len(report.folded) == 1 and report.change > torch.finfo(torch.float32).eps ** 0.5
+
+
+@pytest.mark.parametrize("returned, what", [
+    (Logits, "an object of class Logits"), (lambda z: 1, "no tensor"), (lambda z: (z, Logits(z)), "an object of class Logits"),
+], ids=["object", "number", "both"])
+def test_outputs_that_cannot_be_compared_are_refused(returned, what):
+    model = constant_gates(se_inject.inject(randomise(Net()), input_size=(3, 32, 32)).eval())
+    model.returned = returned
+    state = {k: t.clone() for k, t in model.state_dict().items()}
+    with pytest.raises(se_inject.SEInjectError, match=f"the model returns {what}"):
+        se_inject.fold(model, [images()])
+    assert all(torch.equal(t, state[k]) for k, t in model.state_dict().items()) and block_paths(model)
+
+
+class OfRows(nn.Module):
+    """A gate for each row of the map."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.fc, self.gate = nn.Conv1d(channels, 1, 1), nn.Sigmoid()
+
+    def forward(self, x):
+        return x * self.gate(self.fc(x.mean(3))).unsqueeze(-1)
+
+
+class OfGroups(OfRows):
+    """One gate for the channels of the same place in each of two groups."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.fc = nn.Conv2d(channels // 2, channels // 2, 1)
+
+    def forward(self, x):
+        y = x.view(-1, x.shape[1] // 2, x.shape[2], x.shape[3])
+        return (y * self.gate(self.fc(y.mean((2, 3), keepdim=True)))).view(x.shape)
+
+
+class Flipped(OfRows):
+    """A gate for each channel, of the map with its channels in the opposite order."""
+
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.fc = nn.Conv2d(channels, channels, 1)
+
+    def of(self, x):
+        return self.gate(self.fc(x.mean((2, 3), keepdim=True)))
+
+    def forward(self, x):
+        return (x.permute(0, 2, 3, 1) * self.of(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class InPlace(Flipped):
+    def forward(self, x):
+        return x.mul_(self.of(x))
+
+
+class ByKeyword(nn.Module):
+    """A block whose product is in a module inside, which is called by keyword."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.core = Flipped(channels)
+
+    def forward(self, x):
+        return self.core(x=x)
+
+
+def own_block(cls, monkeypatch, size=(3, 10, 10), **zero):
+    monkeypatch.setattr(catalogue, "_rows", {name: row for name, row in catalogue._rows.items() if name != "own"})
+    se_inject.register_block("own", cls)
+    return se_inject.inject(randomise(Net()), input_size=size, block="own", init="timm").eval()
+
+
+@pytest.mark.parametrize("cls", [OfRows, OfGroups])
+@pytest.mark.parametrize("side", [6, 10, 12])
+def test_gates_of_something_else_than_channels_are_kept(cls, side, monkeypatch):
+    """The map has 8 channels, and fewer rows, as many rows, or more."""
+    model = own_block(cls, monkeypatch, (3, side, side))
+    report = se_inject.fold(model, [images(2, (3, side, side))])
+    assert [s.reason for s in report.sites] == ["its gate is not one factor for each channel"]
+    assert list(se_inject.gates(model, [images(2, (3, side, side))]).left_out) == ["block.se"]
+
+
+@pytest.mark.parametrize("cls", [Flipped, InPlace, ByKeyword])
+def test_blocks_of_another_form_are_folded(cls, monkeypatch):
+    model, x = own_block(cls, monkeypatch), images(1, (3, 10, 10))
+    with torch.no_grad():
+        expected = model(x)
+    assert len(se_inject.fold(model, [x]).folded) == 1 and not block_paths(model)
+    with torch.no_grad():
+        assert (model(x) - expected).norm() <= 1e-5 * expected.norm()

@@ -128,6 +128,13 @@ def test_weights_are_a_state_dict_of_their_own(tmp_path):
     timm.create_model(weights.architecture, checkpoint_path=str(tmp_path / "native.pth"))
 
 
+@needs_model_args
+def test_the_twin_updates_its_statistics_alike():
+    model = timm.create_model("se_inject/efficientnet_lite0", act_layer="silu", bn_momentum=0.01, num_classes=3)
+    weights = se_inject.to_native(model)
+    assert weights.architecture == "efficientnet_b0" and weights.model_args["bn_momentum"] == 0.01
+
+
 def test_without_a_factor_the_weights_are_the_same():
     model = timm.create_model("se_inject/resnet18", se_init="timm")
     weights = se_inject.to_native(model)

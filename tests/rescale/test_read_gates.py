@@ -300,6 +300,7 @@ def test_the_model_is_left_as_it_was():
     ([torch.zeros(2, 3, 32, 32, dtype=torch.uint8)], "floating-point images"),
     (["a.png"], "the loader gave a str"),
     ([torch.zeros(2, 5, 32, 32)], "does not take the loader's images"),
+    ([images(2), images(2, (5, 32, 32))], r"gates\(ResNet\w*\): the model does not take the batch"),
     ([(images(2), torch.zeros(2, 10))], r"a tensor of \(2, 10\) and torch.float32 as labels of 2 images"),
     ([(images(2), torch.tensor([1]))], r"a tensor of \(1,\) and torch.int64 as labels of 2 images"),
     ([(images(2), [{}, {}])], "a list as labels of 2 images; it must give one class number or name for each image"),
