@@ -143,8 +143,7 @@ class _ScaleOfNorm(Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gate, stand, norm_input, factor, offset = ctx.saved_tensors
-        with torch.no_grad():
-            x = _normed(norm_input, factor, offset)
+        x = _normed(norm_input.detach(), factor.detach(), offset.detach())
         if torch.is_grad_enabled():  # a function of `x`, for the gradient of this gradient
             product = grad * _WithGradientOf.apply(x, stand)
         else:

@@ -193,6 +193,8 @@ def _identity_problem(config: SEConfig, outer_gain: float) -> str | None:
             block.train(training)
             try:
                 y = block(x.clone())  # it may write into it
+            except MemoryError:
+                raise
             except Exception as error:
                 return f"{head}: it raises {error!r} on a map of shape {tuple(x.shape)}; {advice}"
             if not isinstance(y, torch.Tensor):

@@ -99,6 +99,25 @@ def asks_by_identity(cls: Any) -> str | None:
     return None
 
 
+_ASKING = {
+    "isinstance", "issubclass", "hasattr", "getattr", "vars", "dir", "str", "repr", "id", "super", "children", "named_children",
+    "modules", "named_modules", "get_submodule", "_modules", "_get_name", "__class__", "__dict__"}  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def may_ask_for_children(cls: Any) -> bool:
+    """Whether a forward may ask what its children are: it says so, or calls a function of another file, which may."""
+    functions = functions_of(cls)
+    for function in functions:
+        for name in names_in(function):
+            value = function.__globals__.get(name)
+            foreign = isinstance(value, types.FunctionType) and inspect.unwrap(value) not in functions and (
+                not value.__module__.startswith("torch."))
+            if name in _ASKING or foreign or isinstance(getattr(cls, name, None), property):
+                return True
+    return False
+
+
 def _is_harmless(before: list[dis.Instruction]) -> bool:
     """Whether an `is` compares with None, or the result of a call with a constant, as in ``getattr(m, "flag", 0) is True``."""
     constant = before[-1]

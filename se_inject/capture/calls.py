@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 REST = "**"  # among the keyword arguments of a call in a trace: all of the caller's ``**kwargs``
 
@@ -85,22 +84,3 @@ class Run:
         cause = self.error.__cause__
         why = re.split(r"\.\s|\n", str(cause).strip())[0].rstrip(".")
         return f"the run without values ended in {self.where or 'the model itself'} ({type(cause).__name__}: {why})"
-
-
-def alike(a: Any, b: Any) -> bool:
-    """Whether two arguments have the same structure and shapes."""
-    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
-        return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape == b.shape
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(alike(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(map(alike, a, b))
-    return True
-
-
-def leaves(args: Any, kwargs: Any) -> list[Any]:
-    """The values in the arguments of a call, tensors and others."""
-    if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor):  # as most calls have; the walk is slow
-        return [args[0]]
-    found: list[Any] = tree_leaves((args, kwargs))
-    return found

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Hashable
+from collections import Counter
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
@@ -40,9 +41,12 @@ class Fingerprints:
     Use it inside `on_meta`, where modules have one mode.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self._known: dict[nn.Module, Hashable] = {}
         self._numbers: dict[Hashable, int] = {}
+        times = Counter(id(part) for m in model.modules() for _, part in _parts(m))
+        self._shared = {part for part, n in times.items() if n > 1}
+        self._places: dict[nn.Module, list[tuple[str, int]]] = {}
 
     def of(self, module: nn.Module) -> Hashable:
         if module not in self._known:
@@ -53,6 +57,27 @@ class Fingerprints:
                 (name, frozen(t)) for d in (module._parameters, module._buffers) for name, t in d.items())
             children = tuple(
                 (name, None if child is None else self.of(child)) for name, child in module._modules.items())
-            key = (type(module), own, tensors, children)
+            key = (type(module), own, tensors, children, self._ties(module) if self._shared else ())
             self._known[module] = self._numbers.setdefault(key, len(self._numbers))
         return self._known[module]
+
+    def _ties(self, module: nn.Module) -> Hashable:
+        """The names inside a module that lead to one child or tensor, each with the first name that does."""
+        first: dict[int, str] = {}
+        ties = [(name, first.setdefault(part, name)) for name, part in self._shared_in(module)]
+        return tuple((name, other) for name, other in ties if name != other)
+
+    def _shared_in(self, module: nn.Module) -> list[tuple[str, int]]:
+        if module not in self._places:
+            found = self._places[module] = []
+            for name, part in _parts(module):
+                found += [(name, id(part))] if id(part) in self._shared else []
+                if isinstance(part, nn.Module):
+                    found += [(f"{name}.{inner}", number) for inner, number in self._shared_in(part)]
+        return self._places[module]
+
+
+def _parts(module: nn.Module) -> Iterator[tuple[str, object]]:
+    """The tensors and the children that a module holds by name."""
+    for d in (module._parameters, module._buffers, module._modules):
+        yield from ((name, part) for name, part in d.items() if part is not None)

@@ -5,6 +5,7 @@ What a trace would lose is refused with its reason.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -22,14 +23,15 @@ from ..errors import Refusal
 from ..undo import entered
 from .arguments import STARS, Unpacked, bound, signature_of
 from .author_code import asks_by_identity
-from .calls import Call, alike, leaves
+from .calls import Call
+from .containers import leaves
 from .graphs import compute, evaluate, subgraph
 from .meta_ops import MetaOps, storage
 from .passed_on import PassedOn, watched
 from .side_effects import Draws, may_draw, modes, other_modes, random_state, state_of
 from .snapshot import kept_globals, restored
 from .tracer import IN_PLACE, READ_AGAIN, QuickTracer
-from .trail import called, first_difference, is_trusted, related, returned
+from .trail import alike, called, first_difference, is_trusted, related, returned
 
 _T = TypeVar("_T")
 
@@ -109,7 +111,15 @@ class _OwnTracer(QuickTracer):
 
 
 def is_plain_sequential(module: nn.Module) -> bool:
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    """Whether a module calls all its children one after the other, and holds them, as `nn.Sequential` does."""
+    cls: Any = type(module)
+    return isinstance(module, nn.Sequential) and _is_plain_sequence(cls)
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_plain_sequence(cls: Any) -> bool:
+    return cls.forward is nn.Sequential.forward and all(
+        getattr(cls, name).__module__.startswith(("torch.", "se_inject.")) for name in ("__iter__", "__len__", "__getitem__"))
 
 
 def _chain(module: nn.Module) -> fx.Graph:
@@ -223,6 +233,20 @@ class Marker(nn.Module):
         return x
 
 
+@contextlib.contextmanager
+def marked(module: nn.Module, slot: str) -> Iterator[None]:
+    """Inside, a slot of a module is filled with a `Marker`."""
+    with restored([module]):  # past a __setattr__, ours or the author's
+        module.__dict__["_modules"] = {**module._modules, slot: Marker()}
+        module.__dict__.pop(slot, None)
+        yield
+
+
+def not_tensors(values: dict[str, Any]) -> list[str]:
+    """The arguments of a call that are something else than a tensor."""
+    return [name for name, value in values.items() if not isinstance(value, torch.Tensor)]
+
+
 def own_forward(call: Call, marker: str | None = None, reading: bool = False) -> tuple[Forward, dict[fx.Node, Call]]:
     """Trace the called module alone; returns the forward, and the recorded calls of children by node.
 
@@ -239,12 +263,8 @@ def own_forward(call: Call, marker: str | None = None, reading: bool = False) ->
         decisions.append(bool(evaluate(node, call.module, values, known)))
         return decisions[-1]
 
-    with restored([] if marker is None else [call.module]):
-        if marker is not None:  # past a __setattr__, ours or the author's
-            call.module.__dict__["_modules"] = {**call.module._modules, marker: Marker()}
-            call.module.__dict__.pop(marker, None)
-        unknown = [name for name, value in values.items() if not isinstance(value, torch.Tensor)]
-        graph = trace_forward(call.module, constants, decide, reading, unknown)
+    with entered(*() if marker is None else (marked(call.module, marker),)):
+        graph = trace_forward(call.module, constants, decide, reading, not_tensors(values))
     env: dict[fx.Node, Any] = {}
     calls: dict[fx.Node, Call] = {}
     children = iter(call.children)

@@ -70,9 +70,11 @@ class MetaOps(TorchDispatchMode):
         kwargs = kwargs or {}
         op = _about(func)
         begun = begin(func, args, kwargs) if self.detailed else None
-        for i in op.writes:
-            if i < len(args) and isinstance(args[i], torch.Tensor):
-                self.written.append(args[i].untyped_storage())
+        for i, name in op.writes:
+            value = args[i] if i < len(args) else kwargs.get(name)
+            for t in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(t, torch.Tensor):
+                    self.written.append(t.untyped_storage())
         first = args[0] if args else None
         out = None
         if isinstance(first, torch.Tensor):
@@ -80,7 +82,7 @@ class MetaOps(TorchDispatchMode):
                 return torch.empty_like(first, device="meta")
             if self.fast and op.fast_path is not None and first.is_meta and first.is_floating_point():
                 out = op.fast_path(func, first, args, kwargs)
-        elif op.packet is _aten.cat and self.fast:
+        elif func is _aten.cat.default and self.fast:
             out = _cat(*args, **kwargs)
         elif self.factories and op.makes_tensor:
             kwargs = {**kwargs, "device": torch.device("meta")}
@@ -98,11 +100,11 @@ _FastPath = Callable[[Any, torch.Tensor, Sequence[Any], dict[str, Any]], Any]
 
 @dataclasses.dataclass(frozen=True)
 class _Operator:
-    """One operator: the positions of the arguments that it writes into, torch's formula for its cost, and the fast path to
-    its result, which may give None for some arguments."""
+    """One operator: the positions and names of the arguments that it writes into, torch's formula for its cost, and the fast
+    path to its result, which may give None for some arguments."""
 
     packet: Any
-    writes: tuple[int, ...]
+    writes: tuple[tuple[int, str], ...]
     makes_tensor: bool
     formula: Any
     fast_path: _FastPath | None
@@ -112,10 +114,12 @@ class _Operator:
 def _about(func: Any) -> _Operator:
     packet = func._overloadpacket
     arguments = func._schema.arguments
-    writes = tuple(i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write)
+    writes = tuple((i, a.name) for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write)
     makes = any(a.name == "device" for a in arguments) and not any("Tensor" in str(a.type) for a in arguments)
     fast_path: _FastPath | None = None
-    if packet in _IN_PLACE:
+    if any(a.is_out for a in arguments):
+        pass  # the result is what it writes into
+    elif packet in _IN_PLACE:
         fast_path = _in_place
     elif packet in _LIKE_FIRST:
         fast_path = _broadcast if packet in _BROADCAST else _like_first

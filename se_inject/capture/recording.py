@@ -13,15 +13,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from ..errors import TraceError
 from ..undo import entered, surgery_lock, undone
-from .calls import Call, Run, alike, leaves
+from .calls import Call, Run
+from .containers import leaves, tensors_in
 from .example import Example
 from .meta_ops import MetaOps, storage
 from .snapshot import kept_globals, kept_hooks, restored
-from .trail import Step, called, is_trusted, numbered, returned
+from .trail import Step, alike, called, is_trusted, numbered, returned
 
 
 def _as_given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -101,15 +102,19 @@ def record(model: nn.Module, example: Example, ops: MetaOps) -> Run:
         written.append(len(ops.written))
 
     def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        nonlocal count
+        nonlocal count, taken
         call = stack.pop()
         call.output, call.end = output, count
         call.operators += len(ops.trail)
         since = ops.written[written.pop():]
         if since:
-            given = {storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+            given = set(map(storage, tensors_in((args, kwargs))))
             call.writes = frozenset(s._cdata for s in since) & given
         take_own()
+        if call.passes and getattr(module, "inplace", False) is True:  # dropout, which writes in train mode
+            ops.written.append(args[0].untyped_storage())
+            taken = len(ops.written), taken[1]
+            call.writes = frozenset({storage(args[0])})
         writes, trail = own.pop()
         ops.detailed = not stack or not is_trusted(stack[-1].module)
         call.own_writes, call.own_trail = tuple(writes), [*trail, returned(leaves((output,), {}))]

@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import operator
 import random
-import sys
 import types
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -18,82 +16,14 @@ from torch import nn
 
 from ..undo import entered, surgery_lock, undone
 from .author_code import functions_of, is_of_library, names_in
+from .containers import LARGE, PLAIN_CLASSES, contents, differs, put_all_back
 
 _AT_CALL = ("_forward_hooks", "_forward_pre_hooks")
 _AT_BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
 HOOKS = (*_AT_CALL, *_AT_BACKWARD)
 _HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 ORIGINAL = "_se_original"  # of a twin on the meta device: the small tensor that it stands for
-_DEPTH = 5  # how far objects inside objects are followed from a module's attributes
-_LARGE = 1000  # a container with more items holds data, and its items are not followed
-_PLAIN = frozenset({type(None), bool, int, float, str})
 _OF_TORCH = frozenset(vars(nn.Module()))
-
-
-@functools.lru_cache(maxsize=4096)
-def _kind(cls: Any) -> Any:
-    """What values of a class are for `restored`: a container, a tuple, an object with attributes, or None."""
-    if issubclass(cls, (nn.Module, torch.Tensor, type)):
-        return None
-    for kind in (dict, list, set, deque, tuple):
-        if issubclass(cls, kind):
-            return kind
-    library = str(cls.__module__).partition(".")[0]
-    own = library != "torch" and library not in sys.stdlib_module_names
-    return object if cls is types.SimpleNamespace or (own and getattr(cls, "__dictoffset__", None)) else None
-
-
-def _kept(values: list[Any]) -> list[tuple[Any, Any]]:
-    """The containers among values, and among the items of these and of plain objects, each with a copy of its items."""
-    kept: dict[int, tuple[Any, Any]] = {}
-    for _ in range(_DEPTH):
-        inner: list[Any] = []
-        for holder in values:
-            cls: Any = type(holder)
-            kind = None if cls in _PLAIN else _kind(cls)
-            if kind is object:
-                holder, kind = holder.__dict__, dict
-            if kind is None or id(holder) in kept:
-                continue
-            items = holder if kind is tuple else dict(_dict_of(holder).items(holder)) if kind is dict else kind.copy(holder)
-            kept[id(holder)] = holder, items
-            if len(items) <= _LARGE:
-                inner += items.values() if kind is dict else items
-        values = inner
-    return list(kept.values())
-
-
-def _dict_of(holder: dict[Any, Any]) -> type[dict[Any, Any]]:
-    """The class whose methods see the items of a dict, past those of a subclass."""
-    return OrderedDict if isinstance(holder, OrderedDict) else dict
-
-
-def _put_back(holder: Any, items: Any) -> None:
-    """Give a container its items back."""
-    if not _differs(holder, items):
-        return
-    if isinstance(holder, dict):
-        base = _dict_of(holder)
-        base.clear(holder)
-        for key, value in items.items():
-            base.__setitem__(holder, key, value)
-    else:
-        holder.clear()
-        holder.update(items) if isinstance(holder, set) else holder.extend(items)
-
-
-def _put_all_back(kept: list[tuple[Any, Any]]) -> None:
-    for holder, items in kept:
-        _put_back(holder, items)
-
-
-def _differs(holder: Any, items: Any) -> bool:
-    """Whether a container has other items. They are compared by identity, as a proxy that a trace left has no equality."""
-    if isinstance(holder, dict):
-        now = dict(_dict_of(holder).items(holder))
-        return len(now) != len(items) or not all(map(operator.is_, now, items)) or not all(
-            map(operator.is_, now.values(), items.values()))
-    return holder is not items and (len(holder) != len(items) or not all(map(operator.is_, holder, items)))
 
 
 @contextlib.contextmanager
@@ -105,16 +35,16 @@ def kept_globals(classes: Iterable[Any]) -> Iterator[Callable[[], bool]]:
     asked = [_globals_of(cls) for cls in classes if not cls.__module__.startswith("torch.")]
     names = {(id(namespace), name): namespace for found, _ in asked for namespace, name in found}
     bound = [(namespace, name, namespace[name]) for (_, name), namespace in names.items() if name in namespace]
-    kept = _kept([*(value for _, _, value in bound), *(default for _, defaults in asked for default in defaults)])
+    kept = contents([*(value for _, _, value in bound), *(default for _, defaults in asked for default in defaults)])
 
     def put_back() -> None:
         for namespace, name, value in bound:
             namespace[name] = value
-        _put_all_back(kept)
+        put_all_back(kept)
 
     with undone(put_back):
         yield lambda: any(namespace.get(name) is not value for namespace, name, value in bound) or any(
-            _differs(holder, items) for holder, items in kept)
+            differs(holder, items) for holder, items in kept)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -148,10 +78,10 @@ def restored(modules: Iterable[nn.Module]) -> Iterator[Callable[[], bool]]:
     deeper: list[Any] = []
     for _, _, attributes in saved:
         for key, value in attributes.items():
-            if type(value) not in _PLAIN and key not in _OF_TORCH:
+            if type(value) not in PLAIN_CLASSES and key not in _OF_TORCH:
                 items = value.values() if type(value) is dict else value if type(value) in (list, tuple) else (value,)
-                deeper += items if len(items) <= _LARGE else ()
-    kept = _kept(deeper)
+                deeper += items if len(items) <= LARGE else ()
+    kept = contents(deeper)
 
     def put_back() -> None:
         for m, cls, attributes in saved:
@@ -159,7 +89,7 @@ def restored(modules: Iterable[nn.Module]) -> Iterator[Callable[[], bool]]:
                 set_class(m, cls)
             m.__dict__.clear()
             m.__dict__.update(attributes)
-        _put_all_back(kept)
+        put_all_back(kept)
 
     with undone(put_back):
         for m, _, attributes in saved:
@@ -167,10 +97,10 @@ def restored(modules: Iterable[nn.Module]) -> Iterator[Callable[[], bool]]:
                 cls: Any = type(value)
                 if cls is dict or cls is list:
                     m.__dict__[key] = value.copy()
-                elif cls not in _PLAIN and _is_consumed(cls):
+                elif cls not in PLAIN_CLASSES and _is_consumed(cls):
                     m.__dict__[key] = copy.copy(value)
         yield lambda: any(_has_changed(m, attributes) for m, _, attributes in saved) or any(
-            _differs(holder, items) for holder, items in kept)
+            differs(holder, items) for holder, items in kept)
 
 
 @contextlib.contextmanager
@@ -178,14 +108,14 @@ def kept_hooks(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Afterwards each module has the hooks that it had before, and the containers that they hold have their items back."""
     dicts = [m.__dict__[key] for m in modules for key in (*HOOKS, *_HOOK_FLAGS)]
     filled = [(d, d.copy()) for d in dicts if d]
-    held = _kept([value for d, _ in filled for hook in d.values() for value in _held_by(hook)])
+    held = contents([value for d, _ in filled for hook in d.values() for value in _held_by(hook)])
 
     def put_back() -> None:
         for d in filter(None, dicts):
             d.clear()
         for d, hooks in filled:
             d.update(hooks)
-        _put_all_back(held)
+        put_all_back(held)
 
     with undone(put_back):
         yield
@@ -222,7 +152,7 @@ def all_or_nothing(model: nn.Module, tensors: Iterable[torch.Tensor] = ()) -> It
     except BaseException:
         for m, cls, _ in modules:
             set_class(m, cls)
-        _put_all_back(kept)
+        put_all_back(kept)
         for m, cls, forward in modules:
             if cls.forward is not forward:  # a GraphModule's class is its own
                 m.recompile()  # type: ignore[operator]
@@ -252,7 +182,7 @@ def _is_other(now: Any, value: Any) -> bool:
         return True
     cls: Any = type(value)
     if cls in (dict, list):
-        return _differs(now, value)
+        return differs(now, value)
     return repr(now.__reduce__()) != repr(value.__reduce__()) if _is_consumed(cls) else now is not value
 
 

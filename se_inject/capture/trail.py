@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
+PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)  # values that a call may pass, beside tensors
 _NUMBER = "_se_number"  # in the dict of a tensor that an operator made
 _numbers = itertools.count(1)
 Step = tuple[int, tuple[int, ...], tuple[int, ...]]  # the digest of an operator, and the keys of what it reads and returns
 UNKNOWN: Step = (0, (), ())  # an operator of a layer whose trail nobody asks for
 CALL, RETURN = -1, -2  # stand for the digest where a child was called, and at the end
+_WORDS = {CALL: "a layer", RETURN: "the output"}
 _words: dict[int, str] = {}
 
 
@@ -86,14 +88,24 @@ def numbered(results: Iterable[Any]) -> tuple[int, ...]:
     return tuple(found)
 
 
-def called(given: Iterable[Any], output: Iterable[Any]) -> Step:
+def called(given: Sequence[Any], output: Iterable[Any]) -> Step:
     """The step of a forward that calls a child, from the values that the child gets and returns."""
-    return CALL, _keys(given), numbered(output)
+    return _with_plain(CALL, given), _keys(given), numbered(output)
 
 
-def returned(output: Iterable[Any]) -> Step:
+def returned(output: Sequence[Any]) -> Step:
     """The last step of a forward: the values that it returns."""
-    return RETURN, _keys(output), ()
+    return _with_plain(RETURN, output), _keys(output), ()
+
+
+def _with_plain(what: int, values: Sequence[Any]) -> int:
+    """The digest of a call or of a return, with the plain values among the `values`."""
+    plain = [repr(v) for v in values if isinstance(v, PLAIN)]
+    if not plain:
+        return what
+    number = hash((what, *plain))
+    _words[number] = _WORDS[what]
+    return number
 
 
 def related(
@@ -134,10 +146,21 @@ def first_difference(a: Sequence[tuple[int, ...]], b: Sequence[tuple[int, ...]])
     x, y = next((x, y) for x, y in itertools.zip_longest(a, b) if x != y)
     if x is not None and y is not None and x[0] == y[0]:
         return _word(x), f"{_word(y)} of other tensors"
-    return _word(x), _word(y)
+    return _word(x), f"{_word(y)} with other values" if _word(x) == _word(y) else _word(y)
 
 
 def _word(step: tuple[int, ...] | None) -> str:
     if step is None:
         return "nothing"
-    return {CALL: "a layer", RETURN: "the output"}.get(step[0]) or _words.get(step[0], "an operator")
+    return _WORDS.get(step[0]) or _words.get(step[0], "an operator")
+
+
+def alike(a: Any, b: Any) -> bool:
+    """Whether two arguments have the same structure, shapes and plain values."""
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape == b.shape
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(alike(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(alike, a, b))
+    return repr(a) == repr(b) if isinstance(a, PLAIN) or isinstance(b, PLAIN) else True

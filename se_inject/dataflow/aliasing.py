@@ -7,16 +7,15 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import fx
-from torch.utils._pytree import tree_leaves
 
 from ..capture.calls import Call
+from ..capture.containers import tensors_in
 from ..capture.meta_ops import storage
 from ..errors import Refusal
 from . import ops
 from .module_graph import ModuleGraph
-from .ops import NEW, VIEW, is_tensor
+from .ops import NEW, VIEW
 from .value_flow import ValueFlow
 
 
@@ -34,11 +33,36 @@ def writes_after(view: ModuleGraph, place: int, memory: set[int]) -> bool:
 def is_read_elsewhere(view: ModuleGraph, node: fx.Node) -> bool:
     """Whether the memory of `node`'s value is written and then read where a gate would not reach: through an earlier node, or
     by the caller that owns the memory."""
-    mine, here = storage(node.meta["val"]), view.index[node]
-    return mine in _last_writes(view) and any(
-        (n.op == "placeholder" and is_written_after(view, node)) or (
+    mine = storage(node.meta["val"])
+    if mine in _last_writes(view) and _is_read_past(view, node, {mine}):
+        return True
+    if not any(n.op == "placeholder" for n in _by_storage(view).get(mine, ())):
+        return False
+    flow = ValueFlow(view.traces)
+    for call in view.traces.calls[view.module]:
+        try:
+            at = view if call is view.call else view.traces.inside(call)
+            memory = {mine} if at.forward is view.forward else {
+                s for n in at.nodes if n.op == "placeholder" for s in storages(n.meta["val"])}
+            above = _in_caller(flow, at, memory)
+            while above is not None:
+                at, node, memory = above
+                if writes_after(at, at.index[node], memory) and _is_read_past(at, node, memory):
+                    return True
+                above = _in_caller(flow, at, memory)
+        except Refusal:  # fx cannot follow a forward around
+            return True
+    return False
+
+
+def _is_read_past(view: ModuleGraph, node: fx.Node, memory: set[int]) -> bool:
+    """Whether memory is read after `node`, other than through its value: through an earlier node, or by the caller where that
+    owns it and it is written."""
+    here, by_storage = view.index[node], _by_storage(view)
+    return any(
+        (n.op == "placeholder" and writes_after(view, here, {s})) or (
             view.index[n] < here and any(view.index[u] > here for u in n.users))
-        for n in _by_storage(view)[mine])
+        for s in memory for n in by_storage.get(s, ()))
 
 
 def _last_writes(view: ModuleGraph) -> dict[int, int]:
@@ -49,8 +73,8 @@ def _by_storage(view: ModuleGraph) -> dict[int, list[fx.Node]]:
     def find() -> dict[int, list[fx.Node]]:
         found: dict[int, list[fx.Node]] = defaultdict(list)
         for n in view.nodes:
-            if is_tensor(n):
-                found[storage(n.meta["val"])].append(n)
+            for s in storages(n.meta.get("val")):
+                found[s].append(n)
         return found
 
     return view.shared("by storage", find)
@@ -66,18 +90,30 @@ def written_between(flow: ValueFlow, view: ModuleGraph, node: fx.Node, end: Call
     while True:
         if writes_after(view, place, memory):
             return True
-        above = None if view.call.begin <= end.begin < view.call.end else flow.caller(view)
+        above = None if view.call.begin <= end.begin < view.call.end else _in_caller(flow, view, memory)
         if above is None:
             return False
-        outer, call = above
-        # each trace has memory of its own: arguments and result pair that of this trace with that of the caller's
-        given = flow.bound(view.module, call)
-        pairs: list[tuple[Any, Any]] = [(view.nodes[-1].args[0], call)]
-        pairs += [(n, given.get(str(n.target))) for n in itertools.takewhile(lambda n: n.op == "placeholder", view.nodes)]
-        memory = {
-            s for inner, out in pairs if isinstance(inner, fx.Node) and isinstance(out, fx.Node)
-            and memory & storages(inner.meta["val"]) for s in storages(out.meta["val"])}
-        view, place = outer, outer.index[call]
+        view, node, memory = above
+        place = view.index[node]
+
+
+def _in_caller(flow: ValueFlow, view: ModuleGraph, memory: set[int]) -> tuple[ModuleGraph, fx.Node, set[int]] | None:
+    """The forward that calls `view`'s module, the node that does, and those of its storages that are in `memory` there.
+
+    None for the model itself, and where the caller does not have the memory.
+    """
+    above = flow.caller(view)
+    if above is None:
+        return None
+    outer, call = above
+    # each trace has memory of its own: arguments and result pair that of this trace with that of the caller's
+    given = flow.bound(view.module, call)
+    pairs: list[tuple[Any, Any]] = [(view.nodes[-1].args[0], call)]
+    pairs += [(n, given.get(str(n.target))) for n in itertools.takewhile(lambda n: n.op == "placeholder", view.nodes)]
+    theirs = {
+        s for inner, out in pairs if isinstance(inner, fx.Node) and isinstance(out, fx.Node)
+        and memory & storages(inner.meta["val"]) for s in storages(out.meta["val"])}
+    return (outer, call, theirs) if theirs else None
 
 
 def describe_memory(
@@ -135,7 +171,7 @@ def _is_new(flow: ValueFlow, view: ModuleGraph, node: fx.Node) -> bool | None:
 
 def storages(value: Any) -> set[int]:
     """The storages of the tensors in a value."""
-    return {storage(t) for t in tree_leaves(value) if isinstance(t, torch.Tensor)}
+    return set(map(storage, tensors_in(value)))
 
 
 class Memory:

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_leaves
 
 from ..capture.calls import Call, Run
 from ..capture.channels import channel_axis
+from ..capture.containers import tensors_in
 from ..capture.fingerprint import Fingerprints, frozen
 from ..capture.forward import Forward, bind, own_forward
 from ..errors import Refusal
@@ -33,7 +33,7 @@ class TracedModel:
         self.calls: dict[nn.Module, list[Call]] = {}
         for call in run.root.walk():
             self.calls.setdefault(call.module, []).append(call)
-        self.fingerprints = Fingerprints()
+        self.fingerprints = Fingerprints(run.root.module)
         self._views: dict[nn.Module, ModuleGraph | None] = {}
         self._inside: dict[Call, ModuleGraph] = {}
         self._forwards: dict[Hashable, Forward] = {}
@@ -190,7 +190,7 @@ class ModuleGraph:
             return False
         value = node.meta.get("val")
         return isinstance(value, torch.Tensor) or (
-            not isinstance(value, _PLAIN) and any(isinstance(v, torch.Tensor) for v in tree_leaves(value)))
+            not isinstance(value, _PLAIN) and bool(tensors_in(value)))
 
     def readers(self, node: fx.Node) -> list[fx.Node]:
         """The users of a value that may read its elements: those that only ask for its sizes are left out."""

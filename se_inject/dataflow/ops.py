@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from ..capture.author_code import draws_by_name
+from ..capture.tracer import IN_PLACE
 from ..private import OpOverloadPacket, schemas_of
 
 NEW, VIEW = "new", "view"
@@ -77,7 +78,8 @@ UNKNOWN = Op("")
 ROWS: dict[str, Op] = {}
 SPELLINGS: dict[Any, str] = {}  # a function, or the name of a method: to the name of the row
 _ORDERS: dict[Any, tuple[str, ...]] = {}  # functions whose arguments come in another order than the row says
-_WRITES: set[Any] = set()  # spellings that write into their first argument
+_WRITES: set[Any] = {  # spellings that write into their first argument; where tensors have no method, Python does without
+    spelling for f in IN_PLACE if hasattr(torch.Tensor, f"__{f.__name__}__") for spelling in (f, f"__{f.__name__}__")}
 _OPERATORS = {"add", "sub", "mul", "matmul", "neg", "abs", "pow"}  # those of Python that mean what torch means by the name
 
 
@@ -117,8 +119,6 @@ def _spell(name: str, spelling: Any) -> None:
         SPELLINGS[getattr(operator, spelling)] = SPELLINGS[f"__{spelling}__"] = name
         if hasattr(operator, f"i{spelling}"):
             SPELLINGS[getattr(operator, f"i{spelling}")] = SPELLINGS[f"__i{spelling}__"] = name
-            if hasattr(torch.Tensor, f"__i{spelling}__"):  # else Python does without
-                _WRITES.update((getattr(operator, f"i{spelling}"), f"__i{spelling}__"))
 
 
 def _memory_by_schema(name: str) -> str | None:
@@ -136,7 +136,6 @@ _row("sub", "input other alpha", also=("subtract",), linear=True, elementwise=Tr
 _row("mul", "input other", also=("multiply",), linear=True, factors="input other", scales=True, elementwise=True)
 _row("div", "input other rounding_mode", also=("divide", "true_divide", operator.truediv, operator.itruediv, "__truediv__"),
      linear=True, fixed="other", scales=True, elementwise=True, unless="rounding_mode")
-_WRITES.add(operator.itruediv)
 _row("neg", also=("negative",), linear=True, scales=True, elementwise=True)
 _row("addcmul", "input tensor1 tensor2 value", linear=True, factors="tensor1 tensor2", elementwise=True)
 _row("matmul", "input other", linear=True, factors="input other")
@@ -212,7 +211,7 @@ for _name in ("to", "type", "type_as", "float", "double", "half", "bfloat16", "c
     _row(_name, linear=True, scales=True, casts=True, memory=VIEW)
 _row("clone", linear=True, scales=True, casts=True)
 for _name in ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout"):
-    _row(_name, "input p training", linear=True, scales=True, drops=True, memory=NEW)
+    _row(_name, "input p training", linear=True, scales=_name != "alpha_dropout", drops=True, memory=NEW)
 for _name in ("size", "dim", "numel", "ndimension", "stride", "is_floating_point", "is_contiguous"):
     _row(_name, asks=True, memory=None)
 _row("len", also=(len,), asks=True, memory=None)  # a function of Python, and no method
@@ -226,6 +225,10 @@ def of(node: object) -> Op:
     row = ROWS.get(SPELLINGS.get(node.target) or _aten_name(node.target), UNKNOWN)
     if row.unless and any(argument(node, name) is not None for name in row.unless):
         return UNKNOWN
+    if (row.casts or row.views) and is_tensor(node) and is_tensor(first := argument(node, "input")):
+        old, new = first.meta["val"].dtype, node.meta["val"].dtype
+        if (old != new and row.views) or (old.is_floating_point and not new.is_floating_point):
+            return UNKNOWN  # it reads bits as another number, or rounds
     return row
 
 
@@ -252,7 +255,7 @@ def _order(target: Any) -> tuple[str, ...]:
     schema = getattr(target, "_schema", None)
     if schema is None or not _aten_name(target):
         return row.args
-    names = {"self": row.args[0], "train": "training"}
+    names = {"self": "input", "train": "training"}
     return tuple(names.get(a.name, a.name) for a in schema.arguments)
 
 
@@ -273,9 +276,11 @@ def layer_arguments(node: fx.Node) -> tuple[Any, Any, Any, int]:
 
 
 def writes(node: fx.Node) -> bool:
-    """Whether the spelling of a node's operator writes into its first argument."""
+    """Whether the spelling of a node's operator writes into its first argument, or into ``out``."""
     if node.op not in ("call_function", "call_method"):
         return False
+    if node.kwargs.get("out") is not None:
+        return True
     if isinstance(node.target, str) and node.target.endswith("_") and not node.target.endswith("__"):
         return True
     exported = getattr(node.target, "overloadpacket", node.target)

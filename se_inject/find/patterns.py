@@ -64,8 +64,9 @@ def _operands(node: fx.Node) -> list[fx.Node] | None:
         parts = argument(first, "tensors")
         if len(first.users) == 1 and _dim(node) == _dim(first) and isinstance(parts, (list, tuple)):
             found = list(parts)
-    maps = all(is_tensor(n) and shape(n) == shape(found[0]) and len(shape(n)) >= 3 for n in found)
-    return found if len(found) > 1 and maps and node.meta["val"].is_floating_point() else None
+    if len(found) < 2 or not is_tensor(node) or not node.meta["val"].is_floating_point():
+        return None
+    return found if all(is_tensor(n) and shape(n) == shape(node) and len(shape(n)) >= 3 for n in found) else None
 
 
 def _dim(node: fx.Node) -> object:

@@ -34,7 +34,8 @@ def find_place(c: Candidate, slot: Slot | None, placement: str, traces: TracedMo
         conv = _conv_before(view, slot.node)
         inner = slot.name == "se" and is_inner(slot)
         depthwise = inner and conv is not None and is_depthwise(conv)
-        return Place(c, slot.view, slot.node, fill=slot, inner=inner, depthwise=depthwise)
+        reason = IN_PLACE if is_read_elsewhere(slot.view, slot.node) else None
+        return Place(c, slot.view, slot.node, fill=slot, inner=inner, depthwise=depthwise, reason=reason)
     place = _place(c, placement, traces)
     if place.reason is None and c.reason is None:
         place = _where_all_methods_pass(place, traces)

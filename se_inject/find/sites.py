@@ -141,7 +141,9 @@ def _why_not(place: Place, gates: Gates, config: SEConfig, taken: Mapping[nn.Mod
     known = place.reason or c.reason
     if known is not None:
         return known
-    dims, dim = shape(place.node), view.channel_dim(place.node)
+    dims, dim, dtype = shape(place.node), view.channel_dim(place.node), place.node.meta["val"].dtype
+    if not dtype.is_floating_point:
+        return f"its tensor is of {dtype}, which a block does not take"
     if view.module in taken:
         return f"already has channel attention at {taken[view.module]}"
     there = gates.in_region(c.view, c.branch) or _gated_behind(view, place.node, gates)

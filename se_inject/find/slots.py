@@ -7,12 +7,16 @@ import dataclasses
 import functools
 import inspect
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import fx, nn
 
-from ..capture.forward import Forward, bind, own_forward
+from ..capture.arguments import bound
+from ..capture.author_code import may_ask_for_children
+from ..capture.forward import Forward, bind, marked, not_tensors, own_forward
+from ..capture.graphs import subgraph
+from ..dataflow.branches import Branch, same_branches, trace_branches
 from ..dataflow.module_graph import ModuleGraph, TracedModel
 from ..dataflow.ops import is_tensor, name_of, shape
 from ..errors import Refusal
@@ -64,8 +68,11 @@ def _find_empty(view: ModuleGraph) -> tuple[str, Forward, fx.Node, float] | None
     identities = [
         node for node in view.nodes if node.op == "call_module" and type(content.get(str(node.target))) is nn.Identity
         and _usable(node) and _once(view, node) and _after_work(view, node)]
-    if identities:
-        node = next((n for n in identities if _is_default(type(view.module), str(n.target))), identities[0])
+    cls: Any = type(view.module)
+    identities.sort(key=lambda n: not _is_default(cls, str(n.target)))
+    node = next((n for n in identities if not may_ask_for_children(cls)
+                 or _changes_nothing_else(view, str(n.target))), None)
+    if node is not None:
         return str(node.target), view.forward, node, 1.0
     probes = {name: _probe(view, name) for name, value in content.items() if value is None}
     found = [(name, *probe) for name, probe in probes.items() if probe is not None]
@@ -133,15 +140,41 @@ def _probe(view: ModuleGraph, name: str) -> tuple[Forward, fx.Node, float] | Non
     calls = [n for n in forward.graph.nodes if n.op == "call_module" and n.target == name]
     if len(calls) != 1 or not _usable(calls[0]):
         return None
-    extra = len(forward.graph.nodes) - len(view.nodes) - 1
-    if extra == 0:
-        return forward, calls[0], 1.0
     users = list(calls[0].users)
-    if extra == 1 and len(users) == 1 and name_of(users[0]) == "mul":
-        factors = [a for a in users[0].args if isinstance(a, (int, float))]
-        if len(factors) == 1 and factors[0] in (0.5, 1.0, 2.0, 4.0):  # powers of two undo exactly
-            return forward, calls[0], float(factors[0])
+    product = users[0].args if len(users) == 1 and name_of(users[0]) == "mul" else ()
+    factors = [a for a in product if isinstance(a, (int, float))]
+    for gain in (None, *(f for f in factors if f in (0.5, 1.0, 2.0, 4.0))):  # powers of two undo exactly
+        if _changes_nothing_else(view, name, functools.partial(_without, name=name, gain=gain)):
+            return forward, calls[0], 1.0 if gain is None else float(gain)
     return None
+
+
+def _changes_nothing_else(
+    view: ModuleGraph, name: str, without: Callable[[fx.Graph], fx.Graph] = lambda graph: graph
+) -> bool:  # fmt: skip
+    """Whether a forward does the same, on each of its branches, where a slot of it is filled; `without` takes out the rest."""
+    forward, unknown = view.forward, not_tensors(bound(view.call)[1])
+    try:
+        with marked(view.module, name):
+            full = trace_branches(view.module, forward.constants, unknown=unknown)
+        empty = trace_branches(view.module, forward.constants, unknown=unknown) if forward.decisions else [
+            Branch((), (), forward.graph)]
+    except Refusal:
+        return False
+    full = [b if b.graph is None else dataclasses.replace(b, graph=without(b.graph)) for b in full]
+    return same_branches(empty, full, {})
+
+
+def _without(graph: fx.Graph, name: str, gain: float | None) -> fx.Graph:
+    """A graph without the calls of a slot, and without the gain behind them if there is one."""
+    graph = subgraph(graph)
+    for call in [n for n in graph.nodes if n.op == "call_module" and n.target == name]:
+        for product in [u for u in call.users if gain is not None and name_of(u) == "mul" and gain in u.args]:
+            product.replace_all_uses_with(call)
+            graph.erase_node(product)
+        call.replace_all_uses_with(call.args[0])
+        graph.erase_node(call)
+    return graph
 
 
 def kind_of(slot: Slot) -> str:

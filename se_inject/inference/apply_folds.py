@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
-from ..capture.calls import Call, leaves
+from ..capture.calls import Call
+from ..capture.containers import leaves
 from ..capture.trail import first_difference, key, related
 from ..errors import TraceError
 from .fold_norms import Fold

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from ..capture.snapshot import set_class
@@ -15,6 +14,7 @@ from ..dataflow.ops import is_tensor
 from ..surgery.generated_class import Code, generated, guards_for, new_of, with_guards
 from ..surgery.sequential import MEMBERS, sequential_class
 from ..surgery.state import OPTIMIZED, base_class, edits_of, set_edits
+from .programs import wants_plain
 
 
 def optimized_class(
@@ -52,19 +52,6 @@ def folded_class(module: nn.Module, graph: fx.Graph) -> type[nn.Module]:
     code = graph.python_code("self")
     printed: Code = "def extra_repr(self):\n    return 'folded'\n", {}
     return _class_of(base_class(module), [(code.src, code.globals), printed], has_blocks=False)
-
-
-def wants_plain(x: torch.Tensor) -> bool:
-    """Whether the author's code must run.
-
-    It must with gradients, as operators in place have none; under autocast, where values that share memory may differ in
-    dtype; and in traces of fx and torch.jit, whose programs may take no ``out=`` and other dtypes (ONNX, quantization).
-    """
-    if torch.jit.is_scripting():  # TorchScript does not compile the other branch
-        return False
-    else:
-        return isinstance(x, fx.Proxy) or torch.jit.is_tracing() or (x.requires_grad and torch.is_grad_enabled()) or (
-            not x.is_meta and torch.is_autocast_enabled(x.device.type))
 
 
 def _class_of(base: type[nn.Module], sources: Sequence[Code], has_blocks: bool) -> type[nn.Module]:

@@ -10,13 +10,9 @@ import torch
 from torch import fx, nn
 
 from .affine import Affine
+from .programs import is_program
 
 Layer = Affine | nn.Module | str | float  # a map, an activation, a method that works in place, a factor on the result
-
-
-def is_program(x: torch.Tensor) -> bool:
-    """Whether a forward on `x` is compiled, traced or exported: it is then for other sizes and values, too."""
-    return isinstance(x, fx.Proxy) or torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def pool(x: torch.Tensor, dims: list[int]) -> tuple[torch.Tensor, float]:

@@ -10,7 +10,7 @@ from ..dataflow.module_graph import ModuleGraph, spelled
 from ..dataflow.ops import CONVS, is_tensor, layer_arguments, name_of, shape
 from ..dataflow.value_flow import ValueFlow
 from ..errors import Refusal
-from .merged_layers import is_program
+from .programs import is_program
 from .rewritable import check_rewritable, forward_of
 
 

@@ -66,7 +66,9 @@ def run(what: str, model: nn.Module, batch: Example, method: str = "forward") ->
     """
     try:
         return batch.run(model if method == "forward" else getattr(model, method))
-    except (MemoryError, torch.cuda.OutOfMemoryError):
+    except MemoryError:
+        raise
+    except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:
         raise SEInjectError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import dataclasses
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,14 +12,15 @@ from torch import nn
 from ..capture.example import Example, Inputs, asked
 from ..capture.snapshot import all_or_nothing, evaluating
 from ..errors import ConfigError, SEInjectError
+from ..surgery.pipeline import forget_injections
 from ..surgery.refusals import refuse_changed_owners, refuse_plain
 from ..surgery.session import copied
-from ..surgery.state import given_inputs
+from ..surgery.state import given_inputs, injections_of, set_injections
 from .batches import batches, first_of
 from .gate_statistics import measure
 from .gates import GatedBlock, find_blocks_for, reason_to_keep
 from .proof import compare, reasons_of_methods
-from .replacement import forget_blocks, replace_blocks
+from .replacement import replace_blocks
 from .report import FoldedSite, FoldReport
 
 
@@ -103,7 +105,7 @@ def fold(
         with evaluating(model):
             outputs = compare(before, model, _arguments(loader, model, inputs), folded)
         if folded:
-            forget_blocks(model, [b.site.path for b in blocks if b.reason is not None])
+            _forget_blocks(model, [b.site.path for b in blocks if b.reason is not None])
     return FoldReport(tuple(map(_folded_site, blocks)), *outputs)
 
 
@@ -114,3 +116,18 @@ def _arguments(loader: Iterable[Any], model: nn.Module, inputs: Inputs) -> Itera
 def _folded_site(b: GatedBlock) -> FoldedSite:
     into = tuple(s.key for s in b.scalings) if b.reason is None else ()
     return FoldedSite(b.site.path, b.statistics.mean_of_channels, b.variation, b.reason, into)
+
+
+def _forget_blocks(model: nn.Module, kept: Collection[str]) -> None:
+    """Let a model's injections have only the blocks at these paths; without any, the model is a base."""
+    injections = []
+    for injection in injections_of(model):
+        sites = tuple(s for s in injection.sites if s.path in kept)
+        if sites:  # chosen by name, so that a rebuilt model has no others
+            config = dataclasses.replace(
+                injection.config, filter_fn=None, include=tuple(s.path for s in sites), exclude=None)
+            injections.append(dataclasses.replace(injection, config=config, sites=sites))
+    if injections:
+        set_injections(model, tuple(injections))
+    else:
+        forget_injections(model)

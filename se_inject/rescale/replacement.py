@@ -9,8 +9,7 @@ from torch import nn
 
 from ..surgery.codegen import generate
 from ..surgery.edits import apply_edits, undo_edits
-from ..surgery.pipeline import forget_injections
-from ..surgery.state import base_class, edits_of, injections_of, set_injections, slots_of
+from ..surgery.state import base_class, edits_of, slots_of
 from .gates import GatedBlock
 
 
@@ -44,18 +43,3 @@ def _take_out(owner: nn.Module, slots: set[str]) -> None:
         code = generate(owner, new)
         assert type(owner) is base_class(owner)
         apply_edits(owner, new, code, blocks)
-
-
-def forget_blocks(model: nn.Module, kept: Collection[str]) -> None:
-    """Let a model's injections have only the blocks at these paths; without any, the model is a base."""
-    injections = []
-    for injection in injections_of(model):
-        sites = tuple(s for s in injection.sites if s.path in kept)
-        if sites:  # chosen by name, so that a rebuilt model has no others
-            config = dataclasses.replace(
-                injection.config, filter_fn=None, include=tuple(s.path for s in sites), exclude=None)
-            injections.append(dataclasses.replace(injection, config=config, sites=sites))
-    if injections:
-        set_injections(model, tuple(injections))
-    else:
-        forget_injections(model)

@@ -5,21 +5,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from ..blocks.masks import MASKS
-from ..capture.arguments import signature_of
-from ..capture.calls import REST
+from ..capture.arguments import bound, signature_of
+from ..capture.calls import REST, Call
 from ..capture.graphs import same_graph, sources_of, subgraph
 from ..capture.snapshot import all_or_nothing, on_meta, set_class
 from ..capture.tracer import IN_PLACE
 from ..dataflow.branches import Branch, known_branch
 from ..dataflow.ops import draws, writes
-from ..errors import Refusal, TraceError
+from ..errors import Refusal, SEInjectError, TraceError
 from ..undo import entered, surgery_lock, undone
 from .edits import check_forms, moved, put_in
 from .generated_class import ERROR_NAME, derived, generated, guards_for, new_of, with_guards
@@ -29,9 +30,11 @@ from .state import BASE, Edit, OwnerEdits, base_class, edits_of, set_edits
 
 
 def generate(
-    module: nn.Module, edits: OwnerEdits, known: fx.Graph | None = None
+    module: nn.Module, edits: OwnerEdits, known: fx.Graph | None = None, calls: Sequence[Call] = ()
 ) -> type[nn.Module] | dict[str, fx.Graph] | None:
     """The code that an owner needs to call its blocks: a class, graphs, or nothing. `module` is not changed.
+
+    `known` and `calls` are those of `generate_class`.
 
     Raises:
         Refusal: As `generate_class` and `generate_graphs`.
@@ -40,17 +43,20 @@ def generate(
         return generate_graphs(module, edits)
     if edits.kind == "insert":
         return sequential_class(base_class(module))
-    return generate_class(module, edits, known) if edits.kind == "rewrite" else None
+    return generate_class(module, edits, known, calls) if edits.kind == "rewrite" else None
 
 
-def generate_class(module: nn.Module, edits: OwnerEdits, known: fx.Graph | None = None) -> type[nn.Module]:
+def generate_class(
+    module: nn.Module, edits: OwnerEdits, known: fx.Graph | None = None, calls: Sequence[Call] = ()
+) -> type[nn.Module]:  # fmt: skip
     """A subclass of `module`'s class whose forward calls the blocks. `module` is not changed.
 
     Owners of one class and equal code share one generated class. `known` is the trace that the edits were
-    made for, where it is at hand and the forward has no other branches.
+    made for, where it is at hand and the forward has no other branches; `calls` are further calls that it must take.
 
     Raises:
-        Refusal: The forward cannot be traced, or is not the one that the edits were made for.
+        Refusal: The forward cannot be traced, is not the one that the edits were made for, or is called with several values
+            of an argument that it branches on.
     """
     modes = _trace_without_blocks(module, edits, known)
     main = next((p.graph for p in modes.branches if p.outcomes == edits.decisions), None)
@@ -62,7 +68,23 @@ def generate_class(module: nn.Module, edits: OwnerEdits, known: fx.Graph | None 
             raise Refusal(
                 f"{base_class(module).__name__}.forward is not the one that was rewritten: "
                 f"node {edit.node} should be {edit.name!r}")
+    _check_calls(module, modes, calls)
     return _generate(module, edits, subgraph(main), modes)
+
+
+def _check_calls(module: nn.Module, modes: Modes, calls: Sequence[Call]) -> None:
+    """Raise where the guards of a generated forward would, in one of these calls.
+
+    Raises:
+        Refusal: They would.
+    """
+    name = base_class(module).__name__
+    guards, names = guards_for(modes.fixed, modes.given, f"{name}.forward branches on {{name}}, and its calls differ in that")
+    for call in calls:
+        try:
+            exec(textwrap.dedent(guards), {**names, **bound(call)[1]})
+        except (SEInjectError, RuntimeError, ValueError) as error:  # a tensor compares with no number
+            raise Refusal(str(error)) from error
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

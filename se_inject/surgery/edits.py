@@ -21,6 +21,8 @@ from ..capture.forward import form_of
 from ..capture.graphs import counterparts
 from ..capture.passed_on import passing
 from ..capture.snapshot import set_class
+from ..dataflow import ops
+from ..dataflow.ops import writes
 from ..errors import Refusal, SEInjectError
 from .state import Edit, OwnerEdits, base_class, edits_of, has_generated_class, mark_inside, set_edits
 
@@ -100,7 +102,7 @@ def moved(edits: tuple[Edit, ...], old: fx.Graph, new: fx.Graph, module: nn.Modu
         Refusal: A place is not there, or not clear.
     """
     pairs = counterparts(old, new)
-    taken = set(pairs.values())
+    known = set(pairs.values())
     index = {node: i for i, node in enumerate(new.nodes)}
     nodes = list(old.nodes)
     out = []
@@ -111,15 +113,31 @@ def moved(edits: tuple[Edit, ...], old: fx.Graph, new: fx.Graph, module: nn.Modu
         if node in pairs:
             there = {pairs[node]}
         else:  # the value that the users read there and that has no other counterpart
-            there = {m for u in users if u in pairs for m in pairs[u].all_input_nodes if m not in taken}
+            there = {m for u in users if u in pairs for m in pairs[u].all_input_nodes if m not in known}
         (target,) = there if len(there) == 1 else (None,)
         if target is None or (any(u not in pairs for u in users) and not (everyone and node in pairs)):
             raise Refusal(
                 f"{type(module).__name__}.forward has a branch in which the place of {edit.slot!r} cannot be found")
+        everyone = everyone and node in pairs
+        if not everyone and any(n.op == "call_module" or writes(n) for n in _readers_of_memory(target) if n not in known):
+            raise Refusal(
+                f"{type(module).__name__}.forward has a branch that may change the value of {edit.slot!r} in place")
         out.append(dataclasses.replace(
             edit, node=index[target], name=target.name,
-            users=None if everyone and node in pairs else tuple(index[pairs[u]] for u in users)))
+            users=None if everyone else tuple(index[pairs[u]] for u in users)))
     return tuple(out)
+
+
+def _readers_of_memory(node: fx.Node) -> set[fx.Node]:
+    """The nodes that read a value or what may be in its memory."""
+    while (ops.of(node).memory == ops.VIEW or writes(node)) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    readers, todo = set[fx.Node](), [node]
+    while todo:
+        new = [u for u in todo.pop().users if u not in readers]
+        readers.update(new)
+        todo += [u for u in new if u.op in ("call_function", "call_method") and (ops.of(u).memory != ops.NEW or writes(u))]
+    return readers
 
 
 def _set_graphs(module: nn.Module, graphs: dict[str, fx.Graph]) -> None:

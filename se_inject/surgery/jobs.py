@@ -45,11 +45,13 @@ def owner_jobs(found: list[PlacedSite], traces: TracedModel) -> list[Job]:
     made: dict[Hashable, type[nn.Module] | dict[str, fx.Graph] | Refusal | None] = {}
     for module, group in owners.items():
         edits = _edits(module, group)
-        key = (traces.fingerprints.of(module), edits.edits, frozen(edits.constants), edits.decisions, edits.forms)
+        others = traces.calls[module][1:]
+        key = (traces.fingerprints.of(module), edits.edits, frozen(edits.constants), edits.decisions, edits.forms,
+               tuple(frozen((c.args, c.kwargs)) for c in others))
         if key not in made:
             try:
                 forward = group[0].view.forward
-                made[key] = generate(module, edits, None if forward.decisions else forward.graph)
+                made[key] = generate(module, edits, None if forward.decisions else forward.graph, others)
             except Refusal as error:
                 made[key] = error
         code = made[key]

@@ -100,6 +100,11 @@ def _trace_modes(module: nn.Module, constants: dict[str, Any], branches: list[Br
     again = () if why else (trace_branches(module, fixed, drawing=True) for _ in range(_AGAIN))
     if not all(same_branches(training, other, {}) for other in again):
         why = "it draws random numbers that a trace does not see"
+    for own, found in ((True, training), (False, branches)):
+        for m in modules:
+            m.__dict__["training"] = own == (m is module)
+        if not why and not same_branches(found, trace_branches(module, fixed, drawing=own), {}):
+            why = "it asks for the mode of a layer, which may have one of its own"
     if why:
         raise Refusal(f"{type(module).__name__}.forward differs between train and eval mode: {why}")
     return Modes(branches, training, fixed, given)
@@ -166,14 +171,16 @@ def in_train_mode(edits: tuple[Edit, ...], evaluated: fx.Graph, trained: fx.Grap
     pairs = _pairs(evaluated, trained)
     index = {node: i for i, node in enumerate(trained.nodes)}
     nodes = list(evaluated.nodes)
+    known = set(pairs.values())
     out = []
     for edit in edits:
         node = nodes[edit.node]
         there = pairs.get(node)
         users = None if edit.users is None else {nodes[i] for i in edit.users}
         if users is not None and users != set(node.users) and there is not None:
-            gated = _readers(there, {pairs.get(u) for u in users}, set(pairs.values()))
-            may_write = any(writes(u) or samples(u.target) for u in there.users)  # which its other readers would not see
+            gated = _readers(there, {pairs.get(u) for u in users}, known)
+            drawn = [n for n in trained.nodes if n not in known]  # what these write its other readers would not see
+            may_write = any(map(writes, drawn)) or any(samples(u.target) for u in there.users)
             there = None if gated is None or may_write else there
         else:
             gated = None

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import gc
 import os
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ def peak_memory(job: Job, device: torch.device) -> int | None:
     """
     argument = job.setup() if job.setup else None
     if device.type != "cpu":
-        of_device = torch.get_device_module(device)  # such as torch.cuda
+        of_device: Any = getattr(torch, device.type, None)  # such as torch.cuda
         if not hasattr(of_device, "max_memory_allocated"):
             return None
         of_device.synchronize(device)

@@ -130,5 +130,5 @@ def test_models_of_one_kind_of_block_share_their_traces():
 
     model = timm.create_model("se_inject/test_vit")
     first, second, *_ = (model.get_submodule(p) for p in block_paths(model))
-    prints = Fingerprints()
+    prints = Fingerprints(model)
     assert prints.of(first) == prints.of(second)

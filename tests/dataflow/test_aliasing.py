@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
+import timm
 import torch
 from torch import nn
 
 import se_inject
+from se_inject.surgery.session import traced
 from se_inject.surgery.state import block_paths
 
 from ..support.checks import check_identity, randomise
@@ -47,6 +50,126 @@ class InPlaceModule(NormEnd):
         y = self.b(self.a(x))
         self.act(y)
         return x + y
+
+
+class Out(NormEnd):
+    def forward(self, x):
+        y = self.b(self.a(x))
+        torch.add(y, x, out=y)
+        return y
+
+
+class OutOfACat(NormEnd):
+    def forward(self, x):
+        y = self.b(self.a(x))
+        z = torch.empty_like(y)
+        torch.cat([y[:, :4], x[:, 4:]], 1, out=z)
+        return x + z
+
+
+class Foreach(NormEnd):
+    def forward(self, x):
+        y = self.b(self.a(x))
+        torch._foreach_add_([y], [x])
+        return y
+
+
+class Parts(InPlaceModule):
+    """Part of what the activation writes into is read later, from the list that the split returned."""
+
+    def forward(self, x):
+        y = self.b(self.a(x))
+        parts = y.chunk(2, 1)
+        y = self.act(y)
+        y += x
+        return y + parts[0].mean()
+
+
+class IntoX(NormEnd):
+    def forward(self, x):
+        x += self.b(self.a(x))
+        return x
+
+
+class AfterIntoX(NormEnd):
+    """Reads what it gave to a unit, which writes into it, after it has written into what the unit returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.unit = IntoX()
+
+    def forward(self, x):
+        h = x * 2
+        y = self.unit(h)
+        y.relu_()
+        return h + y
+
+
+class Twice(AfterIntoX):
+    """The second call of a unit is the one whose result is written into."""
+
+    def forward(self, x):
+        x = self.unit(x * 2)
+        return super().forward(x)
+
+
+class Tail(NormEnd):
+    """The activation writes into what its caller reads again after a write."""
+
+    def __init__(self):
+        super().__init__()
+        self.tail = nn.Sequential(nn.ReLU(inplace=True), timm.layers.DropPath(0.1))
+
+    def forward(self, x):
+        y = self.b(self.a(x))
+        z = self.tail(y)
+        z += x
+        return z + y.mean((2, 3), keepdim=True)
+
+
+@dataclasses.dataclass
+class State:
+    """No container that torch knows."""
+
+    h: torch.Tensor
+
+
+class Bump(nn.Module):
+    def forward(self, state):
+        state.h.add_(1)
+
+
+class InAnObject(NormEnd):
+    """A child writes into a tensor that it gets in an object."""
+
+    def __init__(self):
+        super().__init__()
+        self.bump = Bump()
+
+    def forward(self, x):
+        y = self.b(self.a(x))
+        self.bump(State(y))
+        return x + y
+
+
+def test_an_object_that_holds_a_value_reads_it():
+    unit = InAnObject()
+    with traced(Network(unit), (3, 16, 16)) as traces:
+        view = traces.view(unit)
+        (held,) = (n for n in view.nodes if n.target is State)
+        assert view.carries_data(held) and held in view.readers(next(n for n in view.nodes if n.target == "b"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("placement", ["auto", "post"])
+@pytest.mark.parametrize("unit", [Out, OutOfACat, Foreach, Parts, Twice, Tail, InAnObject])
+def test_memory_that_is_written_by_name_in_a_list_or_outside(unit, placement):
+    model, x = randomise(Network(unit())).eval(), torch.randn(2, 3, 16, 16)
+    expected = model(x)
+    try:
+        assert torch.equal(se_inject.inject(model, input_size=(3, 16, 16), placement=placement)(x), expected)
+    except se_inject.NoSitesError as error:
+        assert "changed in place" in str(error) or "changes a tensor in place" in str(error)
 
 
 @pytest.mark.parametrize("unit", [InPlaceFunction, InPlaceView, InPlaceAlias, InPlaceModule])

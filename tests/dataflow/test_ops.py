@@ -183,8 +183,12 @@ def scaled(op, factor):
     args = args_of(op)
     if not isinstance(args[0], torch.Tensor) or not args[0].is_floating_point():
         return None
-    y, z = first(op)(*args), first(op)(args[0] * factor(args[0]), *args[1:])
-    return (y, z, factor(args[0])) if isinstance(y, torch.Tensor) and isinstance(z, torch.Tensor) else None
+    by, rest = factor(args[0]), (0.5, True) if op.drops else args[1:]
+    torch.manual_seed(1)
+    y = first(op)(args[0], *rest)
+    torch.manual_seed(1)
+    z = first(op)(args[0] * by, *rest)
+    return (y, z, by) if isinstance(y, torch.Tensor) and isinstance(z, torch.Tensor) else None
 
 
 @pytest.mark.parametrize("op", ROWS, ids=lambda op: op.name)
@@ -286,11 +290,37 @@ def test_rounding_is_another_operator_than_division():
     assert not ops.of(x.graph.call_function(torch.div, (x, 2.0), {"rounding_mode": "floor"})).linear
 
 
+@pytest.mark.parametrize("spelling, argument, known", [
+    ("to", torch.float16, True), ("to", torch.int32, False), ("type", torch.bool, False), ("type_as", torch.arange(2), False),
+    (torch.Tensor.view, torch.int64, False), ("view", torch.int64, False), ("view", (2, -1), True)])
+def test_a_cast_that_rounds_and_a_view_of_other_numbers_have_no_row(spelling, argument, known):
+    x = torch.rand(2, 3, 4, 5, dtype=torch.float64)
+    node = node_of(spelling, (x, argument))
+    node.args[0].meta["val"] = x
+    node.meta["val"] = call(spelling, (x, argument))
+    assert (ops.of(node) is not ops.UNKNOWN) == known
+
+
+@pytest.mark.parametrize("name", ["floordiv", "mod", "and", "or", "xor", "lshift", "rshift", "truediv", "pow"])
+def test_what_python_writes_into_a_tensor(name):
+    x = torch.ones(4, dtype=torch.float64 if name == "truediv" else torch.int64)
+    spellings = getattr(operator, f"i{name}"), f"__i{name}__"
+    assert all(ops.writes(node_of(s, (x, x))) for s in spellings) and spellings[0](x, 1) is x
+
+
+def test_out_is_written():
+    x = fx.Graph().placeholder("x")
+    assert ops.writes(x.graph.call_function(torch.add, (x, x), {"out": x}))
+    assert not ops.writes(x.graph.call_function(torch.add, (x, x)))
+
+
 def test_exported_operators_have_the_rows_of_torch():
     x = fx.Graph().placeholder("x")
     aten = torch.ops.aten
     found = [x.graph.call_function(f, (x,)) for f in (aten.relu.default, aten.relu_, aten.mean.dim)]
     assert [ops.name_of(n) for n in found] == ["relu", "relu", "mean"] and ops.writes(found[1])
+    node = x.graph.call_function(aten.where.self, (1, 2, 3))
+    assert (ops.argument(node, "condition"), ops.argument(node, "input"), ops.argument(node, "other")) == (1, 2, 3)
     node = x.graph.call_function(aten.batch_norm.default, (x, 1, 2, 3, 4, False, 0.1, 1e-5, True))
     assert (ops.argument(node, "weight"), ops.argument(node, "running_var"), ops.argument(node, "training")) == (1, 4, False)
 

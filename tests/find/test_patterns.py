@@ -77,3 +77,36 @@ def test_a_sum_that_is_no_residual_is_said(toy, reason):
     plan = se_inject.plan(Net(toy()), input_size=(3, 8, 8))
     assert any(s.kind == "residual" and reason in s.reason for s in plan.skipped)
     assert all(s.kind != "residual" for s in plan.sites)
+
+
+class NoNumbers(Toy):
+    """Its maps are not of floating point: `make` gives them from one of it."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def forward(self, x):
+        return (torch.cat([self.make(self.a(x)), self.make(self.c(x))], 1) != 0).float()
+
+
+@pytest.mark.parametrize("make", [lambda y: y > 0, lambda y: (y * 255).byte(), torch.fft.fft2])
+def test_a_map_of_another_dtype_is_no_place(make):
+    plan = se_inject.plan(Net(NoNumbers(make)), input_size=(3, 8, 8), placement="post")
+    assert not plan.sites and "which a block does not take" in plan.skipped[0].reason
+
+
+class SumOfAll(Toy):
+    def __init__(self, **options):
+        super().__init__()
+        self.options = options
+
+    def forward(self, x):
+        return x * torch.stack([x, self.b(self.a(x))]).sum(**self.options).mean()
+
+
+@pytest.mark.parametrize("options", [{}, {"dim": 0, "keepdim": True}])
+@pytest.mark.parametrize("placement", ["auto", "post"])
+def test_a_sum_of_other_axes_is_no_residual(options, placement):
+    plan = se_inject.plan(Net(SumOfAll(**options)), input_size=(3, 8, 8), placement=placement)
+    assert plan.sites and all(s.kind != "residual" for s in plan.all_sites)

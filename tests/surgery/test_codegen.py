@@ -97,3 +97,62 @@ def test_torchscript_knows_that_an_optional_tensor_is_there():
     model = se_inject.inject(timm.create_model("dla46x_c"), init="timm").eval()
     x = torch.randn(1, 3, 64, 64)
     assert torch.equal(torch.jit.script(model)(x), model(x))
+
+
+class Tied(nn.Module):
+    """Calls one layer twice, or two layers of one kind."""
+
+    def __init__(self, tied):
+        super().__init__()
+        self.a, self.c = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.b = self.a if tied else nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.c(self.b(self.a(x).relu()).relu())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [(True, False), (False, True)])
+def test_owners_of_which_one_has_a_layer_twice_share_no_code(tied):
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 1), *map(Tied, tied)).eval(), torch.randn(2, 3, 8, 8)
+    expected = model(x)
+    assert torch.equal(se_inject.inject(model, input_size=(3, 8, 8))(x), expected) and len(block_paths(model)) == 2
+
+
+class Called(nn.Module):
+    """Calls a residual unit, which branches on an argument, twice: `again` makes the arguments of the second call."""
+
+    def __init__(self, again):
+        super().__init__()
+        self.stem, self.unit, self.again = nn.Conv2d(3, 8, 1), Branching(), again
+
+    def forward(self, x):
+        x = self.unit(self.stem(x))
+        return self.unit(*self.again(x))
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x, flag=False, scale=None, more=()):
+        y = self.b(self.a(x).relu())
+        for t in more:
+            y = y + t
+        return x + (y * 2 if flag else y) * (1 if scale is None else scale)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("again, name", [
+    (lambda x: (x,), None), (lambda x: (x, True), "flag"), (lambda x: (x, False, x), "scale"),
+    (lambda x: (x, False, None, [x]), "more")])
+def test_an_owner_is_rewritten_for_all_its_calls(again, name):
+    model, x = Called(again).eval(), torch.randn(2, 3, 8, 8)
+    expected = model(x)
+    if name is None:
+        assert torch.equal(se_inject.inject(model, input_size=(3, 8, 8))(x), expected)
+    else:
+        with pytest.raises(se_inject.NoSitesError, match=f"Branching.forward branches on {name}, and its calls differ"):
+            se_inject.inject(model, input_size=(3, 8, 8))
+    assert torch.equal(model(x), expected)

@@ -63,6 +63,11 @@ CASES = {
     "length text": "return x + self.f(x) * {'2': 0.5}.get(str(len(x)), 1.0)",
     "length loop": "y = self.f(x); return x + sum(y * 0.5 for _ in range(len(x)))",
     "minus one": "y = self.f(x); return x + y.softmax(-1 if str(x.shape[2]) == '10' else -2)",
+    # the same operators, with other values passed to a layer
+    "argument": "return x + self.times(self.f(x), 0.5 if hasattr(x, 'mask') else 1.0)",
+    "argument by name": "return x + self.times(self.f(x), by=torch.is_grad_enabled())",
+    "argument in a list": "return x + self.first([self.f(x), 0.5 if torch.is_grad_enabled() else 1.0])",
+    "argument by size": "return x + self.times(self.f(x), {'10': 0.5}.get(str(x.shape[2]), 1.0))",
     # modes
     "grad": "y = self.f(x); return x + (y * 0.5 if torch.is_grad_enabled() else y)",
     "autocast": "y = self.f(x); return x + (y * 0.5 if torch.is_autocast_enabled('cpu') else y)",
@@ -93,6 +98,26 @@ CASES = {
     # conditions that must not be asked twice
     "changed size": "y = x.mul_(2.0); return x + (self.f(x) if y.shape[2] == 10 else self.f(x) * 0.5)",
     "drawn size": "y = torch.rand_like(x); return x + (self.f(x) if y.shape[2] == 10 else self.f(x) * 0.5) * y",
+    # memory that another branch, or train mode, writes
+    "changed at a size": """
+        y = self.f(x)
+        m = y.mean((2, 3), keepdim=True)
+        if x.shape[2] < 10:
+            y.mul_(2)
+        return x + y + m""",
+    "a view changed at a size": """
+        y = self.f(x).view(x.shape)
+        m = y.mean((2, 3), keepdim=True)
+        if x.shape[2] < 10:
+            self.act(y.flatten(2))
+        return x + y + m""",
+    "another value at a size": """
+        y = self.f(x)
+        m = y.mean((2, 3), keepdim=True)
+        if x.shape[2] < 10:
+            y = y * 2
+        return x + y + m""",
+    "dropped in place": "y = self.f(x); return x + self.drop(y) + y.mean((2, 3), keepdim=True)",
     # chance and time
     "seed": "torch.manual_seed(3); return x + self.f(x)",
     "random": "return x + self.f(x) * random.random()",
@@ -110,7 +135,7 @@ CASES = {
 }
 TAKEN = {  # cases that get their block
     "isinstance", "isinstance size", "plain", "sizes", "flag", "requires_grad", "is contiguous", "torch", "rank", "rank asked",
-    "batch", "length of a list", "function of a method's name"}
+    "batch", "length of a list", "function of a method's name", "another value at a size", "dropped in place"}
 
 
 @functools.lru_cache
@@ -124,6 +149,16 @@ def note():
 
 def kind(value):
     return type(value)
+
+
+class Times(nn.Module):
+    def forward(self, y, by):
+        return (y * by).relu()
+
+
+class First(nn.Module):
+    def forward(self, given):
+        return (given[0] * given[1]).relu()
 
 
 class Meter:
@@ -142,6 +177,8 @@ def block(body):
             self.f = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
             self.seen, self.count, self.ready, self.meter = [], 0, False, Meter()
             self.generator, self.numbers = random.Random(0), None
+            self.times, self.first = Times(), First()
+            self.act, self.drop = nn.ReLU(inplace=True), nn.Dropout(inplace=True)
 
         forward = names["forward"]
 
@@ -205,6 +242,22 @@ def test_the_injected_model_computes_and_does_what_the_base_does(kind, capsys):
         expected = capsys.readouterr().out
         model(x) if kind != "iterator" else None
         assert capsys.readouterr().out == expected
+
+
+class Says(nn.Module):
+    """Also returns a plain value that a trace does not see."""
+
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
+
+    def forward(self, x):
+        return x + self.f(x), torch.is_grad_enabled()
+
+
+def test_a_plain_value_that_is_returned_is_the_author_s():
+    plan = se_inject.plan(nn.Sequential(nn.Conv2d(3, 8, 1), Says()), input_size=(3, 10, 10))
+    assert not plan.sites and "the output with other values" in plan.skipped[0].reason
 
 
 def test_planning_leaves_no_hook_and_no_count():

@@ -234,6 +234,32 @@ class ReadInPlace(Drawing):
         return z + 0.1 * y
 
 
+class ViewInPlace(Drawing):
+    """A view of the gated value is written into."""
+
+    def forward(self, x):
+        y = self.b(self.a(x))
+        F.dropout(y.flatten(2), P, self.training, True)
+        return x + y + y.mean((2, 3), keepdim=True)
+
+
+class ModeOfALayer(Drawing):
+    """The layer may be frozen in eval mode while its owner trains."""
+
+    def forward(self, x):
+        return x + F.dropout(self.b(self.a(x)), P, self.b.training)
+
+
+class ModeOfANorm(Drawing):
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm2d(16)
+
+    def forward(self, x):
+        n = self.norm
+        return x + F.batch_norm(self.b(self.a(x)), n.running_mean, n.running_var, n.weight, n.bias, n.training)
+
+
 class Scaled(Drawing):
     def forward(self, x):
         y = self.b(self.a(x))
@@ -251,6 +277,7 @@ STATE = [random.Random(0)]
 @pytest.mark.parametrize("unit, reason", [
     (Generator, "random numbers"), (Hidden, "something else than to draw|random numbers"), (Early, "other branches"),
     (Scaled, "something else than to draw"), (InPlace, "the place of 'se'"), (ReadInPlace, "the place of 'se1'"),
+    (ViewInPlace, "the place of 'se'"), (ModeOfALayer, "the mode of a layer"), (ModeOfANorm, "the mode of a layer"),
     (Other, "other layers")])
 def test_what_else_differs_is_refused(unit, reason):
     model = Network(unit())

@@ -71,3 +71,25 @@ def test_a_rewritten_root_is_compiled_whole():
     model, x = randomise(se_inject.inject(Net().eval(), input_size=(3, 32, 32))), torch.randn(2, 3, 32, 32)
     assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(x), model(x))
     assert torch.equal(torch.compile(model.features, backend="eager", fullgraph=True)(x), model.features(x))
+
+
+class LayerDrop(nn.Sequential):
+    """Leaves out layers at random in train mode."""
+
+    def __iter__(self):
+        return iter([m for m in super().__iter__() if not self.training or torch.rand(()) > 0.5])
+
+
+class Reversed(nn.Sequential):
+    def __iter__(self):
+        return reversed([*super().__iter__()])
+
+
+@torch.no_grad()
+def test_a_sequential_that_its_author_iterates_otherwise_is_no_plain_one():
+    layers = [nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU()]
+    plan = se_inject.plan(nn.Sequential(nn.Conv2d(3, 8, 3), LayerDrop(*layers)), input_size=(3, 16, 16))
+    assert not plan.sites and all("between train and eval mode" in s.reason for s in plan.skipped)
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), Reversed(*layers[::-1])).eval(), torch.randn(2, 3, 16, 16)
+    expected = model(x)
+    assert torch.equal(se_inject.inject(model, input_size=(3, 16, 16))(x), expected) and len(block_paths(model)) == 2
