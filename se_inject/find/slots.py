@@ -144,19 +144,29 @@ def _probe(view: ModuleGraph, name: str) -> tuple[Forward, fx.Node, float] | Non
     product = users[0].args if len(users) == 1 and name_of(users[0]) == "mul" else ()
     factors = [a for a in product if isinstance(a, (int, float))]
     for gain in (None, *(f for f in factors if f in (0.5, 1.0, 2.0, 4.0))):  # powers of two undo exactly
-        if _changes_nothing_else(view, name, functools.partial(_without, name=name, gain=gain)):
+        if _changes_nothing_else(view, name, functools.partial(_without, name=name, gain=gain), forward):
             return forward, calls[0], 1.0 if gain is None else float(gain)
     return None
 
 
 def _changes_nothing_else(
-    view: ModuleGraph, name: str, without: Callable[[fx.Graph], fx.Graph] = lambda graph: graph
+    view: ModuleGraph, name: str, without: Callable[[fx.Graph], fx.Graph] = lambda graph: graph, filled: Forward | None = None
 ) -> bool:  # fmt: skip
-    """Whether a forward does the same, on each of its branches, where a slot of it is filled; `without` takes out the rest."""
+    """Whether a forward does the same, on each of its branches, where a slot of it is filled.
+
+    Args:
+        view: The forward.
+        name: The slot.
+        without: Takes out of the graph with the filled slot what may be there more.
+        filled: The forward with the filled slot, where it was traced.
+    """
     forward, unknown = view.forward, not_tensors(bound(view.call)[1])
     try:
-        with marked(view.module, name):
-            full = trace_branches(view.module, forward.constants, unknown=unknown)
+        if filled is not None and not filled.decisions:
+            full = [Branch((), (), filled.graph)]
+        else:
+            with marked(view.module, name):
+                full = trace_branches(view.module, forward.constants, unknown=unknown)
         empty = trace_branches(view.module, forward.constants, unknown=unknown) if forward.decisions else [
             Branch((), (), forward.graph)]
     except Refusal:
