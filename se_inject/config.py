@@ -171,11 +171,13 @@ def _ratio_hint(ratio: Any) -> str:
 def _as_tuple(name: str, value: Any, kind: type) -> tuple[Any, ...] | None:
     if value is None:
         return None
+    if kind is int and _is_int(value):
+        return (int(value),)
     if isinstance(value, kind) and not isinstance(value, bool):
         return (value,)
     if not isinstance(value, Iterable) or isinstance(value, (str, bytes)):
         raise ConfigError(f"{name}={value!r}: expected {kind.__name__} or a sequence of {kind.__name__}")
-    items = tuple(value)
+    items = tuple(int(item) if kind is int and _is_int(item) else item for item in value)
     for item in items:
         if not isinstance(item, kind) or isinstance(item, bool):
             raise ConfigError(f"{name}={value!r}: {item!r} is not of type {kind.__name__}")

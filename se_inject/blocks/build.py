@@ -205,7 +205,9 @@ def _identity_problem(config: SEConfig, outer_gain: float) -> str | None:
                 behind = f" with the factor {outer_gain:g} that the model applies to it" if outer_gain != 1 else ""
                 return f"{head}{behind}: it does not return its input at the start; {advice}"
         block.train()
-        (block(x.requires_grad_().clone()) * torch.randn(2, 16, 8, 8)).sum().backward()
+        y = block(x.requires_grad_().clone())
+        if y.requires_grad:
+            (y * torch.randn(2, 16, 8, 8)).sum().backward()
     if not any(p.grad is not None and p.grad.abs().sum() > 0 for p in block.parameters()):
         return f"{head}: none of its parameters would have a gradient; {advice}"
     return None

@@ -112,7 +112,7 @@ def may_ask_for_children(cls: Any) -> bool:
         for name in names_in(function):
             value = function.__globals__.get(name)
             foreign = isinstance(value, types.FunctionType) and inspect.unwrap(value) not in functions and (
-                not value.__module__.startswith("torch."))
+                not str(value.__module__).startswith("torch."))
             if name in _ASKING or foreign or isinstance(getattr(cls, name, None), property):
                 return True
     return False

@@ -127,7 +127,7 @@ def _branches(module: nn.Module, forward: Forward) -> bool:
 
 def other_branches(module: nn.Module, forward: Forward) -> list[dict[fx.Node, fx.Node]]:
     """For each other branch of a forward that an input may take, and that does other work: the nodes of it by those of the
-    traced branch. There are none where it cannot be traced."""
+    traced branch. An empty dict stands for a branch that cannot be traced."""
     return forward.shared("other branches", lambda: _other_branches(module, forward)) if forward.decisions else []
 
 

@@ -171,6 +171,8 @@ def _changes_nothing_else(
             Branch((), (), forward.graph)]
     except Refusal:
         return False
+    if any(n.target == name and (len(n.args) != 1 or n.kwargs) for b in full if b.graph is not None for n in b.graph.nodes):
+        return False
     full = [b if b.graph is None else dataclasses.replace(b, graph=without(b.graph)) for b in full]
     return same_branches(empty, full, {})
 

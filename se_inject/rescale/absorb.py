@@ -18,16 +18,16 @@ import torch
 from torch import fx, nn
 
 from ..capture.calls import Call
-from ..capture.forward import trace_forward
-from ..capture.graphs import counterparts
+from ..capture.graphs import counterparts, output_of
 from ..capture.snapshot import restored
 from ..capture.trail import is_trusted
 from ..dataflow.aliasing import is_written_after
-from ..dataflow.branches import other_branches
+from ..dataflow.branches import other_branches, trace_branches
 from ..dataflow.module_graph import ModuleGraph, TracedModel, spelled
 from ..dataflow.ops import is_tensor, name_of, of
 from ..dataflow.value_flow import ValueFlow
 from ..errors import Refusal
+from ..private import DropoutNd
 from .element_labels import compact, spare
 from .operator_rules import Choice, Goal, choices_before, choices_behind, reads
 
@@ -266,10 +266,11 @@ class Absorber:
 
 
 def in_shared_memory(model: nn.Module) -> set[str]:
-    """The names of a model's parameters and buffers in whose memory there are others, too. Call it outside `on_meta`."""
+    """The names of a model's parameters and buffers whose spans of memory overlap with others. Call it outside `on_meta`."""
     spans = sorted(
         (t.data_ptr(), sum((n - 1) * step for n, step in zip(t.shape, t.stride())) * t.element_size(), name)
-        for name, t in (*model.named_parameters(), *model.named_buffers()) if t.numel() and t.data_ptr())
+        for name, t in (*model.named_parameters(), *model.named_buffers())
+        if t.layout is torch.strided and t.numel() and t.data_ptr())
     found: set[str] = set()
     last, holder = -1, ""
     for begin, length, name in spans:
@@ -281,20 +282,30 @@ def in_shared_memory(model: nn.Module) -> set[str]:
 
 
 def _in_training(view: ModuleGraph) -> list[dict[fx.Node, fx.Node]]:
-    """Where a forward calls more layers in train mode, such as a second head: its nodes there, by those in eval mode."""
+    """Where a forward calls more layers in train mode, or returns more, such as a second head: its nodes there, by those in
+    eval mode. An empty dict stands for a branch that cannot be traced."""
     return [] if is_trusted(view.module) else view.shared("in training", lambda: _traced_in_training(view))
 
 
 def _traced_in_training(view: ModuleGraph) -> list[dict[fx.Node, fx.Node]]:
-    graph, decisions = view.forward.graph, iter(view.forward.decisions)
-    with restored([view.module]):
-        view.module.__dict__["training"] = True
+    module = view.module
+    with restored([module]):
+        module.__dict__["training"] = True
         try:
-            trained = trace_forward(view.module, view.forward.constants, lambda _: next(decisions), reading=True, drawing=True)
+            found = trace_branches(module, view.forward.constants, reading=True, drawing=True)
         except Refusal:
-            return []
-    calls, more = (Counter(str(n.target) for n in g.nodes if n.op == "call_module") for g in (graph, trained))
-    return [counterparts(graph, trained)] if more - calls else []
+            return [{}]
+
+    def layers(graph: fx.Graph) -> Counter[str]:  # dropout passes a factor on
+        return Counter(str(n.target) for n in graph.nodes if n.op == "call_module" and not isinstance(
+            module.get_submodule(str(n.target)), DropoutNd))
+
+    def has_more(graph: fx.Graph) -> bool:
+        return bool(layers(graph) - layers(view.forward.graph)) or len(output_of(graph).all_input_nodes) > len(
+            output_of(view.forward.graph).all_input_nodes)
+
+    return [{} if b.graph is None else counterparts(view.forward.graph, b.graph)
+            for b in found if not b.refused and (b.graph is None or has_more(b.graph))]
 
 
 def _asks(node: fx.Node) -> bool:

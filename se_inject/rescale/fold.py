@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
@@ -80,7 +81,7 @@ def fold(
         raise SEInjectError(
             "fold: the model was made in inference mode, outside which its weights cannot be changed: call fold inside "
             "torch.inference_mode(), too, or make the model outside")
-    if max_variation is not None and not (isinstance(max_variation, (int, float)) and max_variation >= 0):
+    if max_variation is not None and not (isinstance(max_variation, numbers.Real) and max_variation >= 0):
         raise ConfigError(f"max_variation={max_variation!r}: expected a number of at least 0, such as 0.05, or None for all")
     if isinstance(loader, Iterator):
         raise SEInjectError(

@@ -83,7 +83,7 @@ def _check_calls(module: nn.Module, modes: Modes, calls: Sequence[Call]) -> None
     for call in calls:
         try:
             exec(textwrap.dedent(guards), {**names, **bound(call)[1]})
-        except (SEInjectError, RuntimeError, ValueError) as error:  # a tensor compares with no number
+        except (SEInjectError, RuntimeError, TypeError, ValueError) as error:  # a tensor compares with no number
             raise Refusal(str(error)) from error
 
 

@@ -130,8 +130,11 @@ def moved(edits: tuple[Edit, ...], old: fx.Graph, new: fx.Graph, module: nn.Modu
 
 def _readers_of_memory(node: fx.Node) -> set[fx.Node]:
     """The nodes that read a value or what may be in its memory."""
-    while (ops.of(node).memory == ops.VIEW or writes(node)) and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
+    while ops.of(node).memory == ops.VIEW or writes(node):
+        source = node.kwargs.get("out", ops.argument(node, "input"))
+        if not isinstance(source, fx.Node):
+            break
+        node = source
     readers, todo = set[fx.Node](), [node]
     while todo:
         new = [u for u in todo.pop().users if u not in readers]

@@ -162,6 +162,7 @@ class Changed(nn.Module):
     (Block("wrong_6", lambda channels: Changed("return x.mul_(2)")), "does not return its input at the start"),
     (Block("wrong_7", lambda channels: Changed("return x, self.fc(x)")), "it returns a tuple, and a gate returns a map"),
     (Block("wrong_8", lambda channels: Changed("return self.missing(x)")), "it raises AttributeError"),
+    (Block("wrong_10", lambda channels: Changed("return x.detach()")), "none of its parameters would have a gradient"),
     (Block("wrong_5", lambda channels: nn.Identity()), "none of its parameters would have a gradient")])  # fmt: skip
 def test_a_block_that_does_not_fit_is_refused_with_the_reason(monkeypatch, row, message):
     monkeypatch.setitem(catalogue._rows, row.name, row)

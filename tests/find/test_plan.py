@@ -27,8 +27,9 @@ def test_a_glob_that_matches_nothing_is_said(caplog):
 
 
 def test_numbers_of_numpy():
-    config = se_inject.SEConfig(ratio=np.float32(0.125), rd_divisor=np.int64(4), min_channels=np.int64(0))
-    assert json.loads(json.dumps(config.to_dict())) == {"ratio": 0.125, "rd_divisor": 4}
+    config = se_inject.SEConfig(ratio=np.float32(0.125), rd_divisor=np.int64(4), stages=np.arange(2, 4))
+    assert json.loads(json.dumps(config.to_dict())) == {"ratio": 0.125, "rd_divisor": 4, "stages": [2, 3]}
+    assert se_inject.SEConfig(stages=np.int64(3)) == se_inject.SEConfig(stages=3)
 
 
 def test_plan_adds_up_and_goes_to_json():

@@ -138,6 +138,25 @@ def past_the_unit_in_training(m, x):
     return (m.unit(x), m.conv2(m.unit.conv1(x))) if m.training else m.unit(x)
 
 
+def with_features(m, x):
+    f = m.se(F.gelu(m.conv1(x)))
+    y = m.fc(f.mean((2, 3)))
+    return (y, f) if m.training else y
+
+
+def with_a_head_for_large_maps(m, x):
+    f = m.se(F.gelu(m.conv1(x)))
+    y = m.fc(f.mean((2, 3)))
+    if m.training and f.shape[-1] > 4:
+        y = y + m.second(f.mean((2, 3)))
+    return y
+
+
+def with_dropout(m, x):
+    f = m.se(F.gelu(m.conv1(x))).mean((2, 3))
+    return m.fc(m.drop(f) if m.training else f)
+
+
 def with_a_second_head(m, x):
     y = m.se(F.gelu(m.conv1(x))).mean((2, 3))
     return (m.fc(y), m.second(y)) if m.training else m.fc(y)
@@ -227,9 +246,11 @@ def test_layers_that_another_branch_calls_without_the_block(forward, expected):
 
 
 @pytest.mark.parametrize("forward, expected", [
-    (with_a_second_head, "does something else in train mode"), (with_a_second_head_for_the_input, {"fc.weight"})])
+    (with_a_second_head, "does something else in train mode"), (with_a_second_head_for_the_input, {"fc.weight"}),
+    (with_features, "does something else in train mode"), (with_a_head_for_large_maps, "does something else in train mode"),
+    (with_dropout, {"fc.weight"})])
 def test_heads_of_train_mode(forward, expected):
-    found = into(Toy(forward, fc=nn.Linear(8, 2), second=nn.Linear(8, 2)).eval())
+    found = into(Toy(forward, fc=nn.Linear(8, 2), second=nn.Linear(8, 2), drop=nn.Dropout(0.5)).eval())
     assert found == expected if isinstance(expected, set) else re.search(expected, str(found)), found
 
 
