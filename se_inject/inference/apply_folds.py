@@ -1,6 +1,6 @@
 """Batch norms folded into the layers before them, and a check that the model does nothing else since.
 
-A folded norm keeps its class and its place: its forward calls its children, such as an activation, and returns its input where
+A folded norm keeps its class and its place: its forward does what its children do, such as an activation, and returns its input where
 it has none.
 """
 

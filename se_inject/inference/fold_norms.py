@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from torch import fx, nn
 
 from ..capture.calls import Call
 from ..capture.channels import channel_axis
-from ..capture.graphs import output_of, subgraph
+from ..capture.graphs import output_of
 from ..capture.snapshot import restored
 from ..capture.trail import is_trusted
 from ..dataflow.aliasing import storages
@@ -23,7 +24,8 @@ from ..dataflow.ops import CONVS, TRANSPOSED_CONVS, argument, is_tensor, layer_a
 from ..dataflow.value_flow import ValueFlow
 from ..errors import Refusal
 from .forward_class import folded_class
-from .rewritable import check_plain
+from .inline import inline
+from .rewritable import Region, check_plain, check_rewritable
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -125,7 +127,7 @@ def _fold(flow: ValueFlow, norm: nn.Module) -> Fold:
         raise Refusal(f"{traces.calls[layer][0].path or 'the layer before it'} computes its weight")
     if not (is_trusted(layer) and "bias" not in layer.__dict__):  # torch's own layers take whatever bias they have
         _check_takes_bias(above, value)
-    graph = _without_norm(view, node)
+    graph = _without_norm(flow, view, node)
     return Fold(norm, layer, argument(node, "eps", 1e-5), linear, transposed, folded_class(norm, graph))
 
 
@@ -222,15 +224,23 @@ def _check_children_after(view: ModuleGraph, node: fx.Node) -> None:
         node = user
 
 
-def _without_norm(view: ModuleGraph, node: fx.Node) -> fx.Graph:
-    """A norm's forward with its input in place of the normalized one."""
-    graph = subgraph(view.forward.graph)
-    copy = list(graph.nodes)[view.index[node]]
-    copy.replace_all_uses_with(argument(copy, "input"))
-    for n in reversed(graph.nodes):
-        if not n.users and n.op not in ("placeholder", "output"):
-            graph.erase_node(n)
-    return graph
+def _without_norm(flow: ValueFlow, view: ModuleGraph, node: fx.Node) -> fx.Graph:
+    """A norm's forward with its input in place of the normalized one; the children that it calls are inlined where they can be,
+    as calling a module takes as long as a small activation."""
+    inlined: set[Call] = set()
+    for n in view.nodes:
+        if n.op == "call_module":
+            with contextlib.suppress(Refusal):
+                check_rewritable(flow, view.call_of(n), inlined=True)
+                inlined.add(view.call_of(n))
+    found = inline(flow, Region(view.call, frozenset(inlined)), set())
+    norm = found.at(view.call, node)
+    norm.replace_all_uses_with(argument(norm, "input"))
+    found.graph.erase_node(norm)
+    for n in found.graph.nodes:
+        if n.op == "get_attr" and not n.users:  # what the norm read; other operators may write in place
+            found.graph.erase_node(n)
+    return found.graph
 
 
 def _check_keeps_nothing(flow: ValueFlow, view: ModuleGraph) -> None:

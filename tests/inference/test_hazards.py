@@ -502,6 +502,16 @@ def test_a_folded_norm_keeps_its_class(case):
     fast.load_state_dict({k: v.clone() for k, v in fast.state_dict().items()}, strict=True)
 
 
+@pytest.mark.parametrize("act", [
+    lambda m, x: last(x.mul_(0.5), x.relu_(), x), lambda m, x: x * m.gain, lambda m, x: x if x.shape[-1] > 20 else x.tanh()],
+    ids=["in place", "parameter", "branches"])
+def test_activations_of_a_folded_norm(act):
+    child = own_norm(lambda m, x: m.act(m.normed(x)))
+    child.act = net(act)
+    fast = check(net(lambda m, x: m.child(m.stem(x)) + m.other(x), child))
+    assert fast.se_report.norms_folded == {"child": "stem"}
+
+
 def test_a_forward_that_asks_for_the_bias_of_a_layer_is_refused():
     model = net(lambda m, x: m.norm(m.child(x)) * (2 if m.child.bias is None else 1), nn.Conv2d(3, 8, 3, bias=False))
     with pytest.raises(se_inject.SEInjectError, match=r"the model runs .* once batch norms are folded"):
