@@ -1,7 +1,7 @@
 """Batch norms folded into the layers before them, and a check that the model does nothing else since.
 
-A folded norm keeps its class and its place: its forward does what its children do, such as an activation, and returns its input where
-it has none.
+A folded norm keeps its class and its place: its forward does what its children do, such as an activation, or returns its
+input.
 """
 
 from __future__ import annotations
