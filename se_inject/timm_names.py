@@ -12,6 +12,7 @@ from torch import nn
 from .config import SEConfig
 from .errors import ConfigError
 
+FEATURE_METHODS = ("forward_features", "forward_intermediates")  # of timm's models: they call the modules that `forward` calls
 PREFIX = "se_inject/"
 ALIAS = "se_inject_"  # for scripts that take no slash in a name
 SEVERAL = "se_injections"  # the argument of timm.create_model for more than one injection

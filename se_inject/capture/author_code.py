@@ -99,6 +99,7 @@ def asks_by_identity(cls: Any) -> str | None:
     return None
 
 
+# names by which code asks what a module or its children are
 _ASKING = {
     "isinstance", "issubclass", "hasattr", "getattr", "vars", "dir", "str", "repr", "id", "super", "children", "named_children",
     "modules", "named_modules", "get_submodule", "_modules", "_get_name", "__class__", "__dict__"}  # fmt: skip

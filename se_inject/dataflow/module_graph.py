@@ -15,13 +15,14 @@ from ..capture.channels import channel_axis
 from ..capture.containers import tensors_in
 from ..capture.fingerprint import Fingerprints, frozen
 from ..capture.forward import Forward, bind, own_forward
+from ..capture.trail import PLAIN
 from ..errors import Refusal
 from . import ops
 from .layers import is_layer, is_weight, mixes
 from .ops import is_tensor, shape
 
 _T = TypeVar("_T")
-_PLAIN = (int, float, str, torch.Size, torch.dtype, type(None))  # values that hold no tensor, without a walk
+_WITHOUT_TENSORS = (*PLAIN, torch.Size)  # saves a walk
 
 
 class TracedModel:
@@ -170,6 +171,11 @@ class ModuleGraph:
         return self._calls[node]
 
     @cached_property
+    def node_of(self) -> dict[Call, fx.Node]:
+        """The ``call_module`` node of each recorded call."""
+        return {call: node for node, call in self._calls.items()}
+
+    @cached_property
     def ancestors(self) -> list[int]:
         """For each node the mask of itself and of the nodes whose data reaches it as tensors."""
         return self.shared("ancestors", self._ancestors)
@@ -190,7 +196,7 @@ class ModuleGraph:
             return False
         value = node.meta.get("val")
         return isinstance(value, torch.Tensor) or (
-            not isinstance(value, _PLAIN) and bool(tensors_in(value)))
+            not isinstance(value, _WITHOUT_TENSORS) and bool(tensors_in(value)))
 
     def readers(self, node: fx.Node) -> list[fx.Node]:
         """The users of a value that may read its elements: those that only ask for its sizes are left out."""

@@ -27,7 +27,6 @@ class ValueFlow:
     def __init__(self, traces: TracedModel, barriers: Collection[nn.Module] | None = None) -> None:
         self.traces = traces
         self.barriers = barriers
-        self._nodes: dict[Call, dict[Call, fx.Node]] = {}
         self._keeps: dict[Call, bool] = {}
 
     def caller(self, view: ModuleGraph) -> tuple[ModuleGraph, fx.Node] | None:
@@ -39,9 +38,7 @@ class ValueFlow:
         if view.call.parent is None:
             return None
         parent = self.traces.inside(view.call.parent)
-        if parent.call not in self._nodes:
-            self._nodes[parent.call] = {parent.call_of(n): n for n in parent.nodes if n.op == "call_module"}
-        return parent, self._nodes[parent.call][view.call]
+        return parent, parent.node_of[view.call]
 
     @staticmethod
     def bound(module: nn.Module, node: fx.Node) -> Mapping[str, Any]:

@@ -253,9 +253,20 @@ def _check_keeps_nothing(flow: ValueFlow, view: ModuleGraph) -> None:
         return
     cls: Any = type(module)
     if is_layer(cls):
-        trace_branches(module, view.forward.constants)
-    elif flow.traces.view(module) is None and module in flow.traces.failures:
-        raise Refusal(flow.traces.failures[module])
+        why = view.shared("why it may keep a map", lambda: _why_not_traced(view))
+    else:
+        why = flow.traces.failures.get(module) if flow.traces.view(module) is None else None
+    if why is not None:
+        raise Refusal(why)
+
+
+def _why_not_traced(view: ModuleGraph) -> str | None:
+    """Why a layer's forward has no trace but to be read; None where it has one."""
+    try:
+        trace_branches(view.module, view.forward.constants)
+    except Refusal as reason:
+        return str(reason)
+    return None
 
 
 def _layer_before(flow: ValueFlow, view: ModuleGraph, node: fx.Node) -> tuple[ModuleGraph, fx.Node]:

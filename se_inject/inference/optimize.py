@@ -18,6 +18,7 @@ from ..surgery.load_hooks import remove_hooks
 from ..surgery.refusals import refuse
 from ..surgery.session import copied, traced
 from ..surgery.state import REPORT, block_paths, given_inputs, set_injections
+from ..timm_names import FEATURE_METHODS
 from .apply_folds import apply_folds, check_steps, drop_tensors, steps_without
 from .find_blocks import find_blocks
 from .fold_norms import find_folds
@@ -25,7 +26,6 @@ from .regions import find_rewrites, find_sums, merged
 from .report import OptimizedModel
 
 _logger = logging.getLogger("se_inject")
-_METHODS = ("forward_features", "forward_intermediates")  # of timm's models: they call the modules that `forward` calls
 
 
 @torch.no_grad()
@@ -83,7 +83,7 @@ def optimize_for_inference(
     hooked = {m for m in fast.modules() if any(m.__dict__[kind] for kind in HOOKS)}
 
     with traced(fast, inputs) as t:
-        others = [call for call in (_run_of(fast, method, inputs) for method in _METHODS) if call is not None]
+        others = [call for call in (_run_of(fast, method, inputs) for method in FEATURE_METHODS) if call is not None]
         folds, norms = find_folds(ValueFlow(t, hooked), others)
         steps = steps_without(t.root, folds)
     apply_folds(folds)

@@ -191,7 +191,7 @@ class Absorber:
         return self.before(view, goal.node, goal.labels, goal.reader, power)
 
     def _check_branches(self, view: ModuleGraph, node: fx.Node, reader: fx.Node) -> None:
-        """A forward that branches on sizes, or calls more layers in train mode, must do the same with a value in each branch.
+        """A forward that branches on sizes, or does more in train mode, must do the same with a value in each branch.
 
         Raises:
             Refusal: It does something else, or that is not known.

@@ -15,12 +15,11 @@ from torch.utils._pytree import tree_leaves
 from ..capture.example import Example
 from ..errors import SEInjectError
 from ..surgery.session import copied
+from ..timm_names import FEATURE_METHODS
 from ..undo import undone
 from .batches import run
 from .gates import GatedBlock
 from .replacement import replace_blocks
-
-_METHODS = ("forward_features", "forward_intermediates")  # of timm's models: they return values inside `forward`
 
 
 class Comparison(NamedTuple):
@@ -69,7 +68,7 @@ def compare(
 def reasons_of_methods(model: nn.Module, blocks: Iterable[GatedBlock], batch: Example) -> dict[str, str]:
     """Why `fold` keeps blocks, by path, whose gate would leave what another method than `forward` returns."""
     found = [b for b in blocks if _leaves_owner(model, b)]
-    methods = [method for method in _METHODS if found and _takes(model, batch, method)]
+    methods = [method for method in FEATURE_METHODS if found and _takes(model, batch, method)]
 
     def without_gate(some: list[GatedBlock]) -> str | None:
         after = copied(model, "fold")

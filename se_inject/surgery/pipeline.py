@@ -158,9 +158,10 @@ def apply(model: nn.Module, prepared: Prepared, *, verify: bool = False) -> nn.M
     replaced = [key for s in prepared.plan.sites for key in s.replaces]
     if verify and replaced:
         raise ConfigError("verify=True with existing='replace': the outputs change with the attention that goes; leave out one")
+    base = None
     if verify:
         refuse(model, "inject(verify=True)", values=True)
-    base = copied(model, "inject(verify=True)") if verify else None
+        base = copied(model, "inject(verify=True)")
     with entered(surgery_lock), all_or_nothing(model):  # the lock, as a fork waits until the random numbers are drawn
         with entered(torch.inference_mode(False)):  # whose tensors could not be trained or loaded into
             blocks: list[dict[str, nn.Module]] = [
