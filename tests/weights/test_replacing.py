@@ -51,15 +51,16 @@ def test_a_link_is_followed(tmp_path, model, options, there):
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "link to a device", "socket"])
-def test_what_is_no_file_is_refused_and_stays(tmp_path, model, kind):
+def test_what_is_no_file_is_refused_and_stays(tmp_path, model, kind, monkeypatch):
     path = tmp_path / "m.safetensors"
+    monkeypatch.chdir(tmp_path)  # the name of a socket has at most 107 bytes
     if kind == "pipe":
         os.mkfifo(path)
     elif kind == "socket":
         import socket
 
         with contextlib.closing(socket.socket(socket.AF_UNIX)) as s:
-            s.bind(os.path.relpath(path))
+            s.bind(path.name)
     else:
         path = "/dev/null"
         if kind != "device":
