@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -179,6 +180,26 @@ def problem(config: SEConfig, outer_gain: float = 1.0) -> str | None:
     return None
 
 
+def changes_its_input(config: SEConfig) -> bool:
+    """Whether the block of `config` writes into the map that it gates."""
+    return _changes_its_input(dataclasses.replace(config, filter_fn=None, init="timm"))
+
+
+@functools.lru_cache(maxsize=256)
+def _changes_its_input(config: SEConfig) -> bool:
+    with entered(torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad()):
+        block, x = _small_block(config, 1.0), torch.randn(2, 16, 8, 8)
+        before = x._version
+        with contextlib.suppress(RuntimeError, TypeError, ValueError):  # it may take other maps
+            block(x)
+        return x._version != before
+
+
+def _small_block(config: SEConfig, outer_gain: float) -> nn.Module:
+    spec = BlockSpec(channels=16, rd_channels=8, layout="NCHW", style=config.block)
+    return make_block(spec, config, None, outer_gain, torch.device("cpu"), torch.float32)
+
+
 @functools.lru_cache(maxsize=256)
 def _identity_problem(config: SEConfig, outer_gain: float) -> str | None:
     """Try a small block: it has to return its input exactly, in both modes, and to have a gradient."""
@@ -186,8 +207,7 @@ def _identity_problem(config: SEConfig, outer_gain: float) -> str | None:
     advice = "use init='timm', or another block"
     with entered(torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.enable_grad()):
         torch.manual_seed(0)
-        spec = BlockSpec(channels=16, rd_channels=8, layout="NCHW", style=config.block)
-        block = make_block(spec, config, None, outer_gain, torch.device("cpu"), torch.float32)
+        block = _small_block(config, outer_gain)
         x = torch.randn(2, 16, 8, 8)
         for training in (True, False):
             block.train(training)

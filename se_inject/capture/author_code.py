@@ -99,6 +99,18 @@ def asks_by_identity(cls: Any) -> str | None:
     return None
 
 
+@functools.lru_cache(maxsize=4096)
+def opens_context(cls: Any) -> bool:
+    """Whether a forward, or a decorator of it, has a ``with`` statement."""
+    functions, wrapper = [*functions_of(cls)], cls.forward
+    while hasattr(wrapper, "__wrapped__"):
+        functions.append(wrapper)
+        wrapper = wrapper.__wrapped__
+    return any(
+        step.opname == "WITH_EXCEPT_START" for function in functions if isinstance(function, types.FunctionType)
+        for code in codes_of(function) for step in dis.get_instructions(code))
+
+
 # names by which code asks what a module or its children are
 _ASKING = {
     "isinstance", "issubclass", "hasattr", "getattr", "vars", "dir", "str", "repr", "id", "super", "children", "named_children",

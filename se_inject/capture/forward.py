@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 from ..errors import Refusal
 from ..undo import entered
 from .arguments import STARS, Unpacked, bound, signature_of
-from .author_code import asks_by_identity
+from .author_code import asks_by_identity, opens_context
 from .calls import Call
 from .containers import leaves
 from .graphs import compute, evaluate, subgraph
@@ -194,7 +194,9 @@ def trace_forward(
             break
     for node in graph.nodes:
         if node.op == "get_attr" and node.target.startswith("_tensor_constant"):
-            raise Refusal(f"{type(module).__name__}.forward makes a tensor that the trace would freeze")
+            raise Refusal(f"{name}.forward makes a tensor that the trace would freeze")
+    if not reading and opens_context(cls):
+        raise Refusal(f"{name}.forward has a `with` statement, whose context a trace does not hold")
     return graph
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import fx, nn
 
-from ..blocks.build import block_spec, cost, problem
+from ..blocks.build import block_spec, changes_its_input, cost, problem
 from ..blocks.catalogue import get_block
 from ..blocks.squeeze_excite import CONVS
 from ..capture.calls import Call
@@ -162,6 +162,8 @@ def _why_not(place: Place, gates: Gates, config: SEConfig, taken: Mapping[nn.Mod
         return masked
     if place.fill is not None and place.fill.gain != 1.0 and (why := problem(config, place.fill.gain)):
         return why
+    if place.users is not None and not {*place.node.users} <= {*place.users} and changes_its_input(config):
+        return f"block={config.block!r} writes into its input, which is read elsewhere, too"
     if not all(batch_is_first(n.meta["val"]) for n in _values(place, dims)):
         return f"the batch is not the first axis of its tensor, of shape {dims}"
     if dim not in (1, len(dims) - 1) or not 3 <= len(dims) <= 5:

@@ -176,6 +176,9 @@ def test_a_block_that_works_in_place(monkeypatch):
     row = Block("in_place", InPlace, Start(("fc",), ("gate",)), weighs=True)
     monkeypatch.setitem(catalogue._rows, row.name, row)
     check_identity(timm.create_model("test_resnet"), (3, 64, 64), block="in_place")
+    plan = se_inject.plan("test_resnet", block="in_place", placement="pre")  # the shortcut reads the same map
+    assert not plan.sites and {s.reason for s in plan.skipped} == {
+        "block='in_place' writes into its input, which is read elsewhere, too"}
 
 
 def test_a_block_of_ones_own_goes_into_a_file(registered, tmp_path):

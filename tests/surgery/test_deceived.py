@@ -5,6 +5,7 @@ A new case is one line: the name of its kind, and the body of a residual block's
 
 import abc
 import collections
+import contextlib
 import copy
 import functools
 import logging
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 import se_inject
 from se_inject.errors import SEInjectError
 
-FLAGS, LOG, COUNTS, TABLE = {"x": True}, [], collections.Counter(), {10: 0.5, 8: 0.25}
+FLAGS, LOG, SCOPES, COUNTS, TABLE = {"x": True}, [], [], collections.Counter(), {10: 0.5, 8: 0.25}
 CASES = {
     # questions about the tensor that a proxy answers otherwise
     "isinstance": "y = self.f(x); return x + (y if isinstance(x, torch.Tensor) else y * 0.5)",
@@ -74,6 +75,14 @@ CASES = {
     "inference": "y = self.f(x); return x + (y * 0.5 if torch.is_inference_mode_enabled() else y)",
     "training": "y = self.f(x); return x + (y * 0.5 if self.training else y)",
     "sets grad": "y = self.f(x)\n        with torch.no_grad():\n            z = y * 0.5\n        return x + y + z",
+    # contexts
+    "context": "y = self.f(x)\n        with flags('x'):\n            z = twice(y)\n        return x + z",
+    "context of torch": """
+        y = self.f(x)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            y = y.exp()
+        return x + y""",
+    "context in a method": "return x + self.scoped(self.f(x))",
     # side effects
     "global list": "LOG.append(1); return x + self.f(x)",
     "global counter": "COUNTS['x'] += 1; return x + self.f(x)",
@@ -143,6 +152,17 @@ def half_of(n):
     return 0.5 if n == 8 else 1.0
 
 
+@contextlib.contextmanager
+def flags(name):
+    SCOPES.append(name)
+    yield
+    SCOPES.pop()
+
+
+def twice(y):
+    return y * 2
+
+
 def note():
     LOG.append(1)
 
@@ -184,6 +204,10 @@ def block(body):
 
         def kind(self, x):
             return x * 0.5
+
+        def scoped(self, x):
+            with torch.profiler.record_function("scope"):
+                return x * 0.5
 
     return Block()
 
