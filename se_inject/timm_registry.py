@@ -35,15 +35,20 @@ _pending: contextvars.ContextVar[_Pending | None] = contextvars.ContextVar("se_i
 
 @dataclasses.dataclass(eq=False)
 class _Pending:
-    """Injections that wait until timm has built the model."""
+    """Injections that wait until timm has built the model of this name."""
 
+    name: str
     configs: tuple[SEConfig, ...]
     done: bool = False
 
     def waits_for(self, pretrained_cfg: Any) -> bool:
-        """Whether the injection comes after these weights: they may be those of attention that blocks replace."""
-        of_base = not str((pretrained_cfg or {}).get("architecture")).startswith(PREFIX)
-        return of_base and any(config.existing == "replace" for config in self.configs)
+        """Whether the injection comes after these weights.
+
+        They may be those of attention that blocks replace, or of another model, which is one part of this one.
+        """
+        name = str((pretrained_cfg or {}).get("architecture") or self.name)
+        return not name.startswith(PREFIX) and (
+            name != self.name or any(config.existing == "replace" for config in self.configs))
 
     def inject(self, model: Any) -> None:
         with entered(import_lock):
@@ -72,7 +77,7 @@ def create(name: str, pretrained: bool = False, **kwargs: Any) -> Any:
     loads through the same code; but before it where blocks replace attention that has such weights.
     """
     configs, rest = split_options(kwargs)
-    pending = _Pending(configs)
+    pending = _Pending(name, configs)
     outer = _pending.get()
     with undone(lambda: _pending.set(outer)):
         _pending.set(pending)

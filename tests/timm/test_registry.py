@@ -253,3 +253,31 @@ def test_blocks_that_replace_attention_do_not_get_its_weights(tmp_path):
     expected, x = se_inject.inject(base, existing="replace"), torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(model(x), expected(x))
+
+
+class Towers(torch.nn.Module):
+    """Two models of timm in one."""
+
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.a, self.b = (timm.create_model("test_resnet", num_classes=5, **kwargs) for _ in range(2))
+
+    def forward(self, x):
+        return self.a(x) + self.b(x)
+
+
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_every_part_of_a_model_gets_blocks_whichever_loads_weights_first(tmp_path, monkeypatch, pretrained):
+    base = randomise(timm.create_model("test_resnet", num_classes=5)).eval()
+    save_file(base.state_dict(), tmp_path / "base.safetensors")
+
+    def towers(pretrained=False, **kwargs):
+        file = {"pretrained_cfg_overlay": {"file": str(tmp_path / "base.safetensors"), "num_classes": 5}}
+        return Towers(pretrained=pretrained, **file)
+
+    monkeypatch.setitem(_registry._model_entrypoints, "towers", towers)
+    model, x = timm.create_model("se_inject/towers", pretrained=pretrained).eval(), torch.randn(1, 3, 64, 64)
+    assert {path.partition(".")[0] for path in block_paths(model)} == {"a", "b"}
+    if pretrained:
+        with torch.no_grad():
+            assert torch.equal(model(x), base(x) + base(x))
