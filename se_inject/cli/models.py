@@ -6,12 +6,10 @@ import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Iterable
 from typing import Any
 
 import click
 
-from ..config import SEConfig
 from ..errors import SEInjectError
 from .options import Target, config_options, file_argument, json_option, output_option, say, target
 
@@ -170,7 +168,6 @@ def eject_command(target: Target, output: str, options: dict[str, Any]) -> None:
     Plain timm loads OUT. Options of the blocks are for a FILE without a recipe.
     """
     from ..surgery.pipeline import eject
-    from ..surgery.state import injections_of
     from ..weights.files import load_found
     from ..weights.reading import read_checkpoint
     from ..weights.recipe import FULL, description, parts_in_words
@@ -180,20 +177,11 @@ def eject_command(target: Target, output: str, options: dict[str, Any]) -> None:
     recipe = found.recipe
     if recipe is not None and recipe.content != FULL:
         raise SEInjectError(f"{target.source!r} holds the {parts_in_words(recipe.content)} alone, and no base to write")
-
-    def check(configs: Iterable[SEConfig]) -> None:
-        if any(config.existing == "replace" for config in configs):
-            raise SEInjectError(
-                f"{target.source!r}: its blocks replaced the base's own attention, whose weights it does not hold: "
-                "take the base from the file that was injected")
-
-    check(() if recipe is None else recipe.configs)
     if recipe is not None and recipe.architecture is None:
         prefixes = tuple(f"{p}." for p in recipe.sites)
         tensors, metadata = {k: t for k, t in found.tensors.items() if not k.startswith(prefixes)}, {}
     else:
         net = load_found(found, target.source, target.model, model_args=target.model_args, **options)
-        check(injection.config for injection in injections_of(net))
         tensors, metadata = eject(net).state_dict(), description(net)
     write_safetensors(output, tensors, metadata)
     say(f"{len(tensors)} base tensors written, {len(found.tensors) - len(tensors)} SE tensors left out")

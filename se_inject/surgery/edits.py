@@ -9,6 +9,7 @@ Weights and their names stay where they are.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import keyword
 from typing import Any
 
@@ -173,10 +174,16 @@ def apply_edits(
 
 
 def undo_edits(module: nn.Module) -> None:
-    """Give an owner back its class and its children, in place."""
+    """Give an owner back its class and its children, in place. What a block replaced gets its device, dtype and mode."""
     edits = edits_of(module)
     assert edits is not None
     set_edits(module, None)
+    if isinstance(edits.original, nn.Module):
+        block = module._modules[edits.edits[0].slot]
+        assert block is not None
+        edits.original.train(block.training)
+        for p in itertools.islice(block.parameters(), 1):
+            edits.original.to(p)
     if has_generated_class(module):
         set_class(module, base_class(module))
     for edit in edits.edits:

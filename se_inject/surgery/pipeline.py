@@ -38,6 +38,7 @@ from .state import (
     edited_owners,
     edits_of,
     injections_of,
+    replaced_modules,
     set_injections,
     slots_of,
 )
@@ -219,7 +220,8 @@ def eject(model: nn.Module) -> nn.Module:
     Raises:
         ConfigError: It is no model.
         TraceError: It is wrapped by DDP or sharded by FSDP, or a part of it is scripted.
-        SEInjectError: It has no injected blocks, or was optimized for inference. Nothing is changed then.
+        SEInjectError: It has no injected blocks, or was optimized for inference; or they replaced attention of the base
+            whose weights were not in the file that the model is loaded from. Nothing is changed then.
 
     Example:
         >>> import se_inject, timm
@@ -233,6 +235,11 @@ def eject(model: nn.Module) -> nn.Module:
     refuse_changed_owners(model, f"eject({_model_name(model)})")
     if not owners:
         raise SEInjectError(f"eject({_model_name(model)}): there are no injected blocks in this model; nothing was changed")
+    if any(p.is_meta for old in replaced_modules(model).values() for p in old.parameters()) and (
+            not any(p.is_meta for p in model.parameters())):
+        raise SEInjectError(
+            f"eject({_model_name(model)}): its blocks replaced the base's own attention, whose weights were not in what was "
+            "loaded since: take the base from the file or the model that was injected; nothing was changed")
     with all_or_nothing(model):
         for owner in owners:
             undo_edits(owner)

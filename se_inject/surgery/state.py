@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -113,6 +114,20 @@ def has_generated_class(module: nn.Module) -> bool:
 def is_optimized(model: nn.Module) -> bool:
     """Whether a model, or a part of it, came out of `optimize_for_inference`."""
     return any(REPORT in m.__dict__ or OPTIMIZED in type(m).__dict__ for m in model.modules())
+
+
+def replaced_modules(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """What stood in the slots that blocks fill, by owner, where it has weights: attention that `eject` puts back."""
+    found = {m: edits.original for m in model.modules() if (edits := edits_of(m)) is not None}
+    return {m: old for m, old in found.items() if isinstance(old, nn.Module) and any(True for _ in old.parameters())}
+
+
+def forget_replaced(model: nn.Module) -> None:
+    """Take its values from what blocks replaced: other weights than those that it belongs to are loaded now."""
+    for owner, old in replaced_modules(model).items():
+        edits = edits_of(owner)
+        assert edits is not None
+        set_edits(owner, dataclasses.replace(edits, original=copy.deepcopy(old).to("meta")))
 
 
 def injections_of(model: nn.Module) -> tuple[Injection, ...]:

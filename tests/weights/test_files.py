@@ -11,7 +11,7 @@ from torch import nn
 
 import se_inject
 from se_inject import block_paths
-from se_inject.errors import WeightsError
+from se_inject.errors import SEInjectError, WeightsError
 
 from ..support.checks import randomise
 from ..support.outputs import out
@@ -270,3 +270,20 @@ def test_weights_of_attention_that_is_replaced_are_not_taken_for_those_of_the_bl
     for name in ("seresnet18", timm.create_model("seresnet18")):
         with pytest.raises(WeightsError, match=r"does not say whether layer1\.0\.se\.fc1\.weight is a weight of the base"):
             se_inject.load(tmp_path / "bare.safetensors", name, existing="replace")
+
+
+def test_attention_that_blocks_replaced_is_put_back_as_the_model_is_now_or_not_at_all(tmp_path):
+    base = randomise(timm.create_model("seresnet18")).eval()
+    expected, classes = out(base), [type(m) for m in base.modules()]
+    model = se_inject.inject(base.train(), existing="replace").eval().double().float()
+    se_inject.save(model, tmp_path / "m.safetensors")
+    assert model.load_state_dict(model.state_dict()).missing_keys == []  # its own base: nothing is lost
+    loaded, twin = se_inject.load(tmp_path / "m.safetensors"), timm.create_model("se_inject/seresnet18", se_existing="replace")
+    twin.load_state_dict(model.state_dict())
+    for other in (loaded, twin):  # their attention has never had the base's weights
+        with pytest.raises(SEInjectError, match="were not in what was loaded since: take the base from"):
+            se_inject.eject(other)
+        assert len(block_paths(other)) == 8 and torch.equal(out(other.eval()), out(model))
+    se_inject.eject(model.double())
+    assert [type(m) for m in model.modules()] == classes and {p.dtype for p in model.parameters()} == {torch.float64}
+    assert not any(m.training for m in model.modules()) and torch.equal(out(model.float()), expected)
