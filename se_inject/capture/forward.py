@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import inspect
 import operator
+import sys
 import types
 from collections.abc import Callable, Collection, Hashable, Iterator
 from typing import Any, TypeVar
@@ -22,7 +23,7 @@ from torch.utils._pytree import tree_map
 from ..errors import Refusal
 from ..undo import entered
 from .arguments import STARS, Unpacked, bound, signature_of
-from .author_code import asks_by_identity, opens_context
+from .author_code import note_code, why_not_held
 from .calls import Call
 from .containers import leaves
 from .graphs import compute, evaluate, subgraph
@@ -54,10 +55,12 @@ class _OwnTracer(QuickTracer):
         self.decide = decide
         self.decided: dict[Hashable, bool] = {}
         self.modes = modes()
+        self.ran: dict[int, tuple[types.CodeType, frozenset[str]]] = {}  # the author's code, see `note_code`
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if modes() != self.modes:
             raise Refusal("it changes the grad or autocast mode, which a trace does not hold")
+        note_code(sys._getframe(1), trace_forward.__code__, self.ran)
         return super().create_node(*args, **kwargs)
 
     def to_bool(self, obj: fx.Proxy) -> bool:
@@ -161,8 +164,6 @@ def trace_forward(
     name = cls.__name__
     if "forward" in module.__dict__:
         raise Refusal(f"{name} has a forward of its own instance (as hooks of accelerate set), which is not its class's")
-    if not reading and (question := asks_by_identity(cls)) is not None:
-        raise Refusal(f"{name}.forward cannot be traced: it asks with `{question}`, which a trace answers otherwise")
     if any(isinstance(value, types.GeneratorType) for value in module.__dict__.values()):
         raise Refusal(f"{name} holds a generator, which a trace would consume")
     attempts = ATTEMPTS if may_draw(cls) else 1
@@ -181,6 +182,8 @@ def trace_forward(
                 raise Refusal(f"{name}.forward cannot be traced: {tracer.refused or error}") from error
             if tracer.refused is not None:  # which the author's code may have caught
                 raise Refusal(f"{name}.forward cannot be traced: {tracer.refused}")
+            if not reading and (why := why_not_held(cls, tracer.ran.values())) is not None:
+                raise Refusal(f"{name}.forward cannot be traced: {why}")
             if has_read():
                 raise Refusal(f"{name}.forward reads its keyword arguments")
             if globals_changed():
@@ -195,8 +198,6 @@ def trace_forward(
     for node in graph.nodes:
         if node.op == "get_attr" and node.target.startswith("_tensor_constant"):
             raise Refusal(f"{name}.forward makes a tensor that the trace would freeze")
-    if not reading and opens_context(cls):
-        raise Refusal(f"{name}.forward has a `with` statement, whose context a trace does not hold")
     return graph
 
 
