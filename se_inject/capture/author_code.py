@@ -18,7 +18,7 @@ from torch import nn
 def is_ours(frame: types.FrameType) -> bool:
     """Whether code of torch or of this package runs, and not the traced code, to which checkpointing belongs."""
     name = str(frame.f_globals.get("__name__"))
-    return name.startswith(("torch.", "se_inject.")) and name != "torch.utils.checkpoint"
+    return name.partition(".")[0] in ("torch", "se_inject") and name != "torch.utils.checkpoint"
 
 
 @functools.lru_cache(maxsize=4096)

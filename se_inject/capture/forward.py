@@ -29,7 +29,7 @@ from .containers import leaves
 from .graphs import compute, evaluate, subgraph
 from .meta_ops import MetaOps, storage
 from .passed_on import PassedOn, watched
-from .side_effects import Draws, may_draw, modes, other_modes, random_state, state_of
+from .side_effects import Effects, may_draw, modes, other_modes, random_state, state_of
 from .snapshot import kept_globals, restored
 from .tracer import IN_PLACE, READ_AGAIN, QuickTracer
 from .trail import alike, called, first_difference, is_trusted, related, returned
@@ -166,12 +166,14 @@ def trace_forward(
         raise Refusal(f"{name} has a forward of its own instance (as hooks of accelerate set), which is not its class's")
     if any(isinstance(value, types.GeneratorType) for value in module.__dict__.values()):
         raise Refusal(f"{name} holds a generator, which a trace would consume")
+    modules = list(module.modules())
+    tensors = [t for m in modules for d in (m._parameters, m._buffers) for t in d.values() if t is not None]
     attempts = ATTEMPTS if may_draw(cls) else 1
     for attempt in range(attempts):
         state = random_state() if attempts > 1 else None
-        draws = Draws()
-        with restored([module]) as changed, kept_globals([cls]) as globals_changed, other_modes(), entered(draws):
-            before = state_of(module)
+        effects = Effects()
+        with restored(modules) as changed, kept_globals([cls]) as globals_changed, other_modes(), entered(effects):
+            before = state_of(tensors)
             tracer = _OwnTracer(constants, decide, reading, unknown, drawing)
             try:
                 with watched(cls, constants) as has_read:
@@ -188,11 +190,13 @@ def trace_forward(
                 raise Refusal(f"{name}.forward reads its keyword arguments")
             if globals_changed():
                 raise Refusal(f"{name}.forward changes a global list or dict, which a trace does not hold")
-            drawn = draws.drawn or (attempts > 1 and attempt == attempts - 1 and random_state() != state)
-            if not reading and (tracer.sets_attributes or changed() or drawn or state_of(module) != before):
+            drawn = effects.seen or (attempts > 1 and attempt == attempts - 1 and random_state() != state)
+            if not reading and (tracer.sets_attributes or changed() or drawn or state_of(tensors) != before):
                 raise Refusal(
                     f"{name}.forward sets attributes or buffers of its module, or draws random numbers, "
                     "which a trace does not hold")
+            if tracer.texts and not reading:
+                raise Refusal(f"{name}.forward cannot be traced: it makes a text of a traced value")
         if attempts == 1 or random_state() == state:  # else this forward or another thread has drawn some: trace again
             break
     for node in graph.nodes:

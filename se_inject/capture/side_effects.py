@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
@@ -40,12 +39,10 @@ def other_modes() -> Iterator[None]:
         yield
 
 
-def state_of(module: nn.Module) -> tuple[object, ...]:
-    """What a traced forward may not change, beside attributes: buffers, the modes of modules, and hooks."""
-    versions = tuple(
-        t._version for d in (module._parameters, module._buffers) for t in d.values()
-        if t is not None and not t.is_inference())
-    return versions, tuple(m.training for m in module.modules()), RemovableHandle.next_id
+def state_of(tensors: list[torch.Tensor]) -> tuple[object, ...]:
+    """What a traced forward may not change, beside attributes: the values of tensors, whether they are trained, and hooks."""
+    return (*[None if t.is_inference() else t._version for t in tensors], *[t.requires_grad for t in tensors],
+            RemovableHandle.next_id)
 
 
 def random_state() -> tuple[object, ...]:
@@ -73,11 +70,11 @@ def _said(value: Any, name: str) -> Any:
         return None
 
 
-class Draws(TorchDispatchMode):
-    """Inside, notices whether this thread draws random numbers by torch."""
+class Effects(TorchDispatchMode):
+    """Inside, notices whether this thread draws random numbers by torch, or writes into a tensor."""
 
-    drawn = False
+    seen = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.drawn = self.drawn or torch.Tag.nondeterministic_seeded in func.tags
+        self.seen = self.seen or torch.Tag.nondeterministic_seeded in func.tags or func._schema.is_mutable
         return func(*args, **(kwargs or {}))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
+import operator
 import random
 import types
 from collections import OrderedDict
@@ -77,8 +79,9 @@ def restored(modules: Iterable[nn.Module]) -> Iterator[Callable[[], bool]]:
     saved = [(m, m.__class__, dict(m.__dict__)) for m in modules]
     deeper: list[Any] = []
     for _, _, attributes in saved:
-        for key, value in attributes.items():
-            if type(value) not in PLAIN_CLASSES and key not in _OF_TORCH:
+        for key in attributes.keys() - _OF_TORCH:
+            value = attributes[key]
+            if type(value) not in PLAIN_CLASSES:
                 items = value.values() if type(value) is dict else value if type(value) in (list, tuple) else (value,)
                 deeper += items if len(items) <= LARGE else ()
     kept = contents(deeper)
@@ -92,14 +95,21 @@ def restored(modules: Iterable[nn.Module]) -> Iterator[Callable[[], bool]]:
         put_all_back(kept)
 
     with undone(put_back):
+        copies: list[tuple[Any, Any]] = []
+        inside: list[tuple[dict[str, Any], list[str], list[Any]]] = []
         for m, _, attributes in saved:
+            now = m.__dict__
             for key, value in attributes.items():
                 cls: Any = type(value)
                 if cls is dict or cls is list:
-                    m.__dict__[key] = value.copy()
+                    now[key] = value.copy()
+                    copies.append((now[key], value))
                 elif cls not in PLAIN_CLASSES and _is_consumed(cls):
-                    m.__dict__[key] = copy.copy(value)
-        yield lambda: any(_has_changed(m, attributes) for m, _, attributes in saved) or any(
+                    now[key] = copy.copy(value)
+                    copies.append((now[key], value))
+            inside.append((now, list(now), list(now.values())))
+        yield lambda: any(list(now) != keys or not all(map(operator.is_, now.values(), values))
+                          for now, keys, values in inside) or any(itertools.starmap(_is_other, copies)) or any(
             differs(holder, items) for holder, items in kept)
 
 
@@ -172,18 +182,11 @@ def _is_consumed(cls: Any) -> bool:
     return issubclass(cls, (Iterator, random.Random)) and not issubclass(cls, types.GeneratorType)
 
 
-def _has_changed(module: nn.Module, attributes: dict[str, Any]) -> bool:
-    now = module.__dict__
-    return now.keys() != attributes.keys() or any(_is_other(now[key], value) for key, value in attributes.items())
-
-
 def _is_other(now: Any, value: Any) -> bool:
-    if type(now) is not type(value):
-        return True
-    cls: Any = type(value)
-    if cls in (dict, list):
-        return differs(now, value)
-    return repr(now.__reduce__()) != repr(value.__reduce__()) if _is_consumed(cls) else now is not value
+    """Whether a copy is no longer what it was copied from."""
+    if type(value) in (dict, list):
+        return bool(now or value) and differs(now, value)
+    return repr(now.__reduce__()) != repr(value.__reduce__())
 
 
 @contextlib.contextmanager

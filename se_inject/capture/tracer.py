@@ -19,6 +19,7 @@ import operator
 import sys
 import threading
 import types
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -40,7 +41,9 @@ IN_PLACE: dict[Any, Any] = {
     operator.ipow: operator.pow, operator.iand: operator.and_, operator.ior: operator.or_, operator.ixor: operator.xor,
     operator.ilshift: operator.lshift, operator.irshift: operator.rshift,
 }  # fmt: skip
+_TEXT = "Proxy("  # begins the text of a proxy
 _PLAIN = {type(None), bool, int, float, str}
+_MESSAGES = {torch._assert, torch._check, torch._check_value}
 _SAMPLE = torch.empty(0)
 _CONTAINERS = (list, tuple, dict, set)
 
@@ -57,6 +60,7 @@ class QuickTracer(fx.Tracer):
         self.sets_attributes = False
         self.drawing = False  # whether what draws random numbers is a node, so that they are drawn again at each call
         self.tensors: set[fx.Node] = set()  # arguments that are tensors
+        self.texts = 0  # made of traced values
 
     def refusal(self, reason: str) -> TypeError:
         """The error to raise where a trace would be wrong; `refused` keeps the reason, as traced code may catch the error."""
@@ -81,6 +85,8 @@ class QuickTracer(fx.Tracer):
             with patched() as patches, patches.tracing(self):
                 patches.wrap_in(namespace)
                 self.create_node("output", "output", (self.create_arg(forward(*args)),), {}, type_expr=returns)
+            if self.texts:  # but for those of messages
+                self.texts -= sum(str(n.args[1:]).count(_TEXT) for n in self.graph.nodes if n.target in _MESSAGES)
             _where_read_again(self.graph)
             self.submodule_paths = None
         return self.graph
@@ -150,6 +156,19 @@ class _Quick:
         if not is_ours(sys._getframe(1)):
             raise self.tracer.refusal("it looks a traced value up in a table, or keeps it")
         return id(self)
+
+    def __setattr__(self: Any, k: str, value: Any) -> None:
+        if not is_ours(sys._getframe(1)):
+            raise self.tracer.refusal(f"it sets an attribute of a traced value, {k}")
+        object.__setattr__(self, k, value)
+
+    def __repr__(self: Any) -> str:
+        if not is_ours(sys._getframe(1)):
+            self.tracer.texts += 1
+        return f"{_TEXT}{self.node.name})"
+
+    def __deepcopy__(self: Any, memo: Any) -> Any:
+        raise self.tracer.refusal("it makes a deep copy of a traced value")
 
     def __int__(self: Any) -> int:
         raise self.tracer.refusal("it makes a plain number of a traced value")
@@ -281,6 +300,9 @@ class _Patches:
 _PATCHED: dict[tuple[Any, str], str] = {
     (nn.Module, "__getattr__"): "", (nn.Module, "__call__"): "", (nn.Module, "__setattr__"): "",
     (builtins, "print"): "it prints",
+    (warnings, "warn"): "it warns",
+    (nn.Module, "requires_grad_"): "it sets what is trained",
+    (torch.Tensor, "requires_grad_"): "it sets what is trained",
     (logging.Logger, "handle"): "it writes to a log",
     (torch, "is_inference_mode_enabled"): "it asks for the inference mode",
     (torch, "is_tensor"): "",
