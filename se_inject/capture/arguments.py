@@ -94,9 +94,16 @@ def is_plain(value: Any) -> bool:
 def signature_of(function: Any) -> inspect.Signature:
     """
     Raises:
-        Refusal: It is no function, but a property, say.
+        Refusal: It is no function, but a property, say; or a decorator of it has an argument of its own.
     """
     try:
-        return inspect.signature(function)
+        signature = inspect.signature(function)
+        while hasattr(function, "__wrapped__"):
+            outer = inspect.signature(function, follow_wrapped=False).parameters
+            named = [p.name for i, p in enumerate(outer.values()) if i and p.kind not in STARS]
+            if own := [name for name in named if name not in signature.parameters]:
+                raise Refusal(f"a decorator of its forward has an argument of its own, {own[0]}")
+            function = function.__wrapped__
     except (TypeError, ValueError) as error:
         raise Refusal(f"its forward has no signature: {error}") from error
+    return signature

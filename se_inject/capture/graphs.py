@@ -76,7 +76,7 @@ def same_graph(a: fx.Graph, b: fx.Graph, constants: dict[str, Any]) -> bool:
             return x.keys() == y.keys() and all(same(x[k], y[k]) for k in x)
         if isinstance(x, slice) and isinstance(y, slice):
             return same((x.start, x.stop, x.step), (y.start, y.stop, y.step))
-        return type(x) is type(y) and bool(x == y)
+        return type(x) is type(y) and bool(x == y or (x != x and y != y))  # not a number
 
     if len(a.nodes) != len(b.nodes):
         return False

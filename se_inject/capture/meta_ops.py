@@ -49,6 +49,7 @@ class MetaOps(TorchDispatchMode):
         written: The storages of the tensors that were written into, in order.
         trail: The operators that ran, in order.
         detailed: Whether the trail says which operators, and on what.
+        making: Called before a new tensor is made on the meta device.
         fast: The switch of the fast paths; tests turn it off to compare.
     """
 
@@ -56,6 +57,7 @@ class MetaOps(TorchDispatchMode):
 
     def __init__(self, *, factories: bool = False) -> None:
         super().__init__()
+        self.making: Callable[[], None] | None = None
         self.macs = 0
         self.trail: list[Step] = []
         self.detailed = True
@@ -86,6 +88,8 @@ class MetaOps(TorchDispatchMode):
             out = _cat(*args, **kwargs)
         elif self.factories and op.makes_tensor:
             kwargs = {**kwargs, "device": torch.device("meta")}
+            if self.making is not None:
+                self.making()
         if out is None:
             out = func(*args, **kwargs)
         if op.formula is not None:

@@ -21,7 +21,7 @@ from .calls import Call, Run
 from .containers import leaves, tensors_in
 from .example import Example
 from .meta_ops import MetaOps, storage
-from .snapshot import kept_globals, kept_hooks, restored
+from .snapshot import Caches, kept_globals, kept_hooks, restored
 from .trail import Step, alike, called, is_trusted, numbered, returned
 
 
@@ -44,6 +44,7 @@ def run(model: nn.Module, example: Example, ops: MetaOps) -> None:
         TraceError: The model's own forward raised on this input.
     """
     seed, state = torch.initial_seed(), torch.get_rng_state()
+    ops.making = (caches := Caches()).note
 
     def unseed() -> None:
         if torch.initial_seed() != seed:  # the model has seeded; draws alone take nothing on the meta device
@@ -52,7 +53,7 @@ def run(model: nn.Module, example: Example, ops: MetaOps) -> None:
     try:
         modules = list(model.modules())
         with (undone(unseed), restored(modules), kept_hooks(modules), kept_globals({type(m) for m in modules}),
-              entered(torch.no_grad(), ops)):
+              undone(caches.put_back), entered(torch.no_grad(), ops)):
             example.run(model)
     except MemoryError:
         raise

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 import itertools
 import operator
 import random
+import sys
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +19,7 @@ import torch
 from torch import nn
 
 from ..undo import entered, surgery_lock, undone
-from .author_code import functions_of, is_of_library, names_in
+from .author_code import functions_of, is_authors, is_of_library, names_in
 from .containers import LARGE, PLAIN_CLASSES, contents, differs, put_all_back
 
 _AT_CALL = ("_forward_hooks", "_forward_pre_hooks")
@@ -59,9 +61,52 @@ def _globals_of(cls: Any) -> tuple[list[tuple[dict[str, Any], str]], list[Any]]:
         value for f in functions for value in (*(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values())]
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks of its calls or of their backward."""
+    return any(module.__dict__[kind] for kind in HOOKS)
+
+
 def is_small(t: torch.Tensor) -> bool:
     """Whether a tensor is one whose values a forward may read, such as sizes and strides."""
     return t.numel() <= 4096
+
+
+class Caches:
+    """Puts back what the author's code keeps of tensors that it makes on the meta device, which would be of no use later.
+
+    Where such a tensor is made, `note` looks at the functions that are running: at what they name of their Python module and
+    of the class of their module, and whether `functools.lru_cache` keeps what they return.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[int, types.CodeType] = {}
+        self._kept: list[tuple[Any, Any]] = []
+        self._functions: list[Any] = []
+
+    def note(self) -> None:
+        frame: types.FrameType | None = sys._getframe(1)
+        while frame is not None:
+            code, namespace = frame.f_code, frame.f_globals
+            if id(code) not in self._seen:
+                self._seen[id(code)] = code
+                if is_authors(namespace.get("__name__")):
+                    self._look(code, namespace, frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None)
+            frame = frame.f_back
+
+    def _look(self, code: types.CodeType, namespace: dict[str, Any], module: Any) -> None:
+        classes = type(module).__mro__ if isinstance(module, nn.Module) else ()
+        holders = [namespace, *(vars(cls) for cls in classes if is_authors(cls.__module__))]
+        self._kept += contents([holder[name] for holder in holders for name in code.co_names if name in holder])
+        for holder in holders:
+            cached = holder.get(code.co_name)
+            if cached is not None and hasattr(cached, "cache_clear") and (
+                    getattr(inspect.unwrap(cached), "__code__", None) is code):
+                self._functions.append(cached)
+
+    def put_back(self) -> None:
+        put_all_back(self._kept)
+        for cached in self._functions:
+            cached.cache_clear()
 
 
 def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
@@ -105,7 +150,7 @@ def restored(modules: Iterable[nn.Module]) -> Iterator[Callable[[], bool]]:
                     now[key] = value.copy()
                     copies.append((now[key], value))
                 elif cls not in PLAIN_CLASSES and _is_consumed(cls):
-                    now[key] = copy.copy(value)
+                    now[key] = value.clone_state() if cls is torch.Generator else copy.copy(value)
                     copies.append((now[key], value))
             inside.append((now, list(now), list(now.values())))
         yield lambda: any(list(now) != keys or not all(map(operator.is_, now.values(), values))
@@ -179,13 +224,15 @@ def all_or_nothing(model: nn.Module, tensors: Iterable[torch.Tensor] = ()) -> It
 @functools.cache
 def _is_consumed(cls: Any) -> bool:
     """Whether each use of a value changes the next: an iterator that can be copied, or a random generator."""
-    return issubclass(cls, (Iterator, random.Random)) and not issubclass(cls, types.GeneratorType)
+    return issubclass(cls, (Iterator, random.Random, torch.Generator)) and not issubclass(cls, types.GeneratorType)
 
 
 def _is_other(now: Any, value: Any) -> bool:
     """Whether a copy is no longer what it was copied from."""
     if type(value) in (dict, list):
         return bool(now or value) and differs(now, value)
+    if isinstance(value, torch.Generator):
+        return not torch.equal(now.get_state(), value.get_state())
     return repr(now.__reduce__()) != repr(value.__reduce__())
 
 
@@ -208,7 +255,8 @@ def on_meta(model: nn.Module) -> Iterator[None]:
     """Inside, `model` is in eval mode, and its tensors are on the meta device. Other threads wait.
 
     Of its hooks, those are there that its own library has set, as transformers does where a forward reads hidden states.
-    Inference mode is off, as its tensors do not count writes.
+    Inference mode is off, as its tensors do not count writes. Afterwards the random numbers of Python and numpy go on as
+    before.
     """
     with entered(surgery_lock, torch.inference_mode(False)), _on_meta(model):
         yield
@@ -229,7 +277,15 @@ def _on_meta(model: nn.Module) -> Iterator[None]:
             twins[id(t)] = nn.Parameter(twin, requires_grad=False) if isinstance(t, nn.Parameter) else twin
         return twins[id(t)]
 
-    with restored(modules):
+    python, numpy = random.getstate(), sys.modules.get("numpy.random")
+    of_numpy = None if numpy is None else numpy.get_state()
+
+    def put_back() -> None:
+        random.setstate(python)
+        if numpy is not None:
+            numpy.set_state(of_numpy)
+
+    with undone(put_back), restored(modules):
         for m in modules:
             d = m.__dict__
             for key, value in list(d.items()):

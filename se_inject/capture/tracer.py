@@ -19,6 +19,7 @@ import operator
 import sys
 import threading
 import types
+import typing
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -85,6 +86,11 @@ class QuickTracer(fx.Tracer):
             with patched() as patches, patches.tracing(self):
                 patches.wrap_in(namespace)
                 self.create_node("output", "output", (self.create_arg(forward(*args)),), {}, type_expr=returns)
+            for node in self.graph.nodes:
+                if not _can_be_written(node.type):
+                    node.type = None
+                if node.op == "placeholder" and node.args and isinstance(node.args[0], float):
+                    node.args = (float(node.args[0]),)
             if self.texts:  # but for those of messages
                 self.texts -= sum(str(n.args[1:]).count(_TEXT) for n in self.graph.nodes if n.target in _MESSAGES)
             _where_read_again(self.graph)
@@ -104,6 +110,8 @@ class QuickTracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         if type(a) in _PLAIN:
             return a
+        if isinstance(a, float):  # numpy's, which is written as code that needs numpy
+            return float(a)
         if type(a) is OrderedDict:  # of which fx makes a dict
             return self.create_node("call_function", OrderedDict, (self.create_arg(list(a.items())),), {})
         return a.node if isinstance(a, fx.Proxy) else super().create_arg(a)
@@ -123,6 +131,14 @@ class QuickTracer(fx.Tracer):
     def wraps(self, function: Any) -> bool:
         """Whether a function in a Python module's namespace becomes one node."""
         return callable(function) and (id(function) in self._autowrap_function_ids or (self.drawing and samples(function)))
+
+
+def _can_be_written(annotation: Any) -> bool:
+    """Whether fx writes an annotation as code that means the same."""
+    origin = typing.get_origin(annotation)
+    if origin is None:
+        return isinstance(annotation, (type, str, types.NoneType)) or annotation in (Any, Ellipsis)
+    return origin is not Callable and all(map(_can_be_written, typing.get_args(annotation)))
 
 
 def _where_read_again(graph: fx.Graph) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
@@ -26,10 +26,11 @@ _WITHOUT_TENSORS = (*PLAIN, torch.Size)  # saves a walk
 
 
 class TracedModel:
-    """The modules of one recorded run, each traced once, when it is first asked for."""
+    """The modules of one recorded run, each traced once, when it is first asked for. Those `hooked` have hooks of a user."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, hooked: Collection[nn.Module] = ()) -> None:
         self.run = run
+        self.hooked = hooked
         self.root = run.root
         self.calls: dict[nn.Module, list[Call]] = {}
         for call in run.root.walk():

@@ -221,4 +221,6 @@ def _input_channels(view: ModuleGraph) -> int | None:
 
 def _output_channels(view: ModuleGraph, default: int) -> int:
     out = view.nodes[-1].args[0]
-    return shape(out)[view.channel_dim(out)] if isinstance(out, fx.Node) and is_tensor(out) else default
+    if not isinstance(out, fx.Node) or not is_tensor(out) or len(shape(out)) < 2:
+        return default
+    return shape(out)[view.channel_dim(out)]

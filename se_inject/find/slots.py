@@ -65,9 +65,10 @@ def empty_slot(traces: TracedModel, view: ModuleGraph) -> Slot | None:
 
 def _find_empty(view: ModuleGraph) -> tuple[str, Forward, fx.Node, float] | None:
     content = {name: _content(view.module, name) for name in SLOT_NAMES}
+    hooked = view.traces.hooked
     identities = [
         node for node in view.nodes if node.op == "call_module" and type(content.get(str(node.target))) is nn.Identity
-        and _usable(node) and _once(view, node) and _after_work(view, node)]
+        and view.call_of(node).module not in hooked and _usable(node) and _once(view, node) and _after_work(view, node)]
     cls: Any = type(view.module)
     identities.sort(key=lambda n: not _is_default(cls, str(n.target)))
     node = next((n for n in identities if not may_ask_for_children(cls)

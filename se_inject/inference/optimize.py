@@ -11,7 +11,7 @@ from torch import fx, nn
 from ..capture.calls import Call
 from ..capture.example import Inputs, asked
 from ..capture.inputs import record_model
-from ..capture.snapshot import HOOKS, restored
+from ..capture.snapshot import has_hooks, restored
 from ..dataflow.value_flow import ValueFlow
 from ..errors import TraceError
 from ..surgery.load_hooks import remove_hooks
@@ -80,7 +80,7 @@ def optimize_for_inference(
     fast = copied(model, "optimize_for_inference").eval().requires_grad_(False)
     remove_hooks(fast)
     set_injections(fast, ())
-    hooked = {m for m in fast.modules() if any(m.__dict__[kind] for kind in HOOKS)}
+    hooked = {m for m in fast.modules() if has_hooks(m)}
 
     with traced(fast, inputs) as t:
         others = [call for call in (_run_of(fast, method, inputs) for method in FEATURE_METHODS) if call is not None]

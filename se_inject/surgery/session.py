@@ -10,7 +10,7 @@ from torch import nn
 
 from ..capture.example import Inputs
 from ..capture.inputs import record_model
-from ..capture.snapshot import on_meta
+from ..capture.snapshot import has_hooks, on_meta
 from ..capture.tracer import patched
 from ..dataflow.module_graph import TracedModel
 from ..errors import SEInjectError, TraceError
@@ -35,6 +35,7 @@ def traced(model: nn.Module, inputs: Inputs = None, *, to_the_end: bool = True) 
     """
     for owner in edited_owners(model):
         regenerate(owner)
+    hooked = {m for m in model.modules() if has_hooks(m)}
     with on_meta(model):
         run = record_model(model, inputs if inputs is not None else given_inputs(model))
         if to_the_end and run.error is not None:
@@ -43,7 +44,7 @@ def traced(model: nn.Module, inputs: Inputs = None, *, to_the_end: bool = True) 
             raise TraceError(
                 f"{type(model).__name__}: {run.ended}, so that what it does then is not known: give a part of it that ends "
                 f"before{f', such as its module {part!r}' if part else ''}") from run.error
-        traces = TracedModel(run)
+        traces = TracedModel(run, hooked)
         with patched():  # once for all traces
             yield traces
 

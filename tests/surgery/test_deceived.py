@@ -11,6 +11,9 @@ import functools
 import logging
 import random
 import time
+import warnings
+from collections.abc import Callable
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -83,6 +86,38 @@ CASES = {
             y = y.exp()
         return x + y""",
     "context in a method": "return x + self.scoped(self.f(x))",
+    "context in a decorator": "return x + self.decorated(self.f(x))",
+    "context on a stack": """
+        stack = contextlib.ExitStack()
+        stack.enter_context(flags('x'))
+        y = self.f(x)
+        stack.close()
+        return x + y""",
+    "context in a layer's method": "return x + self.times.scoped(self.f(x))",
+    # questions that are no calls
+    "match": """
+        y = self.f(x)
+        match y.shape:
+            case (_, _, 8, 8):
+                y = y * 0.5
+            case _:
+                pass
+        return x + y""",
+    "id": "y = self.f(x); return x + (y * 0.5 if id(x) == id(y) else y)",
+    "caught view": """
+        y = self.f(x)
+        try:
+            z = y.view(-1)
+        except RuntimeError:
+            z = y.reshape(-1)
+        return x + z.view(y.shape)""",
+    "begin of a text": "y = self.f(x); return x + (y * 0.5 if f'{x.shape[2]}'.startswith('1') else y)",
+    "device text": "y = self.f(x); return x + (y * 0.5 if 'cpu' in str(x.device) else y)",
+    "dtype text": "y = self.f(x); return x + (y if str(y.dtype) == 'torch.float32' else y * 0.5)",
+    "name of a layer": "return x + getattr(self, f'f_{x.shape[2]}', self.f)(x)",
+    "message": "torch._assert(x.shape[1] == 8, f'{x.shape[1]} channels'); return x + self.f(x)",
+    "nan": "return x + self.f(x).masked_fill(x > 9, float('nan'))",
+    "number of numpy": "return x + self.f(x) * self.gain",
     # side effects
     "global list": "LOG.append(1); return x + self.f(x)",
     "global counter": "COUNTS['x'] += 1; return x + self.f(x)",
@@ -99,6 +134,15 @@ CASES = {
             self.ready = True
         return x + self.f(x)""",
     "child attribute": "self.f.scale = 2.0; return x + self.f(x)",
+    "child mode": "\n        if self.training: self.f[1].eval()\n        return x + self.f(x)",
+    "child counter": "\n        if self.training: self.f[1].num_batches_tracked.add_(1)\n        return x + self.f(x)",
+    "child list": "y = self.f(x); self.times.seen.append(y.shape[0]); return x + y",
+    "plain tensor": "self.steps.add_(1); return x + self.f(x)",
+    "frozen layer": "self.f[0].requires_grad_(False); return x + self.f(x)",
+    "frozen weight": "self.f[0].weight.requires_grad = False; return x + self.f(x)",
+    "data": "y = self.f(x); y.data = y.data * 0.5; return x + y",
+    "tag": "y = x + self.f(x); y.stride_of = 4; return y",
+    "warning": "warnings.warn('slow'); return x + self.f(x)",
     # the same operators on other tensors
     "grad source": "y = x * 0.5; return x + self.f(y if torch.is_grad_enabled() else x)",
     "grad operand": "y = x * 0.5; return self.f(x) + (x if torch.is_grad_enabled() else y)",
@@ -143,6 +187,7 @@ CASES = {
     "sizes": "y = self.f(x); return x + (y * 0.5 if x.shape[2] == 10 else y)",
 }
 TAKEN = {  # cases that get their block
+    "message", "nan", "number of numpy",
     "isinstance", "isinstance size", "plain", "sizes", "flag", "requires_grad", "is contiguous", "torch", "rank", "rank asked",
     "batch", "length of a list", "function of a method's name", "another value at a size", "dropped in place"}
 
@@ -172,8 +217,16 @@ def kind(value):
 
 
 class Times(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
     def forward(self, y, by):
         return (y * by).relu()
+
+    def scoped(self, y):
+        with flags("x"):
+            return y * 0.5
 
 
 class First(nn.Module):
@@ -188,7 +241,7 @@ class Meter:
 
 def block(body):
     """A residual block with this forward."""
-    names = {**globals(), "logging": logging, "time": time}
+    names = {**globals(), "logging": logging, "time": time, "warnings": warnings}
     exec(f"def forward(self, x, depth=0):\n        {body.strip()}", names)
 
     class Block(nn.Module):
@@ -198,11 +251,16 @@ def block(body):
             self.seen, self.count, self.ready, self.meter = [], 0, False, Meter()
             self.generator, self.numbers = random.Random(0), None
             self.times, self.first = Times(), First()
+            self.gain, self.steps = np.linspace(0.0, 1.0, 3)[1], torch.zeros(1)
             self.act, self.drop = nn.ReLU(inplace=True), nn.Dropout(inplace=True)
 
         forward = names["forward"]
 
         def kind(self, x):
+            return x * 0.5
+
+        @flags("x")
+        def decorated(self, x):
             return x * 0.5
 
         def scoped(self, x):
@@ -242,9 +300,11 @@ def effects(model, x):
     m = copy.deepcopy(model)
     m[2].numbers = iter([0.5] * 3)
     m(x)
-    return len(LOG), dict(COUNTS), m[2].seen, m[2].count, m[2].meter.total, m[2].ready, len(m[2].f._forward_hooks)
+    return (len(LOG), dict(COUNTS), m[2].seen, m[2].count, m[2].meter.total, m[2].ready, len(m[2].f._forward_hooks),
+            m[2].times.seen, m[2].steps.item(), [p.requires_grad for k, p in m.named_parameters() if ".se." not in k])
 
 
+@pytest.mark.filterwarnings("ignore:slow")
 @pytest.mark.parametrize("kind", CASES)
 def test_the_injected_model_computes_and_does_what_the_base_does(kind, capsys):
     model, x = net(CASES[kind]), torch.randn(2, 3, 10, 10)
@@ -598,3 +658,103 @@ def test_verify_of_one_small_image_and_of_no_values():
     with pytest.raises(SEInjectError, match="the model has no values"):
         se_inject.inject(empty, verify=True)
     assert not se_inject.block_paths(empty)
+
+
+@functools.lru_cache
+def window(n):
+    return torch.hann_window(n)
+
+
+TABLES: dict = {}
+HALF = np.float64(0.5)
+
+
+def table(n):
+    if n not in TABLES:
+        TABLES[n] = torch.linspace(0.0, 1.0, n)
+    return TABLES[n]
+
+
+class Caching(nn.Module):
+    """Keeps tensors that it makes of sizes: where a function does, in a table of its class, and in one of another function."""
+
+    made: ClassVar[dict] = {}
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.block = nn.Conv2d(3, 8, 1), block(CASES["plain"])
+        self.numbers = torch.Generator().manual_seed(0)
+
+    def forward(self, x):
+        n = x.shape[-1]
+        if n not in self.made:
+            self.made[n] = torch.ones(n)
+        y = self.block(self.stem(x)) * window(n) * self.made[n] + table(n)
+        return y * (1 + random.random() + np.random.rand()) + torch.rand(1, generator=self.numbers)
+
+
+def test_planning_leaves_nothing_in_caches_and_random_numbers_as_they_were():
+    model, x = Caching().eval(), torch.randn(2, 3, 10, 10)
+    expected = []
+    for plan in (False, True):
+        random.seed(0), np.random.seed(0), model.numbers.manual_seed(0)
+        Caching.made.clear(), TABLES.clear(), window.cache_clear()
+        if plan:
+            assert len(se_inject.plan(model, input_size=(3, 10, 10)).sites) == 1
+        expected.append(model(x))
+    assert torch.equal(*expected)
+
+
+class Hooked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.f, self.attn = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Identity()
+        self.attn.register_forward_hook(lambda m, args, y: y * 0.5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return x + self.attn(self.f(x).relu())
+
+
+def test_a_slot_with_a_hook_is_not_filled():
+    model, x = Hooked().eval(), torch.randn(2, 3, 10, 10)
+    expected = model(x)
+    se_inject.inject(model, input_size=(3, 10, 10))
+    assert type(model.attn) is nn.Identity and torch.equal(model(x), expected)
+
+
+def with_option(function):
+    @functools.wraps(function)
+    def wrapper(self, *args, as_dict=False):
+        out = function(self, *args)
+        return {"out": out} if as_dict else out
+
+    return wrapper
+
+
+class Written(nn.Module):
+    """Its annotations and defaults are written otherwise than fx writes them; it returns one number for each image, or one."""
+
+    def __init__(self, whole):
+        super().__init__()
+        self.stem, self.f, self.whole = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1), whole
+
+    def forward(self, x, act: Callable[[torch.Tensor], torch.Tensor] | None = None, k=HALF) -> [torch.Tensor]:
+        x = self.stem(x)
+        y = x + self.f(x).relu() * k
+        return y.mean() if self.whole else y.mean((1, 2, 3))
+
+
+class WithOption(Hooked):
+    forward = with_option(Hooked.forward)
+
+
+def test_annotations_defaults_and_plain_results():
+    x = torch.randn(2, 3, 10, 10)
+    for whole in (True, False):
+        model = Written(whole).eval()
+        expected = model(x)
+        se_inject.inject(model, input_size=(3, 10, 10))
+        assert torch.equal(model(x), expected) and len(se_inject.block_paths(model)) == 1
+    plan = se_inject.plan(WithOption(), input_size=(3, 10, 10))
+    assert not plan.sites and "a decorator of its forward has an argument of its own, as_dict" in plan.skipped[0].reason
