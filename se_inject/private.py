@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.fx import _symbolic_trace as _fx
 
 # classes
@@ -26,6 +27,8 @@ PLAIN_LOADS = (nn.Module._load_from_state_dict, nn.modules.batchnorm._NormBase._
 
 # autograd and operators
 
+WITH_MESSAGE = frozenset((torch._assert, torch._check, torch._check_value))  # functions that check and take a message
+
 _top_hooks: Callable[[bool], Any] | None = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 SEES_SAVED_TENSORS_HOOKS = _top_hooks is not None  # not in torch 2.6
 
@@ -33,6 +36,11 @@ SEES_SAVED_TENSORS_HOOKS = _top_hooks is not None  # not in torch 2.6
 def transforms_are_active() -> bool:
     """Whether vmap, jvp or another transform of `torch.func` is active."""
     return bool(torch._C._are_functorch_transforms_active())
+
+
+def is_dual(t: torch.Tensor) -> bool:
+    """Whether `t` has a tangent, of forward-mode differentiation."""
+    return forward_ad.unpack_dual(t).tangent is not None
 
 
 def is_legacy_batched(t: torch.Tensor) -> bool:

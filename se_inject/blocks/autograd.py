@@ -13,9 +13,9 @@ import math
 from typing import Any
 
 import torch
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
-from ..private import is_legacy_batched, saved_by_batch_norm, transforms_are_active
+from ..private import is_dual, is_legacy_batched, saved_by_batch_norm, transforms_are_active
 
 # On smaller maps, the calls cost more than the saved passes. No other devices were measured.
 MIN_NUMEL = 1 << 18
@@ -70,7 +70,7 @@ def _trains_eagerly(x: Any, *others: Any) -> bool:
         and torch.is_grad_enabled() and x.requires_grad
         and x.device.type in DEVICES and x.numel() >= MIN_NUMEL and x.is_floating_point()
         and not torch.jit.is_tracing() and not transforms_are_active()
-        and all(forward_ad.unpack_dual(t).tangent is None for t in (x, *others))
+        and not any(map(is_dual, (x, *others)))
     )  # fmt: skip
 
 

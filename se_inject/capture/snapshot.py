@@ -27,6 +27,7 @@ _AT_BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
 HOOKS = (*_AT_CALL, *_AT_BACKWARD)
 _HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 ORIGINAL = "_se_original"  # of a twin on the meta device: the small tensor that it stands for
+_CALLED = (types.FunctionType, types.MethodType, types.BuiltinMethodType, functools.partial)
 _OF_TORCH = frozenset(vars(nn.Module()))
 
 
@@ -128,6 +129,8 @@ def restored(modules: Iterable[nn.Module]) -> Iterator[Callable[[], bool]]:
             value = attributes[key]
             if type(value) not in PLAIN_CLASSES:
                 items = value.values() if type(value) is dict else value if type(value) in (list, tuple) else (value,)
+                if isinstance(value, _CALLED):
+                    items = _held_by(value)
                 deeper += items if len(items) <= LARGE else ()
     kept = contents(deeper)
 
@@ -177,7 +180,10 @@ def kept_hooks(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def _held_by(hook: Any) -> list[Any]:
-    """What a hook may write into: the object of its method, the arguments of a partial, what its function closes over."""
+    """What a hook, or another function that a module holds, may write into.
+
+    That is the object of its method, the arguments of a partial, what its function closes over.
+    """
     if isinstance(hook, functools.partial):
         return [*hook.args, *hook.keywords.values(), *_held_by(hook.func)]
     cells = getattr(getattr(hook, "__func__", hook), "__closure__", None) or ()

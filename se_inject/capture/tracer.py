@@ -30,7 +30,16 @@ from torch import fx, nn
 from torch.fx.proxy import Attribute
 from torch.utils._pytree import tree_leaves
 
-from ..private import as_one_node, constant_types, fx_is_tracing, module_call, module_getattr, names_to_wrap, set_fx_tracing
+from ..private import (
+    WITH_MESSAGE,
+    as_one_node,
+    constant_types,
+    fx_is_tracing,
+    module_call,
+    module_getattr,
+    names_to_wrap,
+    set_fx_tracing,
+)
 from ..undo import entered, surgery_lock, undone
 from .author_code import draws_by_name, is_ours, names_in, own_call
 
@@ -44,7 +53,6 @@ IN_PLACE: dict[Any, Any] = {
 }  # fmt: skip
 _TEXT = "Proxy("  # begins the text of a proxy
 _PLAIN = {type(None), bool, int, float, str}
-_MESSAGES = {torch._assert, torch._check, torch._check_value}
 _SAMPLE = torch.empty(0)
 _CONTAINERS = (list, tuple, dict, set)
 
@@ -92,7 +100,7 @@ class QuickTracer(fx.Tracer):
                 if node.op == "placeholder" and node.args and isinstance(node.args[0], float):
                     node.args = (float(node.args[0]),)
             if self.texts:  # but for those of messages
-                self.texts -= sum(str(n.args[1:]).count(_TEXT) for n in self.graph.nodes if n.target in _MESSAGES)
+                self.texts -= sum(str(n.args[1:]).count(_TEXT) for n in self.graph.nodes if n.target in WITH_MESSAGE)
             _where_read_again(self.graph)
             self.submodule_paths = None
         return self.graph

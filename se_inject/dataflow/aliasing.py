@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import fx
 
 from ..capture.calls import Call
@@ -19,22 +20,16 @@ from .ops import NEW, VIEW
 from .value_flow import ValueFlow
 
 
-def is_written_after(view: ModuleGraph, node: fx.Node) -> bool:
-    """Whether something later in the forward writes into the memory of `node`'s value."""
-    return writes_after(view, view.index[node], {storage(node.meta["val"])})
-
-
 def writes_after(view: ModuleGraph, place: int, memory: set[int]) -> bool:
     """Whether a node after this position writes into one of these storages."""
-    last = _last_writes(view)
-    return any(last.get(s, -1) > place for s in memory)
+    return any(view.last_writes.get(s, -1) > place for s in memory)
 
 
 def is_read_elsewhere(view: ModuleGraph, node: fx.Node) -> bool:
     """Whether the memory of `node`'s value is written and then read where a gate would not reach: through an earlier node, or
     by the caller that owns the memory."""
     mine = storage(node.meta["val"])
-    if mine in _last_writes(view) and _is_read_past(view, node, {mine}):
+    if mine in view.last_writes and _is_read_past(view, node, {mine}):
         return True
     if not any(n.op == "placeholder" for n in _by_storage(view).get(mine, ())):
         return False
@@ -63,10 +58,6 @@ def _is_read_past(view: ModuleGraph, node: fx.Node, memory: set[int]) -> bool:
         (n.op == "placeholder" and writes_after(view, here, {s})) or (
             view.index[n] < here and any(view.index[u] > here for u in n.users))
         for s in memory for n in by_storage.get(s, ()))
-
-
-def _last_writes(view: ModuleGraph) -> dict[int, int]:
-    return view.shared("last writes", lambda: {s: i for i, n in enumerate(view.nodes) for s in n.meta.get("writes", ())})
 
 
 def _by_storage(view: ModuleGraph) -> dict[int, list[fx.Node]]:
@@ -174,6 +165,16 @@ def storages(value: Any) -> set[int]:
     return set(map(storage, tensors_in(value)))
 
 
+def _is_dense(t: torch.Tensor) -> bool:
+    """Whether a tensor has its values one after the other, in some order of its axes."""
+    step = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(t.stride(), t.shape) if size != 1):
+        if stride != step:
+            return False
+        step *= size
+    return True
+
+
 class Memory:
     """The values of an inlined graph in groups that may share memory, and when each is read last.
 
@@ -208,13 +209,13 @@ class Memory:
     def is_free(self, node: fx.Node, at: fx.Node, others: Iterable[fx.Node] = ()) -> bool:
         """Whether `at` may write into the memory of a value.
 
-        It may where the memory is the graph's own and dense, nothing but the result of `at` is read from it later, and
-        the other operands of `at` are elsewhere.
+        It may where the memory is the graph's own, laid out as the result of `at` is and dense, nothing but that result is read
+        from it later, and the other operands of `at` are elsewhere.
         """
         group = self._group[node]
-        value = node.meta["val"]
-        dense = all(n == 1 or s != 0 for n, s in zip(value.shape, value.stride()))
-        return self.may_write and dense and not self._external[id(group)] and not self.is_read_after(node, at) and all(
+        value, result = node.meta["val"], at.meta["val"]
+        alike = value.shape == result.shape and value.stride() == result.stride() and _is_dense(value)
+        return self.may_write and alike and not self._external[id(group)] and not self.is_read_after(node, at) and all(
             n is node or self._group[n] is not group for n in others)
 
     def is_external(self, node: fx.Node) -> bool:

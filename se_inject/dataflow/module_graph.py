@@ -15,6 +15,7 @@ from ..capture.channels import channel_axis
 from ..capture.containers import tensors_in
 from ..capture.fingerprint import Fingerprints, frozen
 from ..capture.forward import Forward, bind, own_forward
+from ..capture.meta_ops import storage
 from ..capture.trail import PLAIN
 from ..errors import Refusal
 from . import ops
@@ -158,6 +159,19 @@ class ModuleGraph:
     def shared(self, what: Hashable, find: Callable[[], _T]) -> _T:
         """The result of `find`, computed once for all modules that share this forward."""
         return self.forward.shared(what, find)
+
+    @property
+    def last_writes(self) -> dict[int, int]:
+        """For each storage that is written into, the position of the last node that does."""
+        return self.shared("last writes", lambda: {s: i for i, n in enumerate(self.nodes) for s in n.meta.get("writes", ())})
+
+    def is_written_after(self, node: fx.Node) -> bool:
+        """Whether something later in the forward writes into the memory of `node`'s value."""
+        return self.last_writes.get(storage(node.meta["val"]), -1) > self.index[node]
+
+    def writes_between(self, node: fx.Node, end: fx.Node) -> set[int]:
+        """The storages that are written into between two nodes."""
+        return {s for n in self.nodes[self.index[node] + 1:self.index[end]] for s in n.meta.get("writes", ())}
 
     @property
     def path(self) -> str:

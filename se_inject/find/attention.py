@@ -14,6 +14,7 @@ from torch import fx, nn
 from ..capture.calls import Call
 from ..capture.channels import channel_axis
 from ..capture.graphs import subgraph
+from ..capture.meta_ops import storage
 from ..dataflow import ops
 from ..dataflow.module_graph import ModuleGraph, TracedModel
 from ..dataflow.ops import is_tensor, shape, unexpanded
@@ -25,12 +26,14 @@ from ..errors import Refusal
 class Gate:
     """A block multiplies its input by this: the value of `node` in the forward `view`, which varies along `axis`.
 
-    `input` is the block's input there, `moved` says that it is in another layout there, and `shifted` that the block also adds
-    something to the product; `shift` is that, where it is a value of the gate's shape in the same forward.
+    `product` multiplies by it; `input` is the block's input there, `moved` says that it is in another layout there, and
+    `shifted` that the block also adds something to the product; `shift` is that, where it is a value of the gate's shape in the
+    same forward.
     """
 
     view: ModuleGraph
     node: fx.Node
+    product: fx.Node
     input: fx.Node
     axis: int
     moved: bool
@@ -40,8 +43,8 @@ class Gate:
     def function(self) -> nn.Module:
         """A module of the same weights that returns the gate alone. Call it outside `on_meta`."""
         graph = self.view.forward.graph
-        before = itertools.takewhile(lambda n: n is not self.node, graph.nodes)  # what is behind may write in place
-        return fx.GraphModule(self.view.module, subgraph(graph, [*before, self.node], self.node))
+        before = itertools.takewhile(lambda n: n is not self.product, graph.nodes)  # what is behind may write in place
+        return fx.GraphModule(self.view.module, subgraph(graph, before, self.node))
 
 
 def gate_of(flow: ValueFlow, call: Call, *, shifts: bool = False) -> Gate:
@@ -69,34 +72,36 @@ def gate_of(flow: ValueFlow, call: Call, *, shifts: bool = False) -> Gate:
         return flow.unmoved(view, node, computed=False)[1] is start
 
     end, last = flow.unmoved(inside, result)
-    for view, x, g, added, plain in _products(flow, end, last):
+    for view, product, x, g, added, plain in _products(flow, end, last):
         if not is_tensor(g) or not is_input(view, x) or is_input(view, g):
             continue
         if is_tensor(added) and (is_input(end, added) or not _is_shift(end, added, last)):
             continue
         if added is not None and not shifts:
             raise Refusal("it adds a shift to its input times a gate")
+        if storage(x.meta["val"]) in view.writes_between(g, product):
+            raise Refusal("its input is changed in place between its gate and the product")
         g = unexpanded(g)
         moved = flow.outward(view, x)[1] is not flow.outward(inside, inputs[0])[1]
         axis = _axis_of_gate(view, x, g, other)
         shift = added if plain and is_tensor(added) and view is end and shape(added) == shape(g) else None
-        return Gate(view, g, x, axis, moved, added is not None, shift)
+        return Gate(view, g, product, x, axis, moved, added is not None, shift)
     raise other
 
 
 def _products(
     flow: ValueFlow, view: ModuleGraph, node: fx.Node,
-) -> Iterator[tuple[ModuleGraph, fx.Node, Any, Any, bool]]:  # fmt: skip
-    """Each reading of a value as a tensor times a factor: the forward with the product, both, what is added, or None, and
-    whether that is added as it is."""
-    yield from ((view, x, g, None, False) for x, g in ops.products(node))
+) -> Iterator[tuple[ModuleGraph, fx.Node, fx.Node, Any, Any, bool]]:  # fmt: skip
+    """Each reading of a value as a tensor times a factor: the forward with the product, that, both, what is added, or None,
+    and whether that is added as it is."""
+    yield from ((view, node, x, g, None, False) for x, g in ops.products(node))
     if ops.name_of(node) == "addcmul" and ops.argument(node, "value", 1) == 1:
         shift, a, b = (ops.argument(node, name) for name in ("input", "tensor1", "tensor2"))
-        yield from ((view, x, g, shift, True) for x, g in ((a, b), (b, a)))
+        yield from ((view, node, x, g, shift, True) for x, g in ((a, b), (b, a)))
     plain = ops.name_of(node) == "add" and ops.argument(node, "alpha", 1) == 1
     for product, added in ops.sums(node):
         inner, made = flow.unmoved(view, product)
-        yield from ((inner, x, g, added, plain) for x, g in ops.products(made))
+        yield from ((inner, made, x, g, added, plain) for x, g in ops.products(made))
 
 
 def _axis_of_gate(view: ModuleGraph, x: fx.Node, g: fx.Node, other: Refusal) -> int:

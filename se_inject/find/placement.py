@@ -13,7 +13,7 @@ from ..blocks.masks import MASKS
 from ..capture.arguments import signature_of
 from ..capture.author_code import functions_of, names_in
 from ..capture.forward import is_plain_sequential
-from ..dataflow.aliasing import is_read_elsewhere, is_written_after
+from ..dataflow.aliasing import is_read_elsewhere
 from ..dataflow.layers import is_conv, is_depthwise, mixes
 from ..dataflow.module_graph import LAYOUT, SLICE, ModuleGraph, TracedModel
 from ..dataflow.ops import is_tensor, name_of, shape
@@ -39,7 +39,7 @@ def find_place(c: Candidate, slot: Slot | None, placement: str, traces: TracedMo
     place = _place(c, placement, traces)
     if place.reason is None and c.reason is None:
         place = _where_all_methods_pass(place, traces)
-        if is_read_elsewhere(place.view, place.node) or (place.users is not None and is_written_after(place.view, place.node)):
+        if is_read_elsewhere(place.view, place.node) or (place.users is not None and place.view.is_written_after(place.node)):
             place = dataclasses.replace(place, reason=IN_PLACE)
     return place
 
@@ -76,7 +76,7 @@ def _place(c: Candidate, placement: str, traces: TracedModel) -> Place:
     if placement == "post":
         return Place(c, view, c.output)
     end_view, node, behind, sliced = _walk_back(traces, view, c.output, c.branch)
-    if sliced or c.kind != "residual" or is_written_after(end_view, node):
+    if sliced or c.kind != "residual" or end_view.is_written_after(node):
         return Place(c, end_view, node)
     return Place(c, end_view, node, [behind] if behind is not None else merges or None)
 

@@ -10,8 +10,8 @@ import torch
 from torch import fx
 
 from ..capture.graphs import compute
-from ..dataflow.module_graph import ModuleGraph
-from ..dataflow.ops import argument, layer_arguments, name_of, shape
+from ..dataflow.module_graph import ModuleGraph, spelled
+from ..dataflow.ops import argument, is_tensor, layer_arguments, name_of, shape
 from ..errors import Refusal
 
 
@@ -69,10 +69,12 @@ class Maps:
         """The value of an argument that does not depend on the module's input.
 
         Raises:
-            Refusal: It depends on a tensor that is neither a parameter nor a buffer.
+            Refusal: It depends on a tensor that is neither a parameter nor a buffer, or that is changed in place.
         """
         if not isinstance(node, fx.Node):
             return node
+        if node.meta.get("writes") or (is_tensor(node) and view.is_written_after(node)):
+            raise Refusal(f"{spelled(node, view)} is changed in place")
         if node.op == "get_attr":
             name = f"{view.path}.{node.target}" if view.path else str(node.target)
             if name not in self.values:

@@ -97,6 +97,8 @@ class _Finder:
         gate = gate_of(self.flow, call)
         if gate.moved:
             raise Refusal("it works in another layout than its input's")
+        if gate.view.is_written_after(gate.node):
+            raise Refusal("its gate is changed in place after it is computed")
         try:
             check_rewritable(self.flow, view.call, inlined=False)
         except Refusal as reason:

@@ -15,11 +15,11 @@ from ..capture.calls import Call
 from ..capture.channels import channel_axis
 from ..capture.graphs import output_of
 from ..capture.snapshot import restored
-from ..capture.trail import is_trusted
+from ..capture.trail import is_trusted, key
 from ..dataflow.aliasing import storages
 from ..dataflow.branches import branches, trace_branches
 from ..dataflow.layers import is_layer
-from ..dataflow.module_graph import ModuleGraph, TracedModel, spelled
+from ..dataflow.module_graph import ModuleGraph, spelled
 from ..dataflow.ops import CONVS, TRANSPOSED_CONVS, argument, is_tensor, layer_arguments, name_of, of, shape
 from ..dataflow.value_flow import ValueFlow
 from ..errors import Refusal
@@ -69,7 +69,7 @@ def find_folds(flow: ValueFlow, others: list[Call]) -> tuple[list[Fold], Norms]:
         others: Recorded runs of other methods of the model, in which the same norms must follow the same layers.
     """
     traces, folds, found = flow.traces, [], Norms({}, {})
-    read, runs = set(_read_from_above(traces)), [_Run(root) for root in others]
+    read, runs = set(_read_by_others(traces.root, *others)), [_Run(root) for root in others]
     names = Counter(id(p) for _, p in traces.root.module.named_parameters(remove_duplicate=False))
     for module, calls in traces.calls.items():
         if not {"running_mean", "running_var"} <= module._buffers.keys():
@@ -131,14 +131,17 @@ def _fold(flow: ValueFlow, norm: nn.Module) -> Fold:
     return Fold(norm, layer, argument(node, "eps", 1e-5), linear, transposed, folded_class(norm, graph))
 
 
-def _read_from_above(traces: TracedModel) -> Iterator[nn.Module]:
-    """The modules whose parameters or buffers the forward of a module around them reads."""
-    for module in traces.calls:
-        view = traces.view(module)
-        for node in view.nodes if view is not None else ():
-            path = str(node.target).rpartition(".")[0]
-            if node.op == "get_attr" and path:
-                yield module.get_submodule(path)
+def _read_by_others(*runs: Call) -> Iterator[nn.Module]:
+    """The modules whose parameters or buffers an operator took in that ran in the forward of another module."""
+    owners: dict[int, nn.Module] = {}
+    for m in runs[0].module.modules():
+        for t in (*m._parameters.values(), *m._buffers.values()):
+            if t is not None:
+                owners |= {key(t): m, -id(t): m}  # it may have got a number during the run
+    for call in (call for root in runs for call in root.walk()):
+        for k in (k for _, sources, _ in call.own_trail for k in sources):
+            if k in owners and owners[k] is not call.module:
+                yield owners[k]
 
 
 class _Run:

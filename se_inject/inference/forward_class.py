@@ -10,11 +10,12 @@ from typing import Any
 from torch import fx, nn
 
 from ..capture.snapshot import set_class
+from ..capture.values import tensors
 from ..dataflow.ops import is_tensor
 from ..surgery.generated_class import Code, generated, guards_for, new_of, with_guards
 from ..surgery.sequential import MEMBERS, sequential_class
 from ..surgery.state import OPTIMIZED, base_class, edits_of, set_edits
-from .programs import wants_plain
+from .programs import one_wants_plain, wants_plain
 
 
 def optimized_class(
@@ -37,11 +38,12 @@ def optimized_class(
     guards, names = guards_for(
         fixed, given, f"{base.__name__}.forward was optimized for one value of {{name}}: optimize the model as it is called")
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
-    first = next((str(n.target) for n in inputs if is_tensor(n)), None)
-    if first is not None:
+    asked = [f"wants_plain({n.target})" for n in inputs if is_tensor(n)]
+    asked += [f"one_wants_plain({str(n.target).lstrip('*')})" for n in inputs if not is_tensor(n) and tensors(n.meta["val"])]
+    if asked:
         arguments = ", ".join(f"{n.target}={n.target}" for n in inputs)
-        guards += f"    if wants_plain({first}):\n        return self._se_plain({arguments})\n"
-    used = {**code.globals, **(names if fixed or given else {}), "wants_plain": wants_plain}
+        guards += f"    if {' or '.join(asked)}:\n        return self._se_plain({arguments})\n"
+    used = {**code.globals, **(names if fixed or given else {}), "wants_plain": wants_plain, "one_wants_plain": one_wants_plain}
     sources = [(with_guards(code.src, guards), used), (author.src.replace("def forward(", "def _se_plain(", 1), author.globals)]
     return _class_of(base, sources, isinstance(module, nn.Sequential) and edits_of(module) is not None)
 

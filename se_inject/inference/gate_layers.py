@@ -6,6 +6,7 @@ import copy
 
 from torch import fx
 
+from ..capture.meta_ops import storage
 from ..dataflow.module_graph import ModuleGraph, spelled
 from ..dataflow.ops import CONVS, argument, is_tensor, name_of, of, products, shape
 from ..dataflow.value_flow import ValueFlow
@@ -32,12 +33,14 @@ class GateBuilder:
         """
         found: list[Layer] = []  # the last first
         view, node = gate.view, gate.node
+        chain: list[tuple[ModuleGraph, fx.Node]] = []
         while True:
-            view, node = self._unmoved(view, node)
+            view, node = self._unmoved(view, node, chain)
             if node.op == "placeholder":
                 raise Refusal("its gate is not made from the mean of its input alone")
             if of(node).reduces == "mean" or name_of(node).startswith("adaptive_avg_pool"):
                 self._check_mean(view, node, start, gate.axis)
+                _check_unchanged(chain)
                 return found[::-1]
             layer, view, node = self._layer(view, node, is_last=not found)
             if found and isinstance(layer, Affine) and isinstance(found[-1], Affine):
@@ -67,13 +70,18 @@ class GateBuilder:
                 return copy.deepcopy(view.module), *outside
         raise Refusal(f"{spelled(node, view)} is neither a linear layer, nor relu, sigmoid or an activation module")
 
-    def _unmoved(self, view: ModuleGraph, node: fx.Node) -> tuple[ModuleGraph, fx.Node]:
-        """The operator that computes a vector (N, C), through changes of its shape."""
+    def _unmoved(
+        self, view: ModuleGraph, node: fx.Node, chain: list[tuple[ModuleGraph, fx.Node]]
+    ) -> tuple[ModuleGraph, fx.Node]:  # fmt: skip
+        """The operator that computes a vector (N, C), through changes of its shape; `chain` gets what is passed."""
         while True:
+            chain += [(view, node), self.flow.outward(view, node)]
             view, node = self.flow.origin(view, node)
+            chain.append((view, node))
             source = node.args[0] if node.args else None
             if not (of(node).views or of(node).casts) or not isinstance(source, fx.Node) or not is_tensor(source) or (
-                    _vector(source) is None or _vector(node) != _vector(source)):
+                    _vector(source) is None or _vector(node) != _vector(source)) or (
+                    source.meta["val"].dtype != node.meta["val"].dtype):
                 return view, node
             node = source
 
@@ -96,6 +104,22 @@ class GateBuilder:
             raise Refusal("its squeeze is not the mean over all positions")
 
 
+def _check_unchanged(chain: list[tuple[ModuleGraph, fx.Node]]) -> None:
+    """
+    Raises:
+        Refusal: A statement beside the chain changes one of its values in place.
+    """
+    here, calls = {node for _, node in chain}, [view.call for view, _ in chain]
+    for view in {id(view): view for view, _ in chain}.values():
+        memory = {storage(n.meta["val"]) for v, n in chain if v is view}
+        for node in view.nodes:
+            if node in here or not memory & node.meta.get("writes", frozenset()):
+                continue
+            if node.op != "call_module" or not any(
+                    view.call_of(node).begin <= c.begin < view.call_of(node).end for c in calls):
+                raise Refusal(f"{spelled(node, view)} changes a value of its gate in place")
+
+
 def _is_vector_layer(view: ModuleGraph, node: fx.Node) -> bool:
     """Whether a node is a linear layer, or a convolution that is one, on the channels of a vector."""
     x, is_linear = argument(node, "input"), name_of(node) == "linear"
@@ -114,5 +138,5 @@ def _vector(node: fx.Node) -> tuple[int, int] | None:
 
 def _is_elementwise(view: ModuleGraph) -> bool:
     """Whether a forward computes each element from the same element of its input, without parameters."""
-    return not any(True for _ in view.module.parameters()) and all(
-        n.op in ("placeholder", "output") or of(n).elementwise for n in view.nodes if n.op == "output" or is_tensor(n))
+    return not any(True for _ in view.module.parameters()) and all(  # a size would be that of another shape
+        n.op in ("placeholder", "output") or (is_tensor(n) and of(n).elementwise) for n in view.nodes)

@@ -175,9 +175,9 @@ def _constant_operand(view: ModuleGraph, node: fx.Node, axis: int) -> tuple[fx.N
 
 
 def _axis_before(node: fx.Node, x: fx.Node, axis: int) -> int | None:
-    """The channel axis of `x`, where `node` has the elements of `x` in another layout; None where channels do not stay."""
+    """The channel axis of `x`, where `node` has the elements of `x` in another layout; None where channels or dtype change."""
     t, s = node.meta["val"], x.meta["val"]
     at = channel_axis(s)
-    stays = at is not None and channel_axis(t) == axis and t.numel() == s.numel() and t.shape[axis] == s.shape[at] and (
-        batch_is_first(t) and batch_is_first(s) and t.shape[0] == s.shape[0])
+    stays = at is not None and t.dtype == s.dtype and channel_axis(t) == axis and t.numel() == s.numel() and (
+        t.shape[axis] == s.shape[at] and batch_is_first(t) and batch_is_first(s) and t.shape[0] == s.shape[0])
     return at if stays else None

@@ -21,7 +21,6 @@ from ..capture.calls import Call
 from ..capture.graphs import counterparts, output_of
 from ..capture.snapshot import restored
 from ..capture.trail import is_trusted
-from ..dataflow.aliasing import is_written_after
 from ..dataflow.branches import other_branches, trace_branches
 from ..dataflow.module_graph import ModuleGraph, TracedModel, spelled
 from ..dataflow.ops import is_tensor, name_of, of
@@ -341,6 +340,6 @@ def _readers(view: ModuleGraph, node: fx.Node) -> list[fx.Node]:
         Refusal: There are several, and its memory is written in place: not all of them read the value itself.
     """
     found = view.readers(node)
-    if len(found) > 1 and is_tensor(node) and is_written_after(view, node):
+    if len(found) > 1 and is_tensor(node) and view.is_written_after(node):
         raise Refusal(f"its tensor is changed in place, and read by {spelled(found[-1], view)}")
     return found

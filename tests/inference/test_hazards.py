@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import se_inject
+from se_inject.blocks import catalogue
 
 from ..support.checks import randomise, total
 from .test_optimize import deviation
@@ -580,3 +581,143 @@ def test_a_copy_inside_another_model_is_refused():
     for call in (se_inject.optimize_for_inference, se_inject.inject):
         with pytest.raises(se_inject.SEInjectError, match="optimized for inference"):
             call(model, input_size=(3, 64, 64))
+
+
+class Gating(SE):
+    """A gate of which statements change values in place."""
+
+    def __init__(self, body):
+        super().__init__(8)
+        self.act = nn.ReLU(inplace=True)
+        self.body = body
+
+    def forward(self, x):
+        return self.body(self, x, x.mean((2, 3), keepdim=True))
+
+
+@cases({
+    "layer": lambda m, x, v: last(s := m.a(v), m.act(s), x * m.b(s).sigmoid()),
+    "relu_": lambda m, x, v: last(s := m.a(v), s.relu_(), x * m.b(s).sigmoid()),
+    "sigmoid_": lambda m, x, v: last(g := m.b(m.a(v).relu()), g.sigmoid_(), x * g),
+    "mean": lambda m, x, v: last(v.mul_(2.0), x * m.b(m.a(v).relu()).sigmoid()),
+    "clamp_": lambda m, x, v: last(g := m.b(m.a(v).relu()).sigmoid(), g.mul_(2).clamp_(0.4, 0.6), x * g),
+    "view": lambda m, x, v: last(g := m.b(m.a(v).relu()).sigmoid(), g.flatten().mul_(0.5), x * g),
+    "no layers": lambda m, x, v: last(g := v.sigmoid(), g.mul_(2).clamp_(0.9, 1.1), x * g),
+    "input": lambda m, x, v: last(g := m.b(m.a(v).relu()).sigmoid(), x.mul_(2), x * g),
+    "size": lambda m, x, v: x * m.b(torch.tanh(m.a(v)) * v.dim()).sigmoid(),
+})
+def test_gates_that_are_changed_in_place(case):
+    check(net(lambda m, x: x + 0 if m.training else m.act(m.child(m.norm(m.stem(x)))), Gating(*case)))
+    act = net(lambda m, x: torch.tanh(x) * x.shape[-1])
+    gate = Gating(lambda m, x, v: x * m.b(m.sized(m.a(v))).sigmoid())
+    gate.sized = act
+    check(net(lambda m, x: m.child(m.norm(m.stem(x))), gate))
+
+
+class Changed(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.fc = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x):
+        g = torch.sigmoid(self.fc(x.mean((2, 3), keepdim=True)))
+        g.mul_(2).clamp_(0.9, 1.1)
+        return x * g
+
+
+def test_gates_are_measured_with_what_changes_them_in_place(monkeypatch):
+    monkeypatch.setitem(catalogue._rows, "changed", catalogue.Block("changed", Changed))
+    model = randomise(se_inject.inject(timm.create_model("test_resnet"), block="changed", init="timm")).eval()
+    found = se_inject.gates(model, [image(4, 64)])
+    assert len(found.sites) == 4 and all(s.mean.min() > 0.8999 and s.mean.max() < 1.1001 for s in found.sites)
+
+
+class Standardized(nn.Conv2d):
+    def forward(self, x):
+        w = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        w.div_(w.std((1, 2, 3), keepdim=True) + 1e-5)
+        return F.conv2d(x, w, self.bias)
+
+
+def test_weights_that_are_changed_in_place():
+    for child in (
+            Standardized(8, 32, 1), lambda m, x: last(g := m.gain.exp(), g.clamp_(max=1.0), m.wide(m.point(x)) * g.sum())):
+        check(net(lambda m, x: m.wide_se(m.after(m.child(m.point(m.stem(x))))), child, after=nn.BatchNorm2d(32)))
+
+
+class Tied(Parts):
+    """Its norms follow layers whose weights other operators read: where a trace does not see it, or cannot be made."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.hidden, self.read, self.steps = [self.point], read, 0
+
+    def forward(self, x):
+        self.steps += 1
+        return self.read(self, self.norm(self.point(self.stem(x))))
+
+
+@cases({
+    "weight": lambda m, x: F.conv_transpose2d(x, m.point.weight),
+    "list": lambda m, x: F.conv_transpose2d(x, m.hidden[0].weight),
+    "parameters": lambda m, x: x + sum(p.square().sum() for p in m.parameters()) * 1e-3,
+    "state dict": lambda m, x: x * m.state_dict()["point.weight"].abs().sum(),
+    "statistics": lambda m, x: x * m.norm.running_var.mean().detach(),
+})
+def test_weights_that_another_operator_reads(case):
+    assert not check(randomise(Tied(*case)).eval()).se_report.norms_folded
+
+
+@cases({
+    "permuted": lambda m, x: last(
+        y := m.stem(x), z := y + m.linear(m.point(y).permute(0, 2, 3, 1)).permute(0, 3, 1, 2), z),
+    "part": lambda m, x: m.wide(m.stem(x))[:, :8] * m.gain,
+    "sum of parts": lambda m, x: m.wide(m.stem(x))[:, :8] + m.stem(x),
+})
+def test_results_have_the_strides_of_the_authors(case):
+    model = net(*case)
+    fast = check(model)
+    assert model(image(2, 16)).stride() == fast(image(2, 16)).stride()
+
+
+@pytest.mark.parametrize("pair", [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)])
+def test_a_gate_in_another_dtype_than_its_map(pair):
+    model = net(lambda m, x: m.child(m.norm(m.stem(x))), Gating(
+        lambda m, x, v: x * m.b(m.a(v.to(m.a.weight.dtype)).relu()).sigmoid().to(x.dtype)))
+    model.to(pair[0]).child.to(pair[1])
+    fast, x = se_inject.optimize_for_inference(model, input_size=(3, 16, 16)), image(2, 16).to(pair[0])
+    with torch.no_grad():
+        assert deviation(model(x), fast(x)) < 1e-2
+
+
+def test_every_input_is_asked_for_gradients_and_autocast():
+    def pyramid(m, maps):
+        return [maps[0] + m.norm(m.point(maps[0])), maps[1] + m.point(maps[1])]
+
+    masked = net(lambda m, x: m.child(m.gain.detach(), m.stem(x)), net(lambda m, k, x: x * k + m.se(m.point(x))))
+    listed = net(lambda m, x: last(y := m.stem(x), torch.stack(m.child([y, y * 2]))), net(pyramid))
+    for model in (masked, listed):
+        fast, grads = check(model), []
+        for m in (model, fast):
+            x = image(1, 16).requires_grad_()
+            m(x).sum().backward()
+            grads.append(x.grad)
+        assert deviation(*grads) < 1e-4
+        x = image(2, 16)
+        with torch.no_grad():
+            with torch.autocast("cpu", torch.bfloat16):
+                assert fast(x).dtype == model(x).dtype and deviation(model(x), fast(x)) < 0.02
+            images = x[:, None]
+            assert deviation(torch.func.vmap(model)(images), torch.func.vmap(fast)(images)) < 1e-4
+            assert deviation(*(torch.func.jvp(m, (x,), (x,))[1] for m in (model, fast))) < 1e-4
+
+
+def test_what_a_function_that_a_module_holds_keeps():
+    model, kept = net(lambda m, x: last(y := m.stem(x), m.tap(y), y + m.se(m.point(y)))), []
+    model.tap = kept.append
+    for tap in (kept.append, lambda t: kept.append(t)):
+        model.tap = tap
+        fast = se_inject.optimize_for_inference(model, input_size=(3, 16, 16))
+        assert not kept
+        fast(image(1, 16))
+        assert len(kept) == 1 and type(kept.pop()) is torch.Tensor
