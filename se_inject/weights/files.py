@@ -103,7 +103,7 @@ def save(
         lacks = " and no ".join(dict(PARTS, head="classifier", norms="norms with parameters")[name] for name in wanted)
         raise WeightsError(f"save({type(model).__name__}, only={only!r}): this model has no {lacks}; write only='se'")
     recipe = Recipe.of(model, injections, content_of(wanted))
-    why = why_not_rebuilt(recipe, parts)
+    why = why_not_rebuilt(recipe, model, parts)
     if why:
         _logger.log(
             logging.INFO if recipe.architecture is None else logging.WARNING, "load(%r) cannot build this model by itself, "

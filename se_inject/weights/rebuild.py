@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,16 +14,18 @@ from torch import nn
 from ..capture.inputs import without_values
 from ..config import SEConfig
 from ..errors import NoSitesError, SEInjectError, WeightsError
-from ..surgery.parts import Parts, own_tensors
+from ..private import DropoutNd
+from ..surgery.parts import Parts, module_of, own_tensors
 from ..surgery.pipeline import apply, inject, prepare
 from ..surgery.refusals import injected_inside
-from ..surgery.state import block_paths, injections_of
+from ..surgery.state import base_class, block_paths, head_paths, injections_of
 from ..timm_names import base_name, remember_args, skeleton, split_options, unknown_model_message
 from .reading import Checkpoint
 from .recipe import FULL, Recipe
 
 # Options that change the function of a block, but not the shapes of its tensors.
 _BY_FUNCTION = ("block", "placement", "init", "act_layer", "gate_layer")
+_GONE = "none"
 _SMALL = 2**24  # values that a model may have beyond those of its files: less memory than torch takes itself
 
 
@@ -67,6 +70,11 @@ def base_of(
 
 def base_parts(name: str, args: dict[str, Any]) -> Parts:
     """The tensors of a plain timm model, without memory."""
+    return _base(name, args)[0]
+
+
+def _base(name: str, args: dict[str, Any]) -> tuple[Parts, dict[str, str]]:
+    """The tensors of a plain timm model, without memory, and its layers in words, by path."""
     import timm
 
     try:
@@ -74,21 +82,36 @@ def base_parts(name: str, args: dict[str, Any]) -> Parts:
         plain = json.loads(text) == args
     except (TypeError, ValueError):
         plain = False
-    return _json_parts(name, timm.model_entrypoint(name), text) if plain else _parts_of(name, args)
+    return _json_base(name, timm.model_entrypoint(name), text) if plain else _base_of(name, args)
 
 
 @functools.lru_cache(maxsize=8)
-def _json_parts(name: str, entrypoint: object, args: str) -> Parts:
-    """`base_parts` of arguments in JSON, which a training that saves often asks for again and again."""
-    return _parts_of(name, json.loads(args))
+def _json_base(name: str, entrypoint: object, args: str) -> tuple[Parts, dict[str, str]]:
+    """`_base` of arguments in JSON, which a training that saves often asks for again and again."""
+    return _base_of(name, json.loads(args))
 
 
-def _parts_of(name: str, args: dict[str, Any]) -> Parts:
+def _base_of(name: str, args: dict[str, Any]) -> tuple[Parts, dict[str, str]]:
     import timm
 
     with torch.random.fork_rng(devices=()):  # where the constructor needs values, it draws weights
         net = without_values(lambda: timm.create_model(name, **args))
-    return Parts.of(net.to("meta"))
+    return Parts.of(net.to("meta")), layers_in_words(net)
+
+
+def layers_in_words(model: nn.Module) -> dict[str, str]:
+    """What each module of a model is and says of itself, by path, but for blocks and what passes its input in eval mode.
+
+    The same layer has the same words when other code has derived a class of it: a norm that works across processes, a
+    module that is sharded, a weight that is parametrized.
+    """
+    blocks, found = block_paths(model), {}
+    for path, m in model.named_modules():
+        if module_of(f"{path}.", blocks) is None and not isinstance(m, (nn.Dropout, nn.Identity, DropoutNd)) and (
+                type(m).__name__ != "DropPath"):
+            name = re.sub("^(FSDP|Parametrized)|Sync|(?<=BatchNorm)[123]d", "", base_class(m).__name__)
+            found[path] = f"{name}({m.extra_repr()})"
+    return found
 
 
 def _check_size(parts: Parts, tensors: Mapping[str, torch.Tensor], path: object, name: str) -> None:
@@ -131,13 +154,13 @@ def without_prefix(found: Checkpoint, model: nn.Module | str | None, path: objec
     return found.for_model({**parts.base, **parts.head}, path)
 
 
-def why_not_rebuilt(recipe: Recipe, parts: Parts) -> str:
-    """Why `load` cannot build the model that has these parts from its file; empty where it can."""
+def why_not_rebuilt(recipe: Recipe, model: nn.Module, parts: Parts) -> str:
+    """Why `load` cannot build the model, which has these parts, from its file; empty where it can."""
     if recipe.architecture is None:
         return "it was not made by timm.create_model"
     args = json.loads(json.dumps(recipe.model_args))
     try:
-        timms = base_parts(recipe.architecture, args)
+        timms, layers = _base(recipe.architecture, args)
     except Exception as error:
         return f"timm cannot create {recipe.architecture!r} with {args} ({error!r})"
     has_head = recipe.content == FULL or "head" in recipe.content.split("+")  # otherwise, that of the base is taken
@@ -147,7 +170,15 @@ def why_not_rebuilt(recipe: Recipe, parts: Parts) -> str:
     lacks = [] if gone else [k for k in theirs if k not in ours and not k.endswith("num_batches_tracked")]
     differ = [k for k, t in ours.items() if k not in theirs or theirs[k].shape != t.shape] + lacks
     if not differ:
-        return ""
+        own = layers_in_words(model)
+        heads = () if has_head else head_paths(model)
+        changed = [] if gone else [p for p in own.keys() | layers.keys() if own.get(p, _GONE) != layers.get(p, _GONE)
+                                   and module_of(f"{p}.", heads) is None]
+        if not changed:
+            return ""
+        first = min(changed)
+        return (f"timm's {recipe.architecture} with {args} has another layer {first or type(model).__name__!r}: "
+                f"{layers.get(first, _GONE)} there, {own.get(first, _GONE)} here")
     return f"timm's {recipe.architecture} with {args} has other tensors ({', '.join(differ[:3])}{', ...' * (len(differ) > 3)})"
 
 

@@ -130,6 +130,38 @@ def test_a_model_that_no_file_rebuilds_is_written_with_a_warning(tmp_path, warni
     assert bool(warnings) == (change in (_stage, _more))
 
 
+def _stem(model):
+    model.conv1[0].stride = (1, 1)
+
+
+def _pool(model):
+    model.maxpool = nn.AvgPool2d(3, 2, 1)
+
+
+def _act(model):
+    model.layer1[0].act1 = nn.GELU()
+
+
+def _eps(model):
+    model.bn1.eps = 0.1
+
+
+@pytest.mark.parametrize("change, name", [(_stem, "conv1.0"), (_pool, "maxpool"), (_act, "layer1.0.act1"), (_eps, "bn1")])
+def test_a_model_that_a_file_would_rebuild_with_other_layers_is_written_with_a_warning(tmp_path, warnings, change, name):
+    model = se_inject.inject(timm.create_model("test_resnet"))
+    change(model)
+    se_inject.save(model, tmp_path / "m.safetensors")
+    (said,) = warnings
+    assert f"has another layer {name!r}" in said
+    warnings.clear()
+    model = se_inject.inject(timm.create_model("test_resnet", drop_rate=0.1, drop_path_rate=0.1))
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    nn.utils.parametrizations.weight_norm(model.layer2[0].conv1)
+    nn.utils.parametrize.remove_parametrizations(model.layer2[0].conv1, "weight")
+    se_inject.save(model, tmp_path / "m.safetensors")
+    assert not warnings
+
+
 @needs_model_args
 def test_a_model_that_a_file_rebuilds_has_no_warning(tmp_path, warnings):
     state = torch.get_rng_state()
