@@ -33,6 +33,19 @@ def architecture_of(model: object) -> str | None:
     return str(name) if name else None
 
 
+def tagged_name(model: object) -> str | None:
+    """The timm name of a model's base, with the tag of its weights where timm takes others by the name alone; or None."""
+    architecture = architecture_of(model)
+    if architecture is None:
+        return None
+    import timm
+
+    name, tag = base_name(architecture), getattr(model, "pretrained_cfg", {}).get("tag")
+    usual = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    known = tag and timm.models.is_model_pretrained(f"{name}.{tag}") and tag != getattr(usual, "tag", None)
+    return f"{name}.{tag}" if known else name
+
+
 def rename(model: nn.Module, injected: bool) -> None:
     """Set the timm name of a model to that of the twin (`injected`) or of the base, in place."""
     cfg: Any = getattr(model, "pretrained_cfg", None)

@@ -47,6 +47,8 @@ def plan_command(target: Target, diagram: bool, as_json: bool, options: dict[str
     from ..surgery.pipeline import plan
     from ..timm_names import skeleton
 
+    if said := [key for key in target.model_args if key.startswith("se_")]:
+        raise SEInjectError(f"--model-kwargs {said[0]}=...: write --{said[0][3:].replace('_', '-')}, an option of this command")
     net = _base_of(_read(target), target, meta=True) if target.is_file else skeleton(target.source, **target.model_args)
     made = plan(net, input_size=target.input_size(net), **options)
     click.echo(json.dumps(made.to_dict()) if as_json else made.diagram() if diagram else str(made))
@@ -95,7 +97,7 @@ def inject_command(
             raise SEInjectError(f"timm could not create {source!r}: {error}") from error
         inject(net, verify=verify, **options)
     save(net, output, only="se" if only_se else None)
-    click.echo(output)
+    click.echo(click.format_filename(output))
 
 
 @click.command("merge")
@@ -116,7 +118,7 @@ def merge_command(file: str, base: str | None, head: str | None, pretrained: boo
     if found.recipe is None:
         raise SEInjectError(f"{file!r} does not say what its blocks are: `se-inject inject {file} -o OUT` first")
     save(load_found(found, file, base=base, head=head, pretrained=pretrained), output)
-    click.echo(output)
+    click.echo(click.format_filename(output))
 
 
 @click.command("info")
@@ -185,7 +187,7 @@ def eject_command(target: Target, output: str, options: dict[str, Any]) -> None:
         tensors, metadata = eject(net).state_dict(), description(net)
     write_safetensors(output, tensors, metadata)
     say(f"{len(tensors)} base tensors written, {len(found.tensors) - len(tensors)} SE tensors left out")
-    click.echo(output)
+    click.echo(click.format_filename(output))
 
 
 @click.command("to-native")
@@ -212,7 +214,9 @@ def saved_model(target: Target) -> Any:
     from ..weights.rebuild import said_blocks
 
     found = _read(target)
-    if found.recipe is not None or said_blocks(found, target.source)[0]:
+    named = dataclasses.replace(
+        found, architecture=target.model or found.architecture, model_args={**found.model_args, **target.model_args})
+    if found.recipe is not None or said_blocks(named, target.source)[0]:
         return load_found(found, target.source, target.model, model_args=target.model_args)
     net = _base_of(found, target)
     try:

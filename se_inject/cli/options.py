@@ -145,7 +145,10 @@ def target(metavar: str, img_size: bool = False) -> Decorator:
     fields = [f.name for f in dataclasses.fields(Target)]
 
     def gather(values: dict[str, Any]) -> Target:
-        return Target(**{name: values.pop(name) for name in fields if name in values})
+        found = Target(**{name: values.pop(name) for name in fields if name in values})
+        if found.model is not None and not found.is_file and not metavar == "FILE":
+            raise click.UsageError(f"--model goes with a FILE, and {found.source!r} is a NAME: leave one out")
+        return found
 
     return _gathered("target", gather, options)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import glob
 from typing import Any
 
 from torch import fx, nn
@@ -61,7 +62,7 @@ class Injection:
         if self.config.filter_fn is None:
             return self.config
         return dataclasses.replace(
-            self.config, filter_fn=None, include=tuple(s.path for s in self.sites), exclude=None)
+            self.config, filter_fn=None, include=tuple(glob.escape(s.path) for s in self.sites), exclude=None)
 
     def written_inputs(self) -> Any:
         """What it was run on, as JSON types."""

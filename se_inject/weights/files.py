@@ -15,9 +15,9 @@ from ..capture.snapshot import all_or_nothing
 from ..errors import ConfigError, WeightsError
 from ..private import names_in_files
 from ..surgery.parts import Parts, own_tensors
-from ..surgery.refusals import injected_inside, refuse_optimized
+from ..surgery.refusals import injected_inside, refuse, refuse_optimized
 from ..surgery.state import injections_of
-from ..timm_names import PREFIX, base_name
+from ..timm_names import PREFIX, base_name, split_options
 from . import digest
 from .reading import Checkpoint, read_checkpoint
 from .rebuild import (
@@ -27,6 +27,7 @@ from .rebuild import (
     has_blocks_of,
     infer_model_args,
     inject_as_said,
+    of_classifier,
     why_not_rebuilt,
     without_prefix,
 )
@@ -184,6 +185,7 @@ def load_found(
     dtype: torch.dtype | None = None, verify: bool = False, **options: Any,
 ) -> nn.Module:  # fmt: skip
     """`load`, for a `path` that is already read as `found`."""
+    _check_kinds(model, model_args, device, dtype)
     found = dataclasses.replace(found, model_args={**found.model_args, **(model_args or {})})
     _check_request(found, path, model, base, pretrained, model_args, device, dtype, options)
     given = isinstance(model, nn.Module)
@@ -202,12 +204,18 @@ def load_found(
     if isinstance(model, nn.Module):
         net = model
     else:
-        everything = {**(below.tensors if below else {}), **found.tensors, **top}
-        sizes = infer_model_args(base_architecture(found, model, path), everything) if below or top else {}
+        name = base_architecture(found, model, path)
+        if below is not None and found.model_args.get("num_classes") == 0:  # the blocks stood on a base without a classifier
+            heads = of_classifier(name, below.tensors)
+            below = dataclasses.replace(below, tensors={k: t for k, t in below.tensors.items() if k not in heads})
+        everything = {**(below.tensors if below else {}), **found.tensors, **of_classifier(name, top)}
+        sizes = infer_model_args(name, everything) if below or top else {}
         args = {**found.model_args, **sizes, **(model_args or {})}  # classes and channels as in the weights that win
         net = base_of(dataclasses.replace(found, tensors=everything, model_args=args), model, path, pretrained=pretrained)
-        if device is not None or dtype is not None:
+        try:
             net.to(device=device, dtype=dtype)
+        except (RuntimeError, AssertionError) as error:  # there is no such device
+            raise ConfigError(f"load({str(path)!r}, device={device!r}): {str(error).splitlines()[0]}") from error
     with all_or_nothing(net):
         if not has_blocks_of(net, found, options, path):
             inject_as_said(net, found, options, path, verify=verify)
@@ -236,6 +244,26 @@ def load_found(
     return net if given else net.eval()
 
 
+def _check_kinds(model: object, model_args: object, device: object, dtype: object) -> None:
+    """
+    Raises:
+        ConfigError: An argument of `load` is of another kind than it takes.
+        TraceError: The model is wrapped or scripted.
+    """
+    if isinstance(model, nn.Module):
+        refuse(model, "load", optimized=True, traced=False)
+    elif not (model is None or (isinstance(model, str) and model)):
+        raise ConfigError(f"model={model!r}: expected a timm name or a model, a torch.nn.Module")
+    if not (model_args is None or (isinstance(model_args, Mapping) and all(isinstance(k, str) for k in model_args))):
+        raise ConfigError(f"model_args={model_args!r}: expected a dict of arguments of timm.create_model, by name")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConfigError(f"dtype={dtype!r}: expected a floating point type, such as torch.float16")
+    try:
+        torch.device(device if device is not None else "cpu")  # type: ignore[call-overload]
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"device={device!r}: {str(error).splitlines()[0]}") from error
+
+
 def _check_request(
     found: Checkpoint, path: object, model: nn.Module | str | None, base: object, pretrained: bool,
     model_args: Mapping[str, Any] | None, device: object, dtype: object, options: dict[str, Any],
@@ -247,6 +275,14 @@ def _check_request(
         WeightsError: No argument leads to weights of the base.
     """
     recipe = found.recipe
+    said = sorted(key for key in model_args or {} if key.startswith("se_"))
+    if recipe is not None and said:
+        raise ConfigError(
+            f"{str(path)!r} has its own recipe, so that {', '.join(said)} cannot be set; load it without, or load its base "
+            "weights into a model and inject that")
+    if recipe is None and options and len(split_options(found.model_args)[0]) > 1:
+        raise ConfigError(
+            f"{str(path)!r} says several injections, so that {', '.join(sorted(options))} cannot be set: load it without")
     if recipe is not None and options:
         raise ConfigError(
             f"{str(path)!r} has its own recipe, so that {', '.join(sorted(options))} cannot be set; "

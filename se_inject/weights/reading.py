@@ -80,8 +80,13 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Raises:
         WeightsError: The file is missing, damaged, or no checkpoint.
     """
-    file = Path(path)
-    if file.is_dir():
+    try:
+        file = Path(path)
+        os.path.realpath(file)
+        is_folder = file.is_dir()
+    except (TypeError, ValueError, OSError) as error:
+        raise WeightsError(f"cannot read {path!r} ({error}): give the path of a file or a folder") from error
+    if is_folder:
         return _read_folder(file)
     found, config = _read_file(file), file.parent / "config.json"
     if found.recipe is not None or file.name not in _IN_FOLDERS:

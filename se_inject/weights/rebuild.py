@@ -201,8 +201,20 @@ def base_architecture(found: Checkpoint, name: str | None, path: object) -> str:
     try:
         timm.get_pretrained_cfg(bare)
     except RuntimeError as error:
+        if name is None:  # another version of timm knows the tag
+            return timm.models.get_arch_name(bare)
         raise WeightsError(f"{str(path)!r}: timm has no {bare!r} ({error}): leave its tag out") from error
     return bare
+
+
+def of_classifier(name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of the classifier of a timm model; all where timm does not name it."""
+    import timm
+
+    cfg = timm.get_pretrained_cfg(name)
+    said = None if cfg is None else cfg.classifier
+    layers = (said,) if isinstance(said, str) else tuple(said or ())
+    return {k: t for k, t in tensors.items() if not layers or module_of(k, layers) is not None}
 
 
 def infer_model_args(name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:

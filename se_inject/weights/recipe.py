@@ -18,7 +18,7 @@ from ..errors import ConfigError, WeightsError
 from ..surgery.save_pretrained import KEY as KEY  # the files of this folder take it from here
 from ..surgery.save_pretrained import VERSION
 from ..surgery.state import Injection
-from ..timm_names import architecture_of, base_name, model_args
+from ..timm_names import model_args, tagged_name
 
 PARTS = {"se": "blocks", "head": "head", "norms": "norms", "stats": "statistics"}  # of a model, which a file may hold alone
 FULL = "full"  # the content of a file that holds all parts and the base
@@ -36,7 +36,8 @@ class Recipe:
     """What a file says of the model whose weights it holds.
 
     Attributes:
-        architecture: The timm name of the base, or None for a model that is not timm's.
+        architecture: The timm name of the base, with its tag if that is not the name's own; or None for a model that is not
+            timm's.
         model_args: The arguments of `timm.create_model` that differ from its defaults.
         configs: The options of the injections, in order.
         inputs: What each injection was run on, where it was asked for: `input_size` or `example_inputs`.
@@ -151,7 +152,7 @@ def _created_by(model: nn.Module) -> tuple[str | None, dict[str, Any]]:
     Raises:
         WeightsError: An argument is no JSON value.
     """
-    architecture = architecture_of(model)
+    architecture = tagged_name(model)
     args = {key: value for key, value in model_args(model).items() if not key.startswith("pretrained")}
     if architecture is None or _NOT_OF_A_MODEL & args.keys():
         return None, {}
@@ -162,7 +163,7 @@ def _created_by(model: nn.Module) -> tuple[str | None, dict[str, Any]]:
             raise WeightsError(
                 f"the model was created with {key}={value!r}, which cannot be written to a file: "
                 "create it with a plain value, or save the object with torch.save(model, path)") from None
-    return base_name(architecture), args
+    return architecture, args
 
 
 def description(model: nn.Module) -> dict[str, str]:

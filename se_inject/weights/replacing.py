@@ -29,7 +29,10 @@ def destination(path: str | os.PathLike[str]) -> Path:
         WeightsError: It is a folder, a pipe or a device. These cannot be replaced by a file, and are never written to: who
             reads weights needs a file.
     """
-    target = Path(os.path.realpath(path))
+    try:
+        target = Path(os.fsdecode(os.path.realpath(path)))
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"cannot write {path!r} ({error}): give the path of a file") from error
     try:
         mode = target.stat().st_mode
     except OSError:  # there is none yet, or its folder cannot be used, which `replace_files` says

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+
 import pytest
 import timm
 import torch
@@ -12,6 +15,8 @@ from torch import nn
 import se_inject
 from se_inject import block_paths
 from se_inject.errors import SEInjectError, WeightsError
+from se_inject.weights.reading import read_checkpoint
+from se_inject.weights.rebuild import base_architecture
 
 from ..support.checks import randomise
 from ..support.outputs import out
@@ -287,3 +292,90 @@ def test_attention_that_blocks_replaced_is_put_back_as_the_model_is_now_or_not_a
     se_inject.eject(model.double())
     assert [type(m) for m in model.modules()] == classes and {p.dtype for p in model.parameters()} == {torch.float64}
     assert not any(m.training for m in model.modules()) and torch.equal(out(model.float()), expected)
+
+
+def test_the_tag_of_a_base_is_in_the_recipe_where_the_name_alone_means_another(tmp_path):
+    for name, said in (("resnet18.tv_in1k", "resnet18.tv_in1k"), ("resnet18", "resnet18")):
+        model = timm.create_model(f"se_inject/{name}")
+        se_inject.save(model, tmp_path / "m.safetensors")
+        again = se_inject.load(tmp_path / "m.safetensors")
+        assert read_checkpoint(tmp_path / "m.safetensors").architecture == said
+        assert timm.data.resolve_model_data_config(again) == timm.data.resolve_model_data_config(model)
+        assert again.pretrained_cfg["tag"] == model.pretrained_cfg["tag"]
+    found = read_checkpoint(tmp_path / "m.safetensors")
+    unknown = dataclasses.replace(found, architecture="resnet18.of_another_timm")
+    assert base_architecture(unknown, None, "m") == "resnet18"
+    with pytest.raises(WeightsError, match="leave its tag out"):
+        base_architecture(found, "resnet18.of_another_timm", "m")
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({"device": "foo"}, "device='foo'"), ({"device": "cuda:77"}, "cuda"),
+    ({"dtype": "float16"}, "expected a floating point type"),
+    ({"dtype": torch.int32}, "expected a floating point type"), ({"model_args": "abc"}, "expected a dict of arguments"),
+    ({"model_args": {1: 2}}, "expected a dict of arguments"), ({"model": 3}, "expected a timm name or a model"),
+    ({"model": ""}, "expected a timm name or a model"), ({"model": nn.Linear}, "expected a timm name or a model"),
+    ({"base": 3}, "cannot read 3"), ({"head": b"x"}, "cannot read b'x'"), ({"path": None}, "cannot read None"),
+    ({"path": "a\0b"}, "cannot read"), ({"path": "a" * 5000}, "cannot read"),
+    ({"model_args": {"se_init": "timm"}}, "has its own recipe, so that se_init cannot be set")])
+def test_arguments_of_load_of_another_kind(tmp_path, arguments, message):
+    path = tmp_path / "m.safetensors"
+    se_inject.save(timm.create_model("se_inject/test_resnet"), path)
+    with pytest.raises(SEInjectError, match=message):
+        se_inject.load(**{"path": path, **arguments})
+    for wrong in (3, None, b"a\0b", ["m"]):
+        with pytest.raises(SEInjectError, match="cannot write"):
+            se_inject.save(timm.create_model("se_inject/test_resnet"), wrong)
+    with pytest.raises(SEInjectError, match="is a TorchScript module"):
+        se_inject.load(path, torch.jit.script(timm.create_model("test_resnet")))
+
+
+def test_options_of_several_injections_are_not_ignored(tmp_path):
+    said = argparse.Namespace(model_kwargs={"se_injections": [{"stages": 3}, {"stages": 4, "block": "eca"}]})
+    torch.save({"arch": "se_inject/test_resnet", "state_dict": timm.create_model("test_resnet").state_dict(), "args": said},
+               tmp_path / "c.pth.tar")
+    with pytest.raises(SEInjectError, match="says several injections, so that init, stages cannot be set"):
+        se_inject.load(tmp_path / "c.pth.tar", stages=1, init="timm")
+    assert len(block_paths(se_inject.load(tmp_path / "c.pth.tar"))) == 2
+
+
+def test_blocks_of_a_model_without_a_classifier_over_a_base_with_one(tmp_path):
+    base = randomise(timm.create_model("test_resnet"))
+    torch.save(base.state_dict(), tmp_path / "base.pth")
+    model = se_inject.inject(timm.create_model("test_resnet", num_classes=0))
+    se_inject.save(model, tmp_path / "se.safetensors", only="se")
+    loaded = se_inject.load(tmp_path / "se.safetensors", base=tmp_path / "base.pth")
+    base.reset_classifier(0)
+    assert loaded.num_classes == 0 and torch.equal(out(loaded), out(base.eval()))
+
+
+def test_a_head_of_a_model_for_other_images(tmp_path):
+    one, other = (randomise(timm.create_model("se_inject/test_resnet", **args)).eval() for args in (
+        {}, {"in_chans": 1, "num_classes": 5}))
+    se_inject.save(one, tmp_path / "a.safetensors")
+    se_inject.save(other, tmp_path / "b.safetensors")
+    loaded = se_inject.load(tmp_path / "a.safetensors", head=tmp_path / "b.safetensors")
+    assert torch.equal(loaded.fc.weight, other.fc.weight) and torch.equal(loaded.conv1[0].weight, one.conv1[0].weight)
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.b = nn.ModuleDict({name: torchvision.models.resnet.BasicBlock(8, 8) for name in ("a[0]", "a0")})
+        self.stem = nn.Conv2d(3, 8, 1)
+
+    def forward(self, x):
+        return self.b["a0"](self.b["a[0]"](self.stem(x)))
+
+
+def test_names_with_the_characters_of_globs(tmp_path):
+    model = se_inject.inject(Named(), input_size=(3, 16, 16), filter_fn=lambda s: "[0]" in s.path)
+    se_inject.save(model, tmp_path / "m.safetensors")
+    assert block_paths(se_inject.load(tmp_path / "m.safetensors", Named())) == block_paths(model) == ["b.a[0].se"]
+
+
+def test_injecting_again_says_to_eject():
+    model = timm.create_model("se_inject/test_resnet")
+    for existing in ("skip", "stack", "replace"):
+        with pytest.raises(SEInjectError, match=r"all 4 sites already have blocks: eject\(model\) first"):
+            se_inject.inject(model, existing=existing)
