@@ -27,6 +27,7 @@ _AT_BACKWARD = ("_backward_hooks", "_backward_pre_hooks")
 HOOKS = (*_AT_CALL, *_AT_BACKWARD)
 _HOOK_FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 ORIGINAL = "_se_original"  # of a twin on the meta device: the small tensor that it stands for
+_CACHED = type(functools.lru_cache(is_of_library))  # the class of functions that keep what they return
 _CALLED = (types.FunctionType, types.MethodType, types.BuiltinMethodType, functools.partial)
 _OF_TORCH = frozenset(vars(nn.Module()))
 
@@ -64,7 +65,7 @@ def _globals_of(cls: Any) -> tuple[list[tuple[dict[str, Any], str]], list[Any]]:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a module has hooks of its calls or of their backward."""
-    return any(module.__dict__[kind] for kind in HOOKS)
+    return any(module.__dict__.get(kind) for kind in HOOKS)
 
 
 def is_small(t: torch.Tensor) -> bool:
@@ -100,8 +101,7 @@ class Caches:
         self._kept += contents([holder[name] for holder in holders for name in code.co_names if name in holder])
         for holder in holders:
             cached = holder.get(code.co_name)
-            if cached is not None and hasattr(cached, "cache_clear") and (
-                    getattr(inspect.unwrap(cached), "__code__", None) is code):
+            if isinstance(cached, _CACHED) and getattr(inspect.unwrap(cached), "__code__", None) is code:
                 self._functions.append(cached)
 
     def put_back(self) -> None:

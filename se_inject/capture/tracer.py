@@ -146,7 +146,8 @@ def _can_be_written(annotation: Any) -> bool:
     origin = typing.get_origin(annotation)
     if origin is None:
         return isinstance(annotation, (type, str, types.NoneType)) or annotation in (Any, Ellipsis)
-    return origin is not Callable and all(map(_can_be_written, typing.get_args(annotation)))
+    return origin in (typing.Union, types.UnionType, list, tuple, dict) and all(
+        map(_can_be_written, typing.get_args(annotation)))
 
 
 def _where_read_again(graph: fx.Graph) -> None:

@@ -11,6 +11,7 @@ import functools
 import logging
 import random
 import time
+import typing
 import warnings
 from collections.abc import Callable
 from typing import ClassVar
@@ -745,6 +746,12 @@ class Written(nn.Module):
         return y.mean() if self.whole else y.mean((1, 2, 3))
 
 
+class Literal(Hooked):
+    def forward(self, x, mode: typing.Literal["a", "b"] = "a", k: typing.Annotated[float, "gain"] = 0.5):
+        x = self.stem(x)
+        return x + self.f(x).relu() * k
+
+
 class WithOption(Hooked):
     forward = with_option(Hooked.forward)
 
@@ -756,5 +763,6 @@ def test_annotations_defaults_and_plain_results():
         expected = model(x)
         se_inject.inject(model, input_size=(3, 10, 10))
         assert torch.equal(model(x), expected) and len(se_inject.block_paths(model)) == 1
+    assert len(se_inject.plan(Literal(), input_size=(3, 10, 10)).sites) == 1
     plan = se_inject.plan(WithOption(), input_size=(3, 10, 10))
     assert not plan.sites and "a decorator of its forward has an argument of its own, as_dict" in plan.skipped[0].reason
