@@ -208,7 +208,7 @@ def load_found(
         if below is not None and found.model_args.get("num_classes") == 0:  # the blocks stood on a base without a classifier
             heads = of_classifier(name, below.tensors)
             below = dataclasses.replace(below, tensors={k: t for k, t in below.tensors.items() if k not in heads})
-        everything = {**(below.tensors if below else {}), **found.tensors, **of_classifier(name, top)}
+        everything = {**(below.tensors if below else {}), **found.tensors, **(of_classifier(name, top) or top)}
         sizes = infer_model_args(name, everything) if below or top else {}
         args = {**found.model_args, **sizes, **(model_args or {})}  # classes and channels as in the weights that win
         net = base_of(dataclasses.replace(found, tensors=everything, model_args=args), model, path, pretrained=pretrained)

@@ -208,13 +208,13 @@ def base_architecture(found: Checkpoint, name: str | None, path: object) -> str:
 
 
 def of_classifier(name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of the classifier of a timm model; all where timm does not name it."""
+    """The tensors of the classifier of a timm model; none where timm does not name it."""
     import timm
 
     cfg = timm.get_pretrained_cfg(name)
     said = None if cfg is None else cfg.classifier
     layers = (said,) if isinstance(said, str) else tuple(said or ())
-    return {k: t for k, t in tensors.items() if not layers or module_of(k, layers) is not None}
+    return {k: t for k, t in tensors.items() if module_of(k, layers) is not None}
 
 
 def infer_model_args(name: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
