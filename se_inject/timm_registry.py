@@ -39,7 +39,7 @@ class _Pending:
 
     name: str
     configs: tuple[SEConfig, ...]
-    done: bool = False
+    injected: Any = None
 
     def waits_for(self, pretrained_cfg: Any) -> bool:
         """Whether the injection comes after these weights.
@@ -56,7 +56,7 @@ class _Pending:
 
         for config in self.configs:
             inject(model, config)
-        self.done = True
+        self.injected = model
 
 
 @functools.cache
@@ -82,7 +82,12 @@ def create(name: str, pretrained: bool = False, **kwargs: Any) -> Any:
     with undone(lambda: _pending.set(outer)):
         _pending.set(pending)
         model = entrypoints()[name](pretrained=pretrained, **rest)
-    if not pending.done:
+    if pending.injected is not None:
+        if not any(m is pending.injected for m in model.modules()):  # but its modules are
+            from .surgery.pipeline import adopt
+
+            adopt(model, pending.injected)
+    else:
         try:
             pending.inject(model)
         except TraceError:  # the feature getter may need values in its forward, while the model inside it does not
@@ -105,7 +110,7 @@ def _inject_before(load_pretrained: Callable[..., Any]) -> Callable[..., Any]:
         call = signature.bind(*args, **kwargs)
         model = call.arguments["model"]
         pending = _pending.get()
-        if pending is not None and not pending.done and not pending.waits_for(call.arguments.get("pretrained_cfg")):
+        if pending is not None and pending.injected is None and not pending.waits_for(call.arguments.get("pretrained_cfg")):
             pending.inject(model)
         if injections_of(model):
             call.arguments["filter_fn"] = around_blocks(call.arguments.get("filter_fn"))

@@ -199,6 +199,18 @@ def _attach(model: nn.Module) -> None:
             model.__dict__[name] = functools.partial(method, model)
 
 
+def adopt(model: nn.Module, injected: nn.Module) -> None:
+    """Let a model that is made of modules of an injected one know its blocks, in place: a feature wrapper of timm."""
+    paths = {m: path for path, m in model.named_modules()}
+    moved = []
+    for injection in injections_of(injected):
+        sites = [(s, paths.get(injected.get_submodule(s.path))) for s in injection.sites]
+        there = [dataclasses.replace(s, path=path, owner=path.rpartition(".")[0]) for s, path in sites if path is not None]
+        moved.append(dataclasses.replace(injection, sites=tuple(there)))
+    set_injections(model, tuple(moved))
+    _attach(model)
+
+
 def _detach(model: nn.Module) -> None:
     """Undo `_attach`, but for the hooks."""
     for name, method in _METHODS.items():

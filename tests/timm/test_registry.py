@@ -281,3 +281,21 @@ def test_every_part_of_a_model_gets_blocks_whichever_loads_weights_first(tmp_pat
     if pretrained:
         with torch.no_grad():
             assert torch.equal(model(x), base(x) + base(x))
+
+
+@pytest.mark.parametrize("wrapper", [{}, {"out_indices": (1, 2)}])
+def test_features_know_their_blocks_with_pretrained_weights_too(tmp_path, wrapper):
+    save_file(randomise(timm.create_model("test_resnet")).state_dict(), tmp_path / "base.safetensors")
+    overlay = {"pretrained_cfg_overlay": {"file": str(tmp_path / "base.safetensors")}}
+    made = [timm.create_model("se_inject/test_resnet", features_only=True, pretrained=pretrained, **wrapper, **overlay)
+            for pretrained in (True, False)]
+    x, paths = torch.randn(1, 3, 64, 64), [block_paths(model) for model in made]
+    assert paths[0] == paths[1] and paths[0]
+    model, other = made
+    se_inject.save(model, tmp_path / "m.safetensors")
+    se_inject.load(tmp_path / "m.safetensors", model=other)
+    assert all(map(torch.equal, model.eval()(x), other.eval()(x)))
+    assert not model.load_state_dict({k: v for k, v in model.state_dict().items() if ".se." in k}).missing_keys
+    assert len(se_inject.gates(model, [x]).sites) == len(paths[0])
+    se_inject.eject(model)
+    assert not block_paths(model)
