@@ -40,7 +40,7 @@ def transforms_are_active() -> bool:
 
 def is_dual(t: torch.Tensor) -> bool:
     """Whether `t` has a tangent, of forward-mode differentiation."""
-    return forward_ad.unpack_dual(t).tangent is not None
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None
 
 
 def is_legacy_batched(t: torch.Tensor) -> bool:
