@@ -13,6 +13,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from ..errors import Refusal
+from .author_code import compared_with_none
 from .calls import Call
 
 STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
@@ -75,10 +76,14 @@ def variadic_keywords(module_class: Any) -> str | None:
 
 
 def optional_tensors(module_class: Any, constants: dict[str, Any], graphs: Iterable[fx.Graph]) -> tuple[str, ...]:
-    """The arguments that are None by default, were tensors in the recorded call, and are used in a trace."""
+    """The arguments that may be None, were tensors in the recorded call, and are used in a trace.
+
+    One may be None that is so by default, or that the forward compares with None.
+    """
     used = {n.target for graph in graphs for n in graph.nodes if n.op == "placeholder" and n.users}
-    parameters = signature_of(module_class.forward).parameters
-    return tuple(name for name, p in parameters.items() if name in used - constants.keys() and p.default is None)
+    parameters, asked = signature_of(module_class.forward).parameters, compared_with_none(module_class)
+    return tuple(name for name, p in parameters.items() if name in used - constants.keys() and (
+        p.default is None or name in asked))
 
 
 def is_plain(value: Any) -> bool:

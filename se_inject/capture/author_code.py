@@ -106,6 +106,20 @@ _INSTALLED = {"site-packages", "dist-packages"}
 
 
 @functools.lru_cache(maxsize=4096)
+def compared_with_none(cls: Any) -> frozenset[str]:
+    """The variables of a forward that it compares with None."""
+    function = inspect.unwrap(cls.forward)
+    steps = list(dis.get_instructions(function)) if isinstance(function, types.FunctionType) else []
+    found = set()
+    for variable, step, after in zip(steps, steps[1:], steps[2:]):
+        jumps = "JUMP" in step.opname and step.opname.endswith("NONE")
+        compares = step.opname == "LOAD_CONST" and step.argval is None and after.opname == "IS_OP"
+        if "LOAD_FAST" in variable.opname and (jumps or compares):
+            found.add(variable.argval[-1] if isinstance(variable.argval, tuple) else variable.argval)
+    return frozenset(found)
+
+
+@functools.lru_cache(maxsize=4096)
 def own_call(cls: Any) -> tuple[Any, ...]:
     """The class that gives a module a `__call__` of its own; none where it has that of torch."""
     owner = next(c for c in cls.__mro__ if "__call__" in c.__dict__)

@@ -766,3 +766,25 @@ def test_annotations_defaults_and_plain_results():
     assert len(se_inject.plan(Literal(), input_size=(3, 10, 10)).sites) == 1
     plan = se_inject.plan(WithOption(), input_size=(3, 10, 10))
     assert not plan.sites and "a decorator of its forward has an argument of its own, as_dict" in plan.skipped[0].reason
+
+
+class Asked(nn.Module):
+    """Compares an argument with None that has no default."""
+
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x, gain):
+        if gain is None:
+            gain = 0.5
+        return x + self.f(x).relu() * gain
+
+
+def test_an_argument_that_is_compared_with_none_is_checked_at_each_call():
+    model, x, gain = Asked().eval(), torch.randn(2, 8, 10, 10), torch.rand(8, 1, 1)
+    expected = model(x, gain)
+    se_inject.inject(model, example_inputs=(x, gain))
+    assert torch.equal(model(x, gain), expected)
+    with pytest.raises(SEInjectError, match="rewritten for one value of gain"):
+        model(x, None)
