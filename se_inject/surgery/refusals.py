@@ -171,7 +171,9 @@ def no_sites(model: nn.Module, made: Plan) -> NoSitesError:
     places = [s for s in made.all_sites if s.kind != "unknown" and s.reason not in (LINEAR, UNLEARNED)]
     if places and all(s.reason is not None and s.reason.startswith("already has") for s in places):
         if injections_of(model):
-            return NoSitesError(f"{made.model}: all {len(places)} sites already have channel attention, of an earlier injection: eject(model) first")
+            return NoSitesError(
+                f"{made.model}: all {len(places)} sites already have channel attention, of an earlier injection: eject(model) "
+                "first")
         inside = injected_inside(model)
         what = f"its module {inside!r} is an injected model: eject({_at(inside)}) first, or " if inside is not None else ""
         return NoSitesError(
