@@ -105,8 +105,9 @@ def signature_of(function: Any) -> inspect.Signature:
         signature = inspect.signature(function)
         while hasattr(function, "__wrapped__"):
             outer = inspect.signature(function, follow_wrapped=False).parameters
-            named = [p.name for i, p in enumerate(outer.values()) if i and p.kind not in STARS]
-            if own := [name for name in named if name not in signature.parameters]:
+            own = [p.name for i, p in enumerate(outer.values()) if p.kind not in STARS and p.name not in signature.parameters
+                   and (i >= len(signature.parameters) or p.kind is inspect.Parameter.KEYWORD_ONLY)]
+            if own:
                 raise Refusal(f"a decorator of its forward has an argument of its own, {own[0]}")
             function = function.__wrapped__
     except (TypeError, ValueError) as error:

@@ -44,7 +44,7 @@ def functions_of(cls: Any, elsewhere: bool = False) -> tuple[types.FunctionType,
                             value.__module__ in (function.__module__, cls.__module__) or (elsewhere and _is_near(value, cls))):
                         todo.append(value)
                 elif step.opname in _READS_ATTRIBUTE:
-                    value = getattr(holder, step.argval, None) if isinstance(holder, types.ModuleType) else None
+                    value = vars(holder).get(step.argval) if isinstance(holder, types.ModuleType) else None
                     if elsewhere and isinstance(value, types.FunctionType) and _is_near(value, cls):
                         todo.append(value)
                     elif not hasattr(nn.Module, step.argval):

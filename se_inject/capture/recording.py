@@ -44,7 +44,7 @@ def run(model: nn.Module, example: Example, ops: MetaOps) -> None:
         TraceError: The model's own forward raised on this input.
     """
     seed, state = torch.initial_seed(), torch.get_rng_state()
-    ops.making = (caches := Caches()).note
+    ops.making = (caches := Caches(run.__code__)).note
 
     def unseed() -> None:
         if torch.initial_seed() != seed:  # the model has seeded; draws alone take nothing on the meta device

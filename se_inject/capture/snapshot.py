@@ -76,18 +76,19 @@ def is_small(t: torch.Tensor) -> bool:
 class Caches:
     """Puts back what the author's code keeps of tensors that it makes on the meta device, which would be of no use later.
 
-    Where such a tensor is made, `note` looks at the functions that are running: at what they name of their Python module and
-    of the class of their module, and whether `functools.lru_cache` keeps what they return.
+    Where such a tensor is made, `note` looks at the functions that are running inside the function of the code `until`: at what
+    they name of their Python module and of the class of their module, and whether `functools.lru_cache` keeps what they return.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, until: types.CodeType) -> None:
+        self._until = until
         self._seen: dict[int, types.CodeType] = {}
         self._kept: list[tuple[Any, Any]] = []
         self._functions: list[Any] = []
 
     def note(self) -> None:
         frame: types.FrameType | None = sys._getframe(1)
-        while frame is not None:
+        while frame is not None and frame.f_code is not self._until:
             code, namespace = frame.f_code, frame.f_globals
             if id(code) not in self._seen:
                 self._seen[id(code)] = code
@@ -284,7 +285,7 @@ def _on_meta(model: nn.Module) -> Iterator[None]:
         return twins[id(t)]
 
     python, numpy = random.getstate(), sys.modules.get("numpy.random")
-    of_numpy = None if numpy is None else numpy.get_state()
+    of_numpy = None if numpy is None else numpy.get_state(legacy=False)
 
     def put_back() -> None:
         random.setstate(python)

@@ -378,6 +378,7 @@ def _patched() -> Iterator[_Patches]:
     module: Any = nn.Module
     thread = threading.get_ident()
     was = [(holder, name, getattr(holder, name)) for holder, name in _PATCHED]
+    inherited = {(holder, name) for holder, name in _PATCHED if isinstance(holder, type) and name not in vars(holder)}
 
     @functools.wraps(module_getattr)
     def get(self: nn.Module, name: str) -> Any:
@@ -425,7 +426,10 @@ def _patched() -> Iterator[_Patches]:
         global _open
         _open = None
         for holder, name, original in was:
-            setattr(holder, name, original)
+            if (holder, name) not in inherited:
+                setattr(holder, name, original)
+            elif name in vars(holder):
+                delattr(holder, name)
         for name, original in made:
             setattr(torch, name, original)
 

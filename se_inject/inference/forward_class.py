@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from ..capture.snapshot import set_class
-from ..capture.values import tensors
-from ..dataflow.ops import is_tensor
 from ..surgery.generated_class import Code, generated, guards_for, new_of, with_guards
 from ..surgery.sequential import MEMBERS, sequential_class
 from ..surgery.state import OPTIMIZED, base_class, edits_of, set_edits
-from .programs import one_wants_plain, wants_plain
+from .programs import wants_plain
 
 
 def optimized_class(
@@ -38,14 +37,22 @@ def optimized_class(
     guards, names = guards_for(
         fixed, given, f"{base.__name__}.forward was optimized for one value of {{name}}: optimize the model as it is called")
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
-    asked = [f"wants_plain({n.target})" for n in inputs if is_tensor(n)]
-    asked += [f"one_wants_plain({str(n.target).lstrip('*')})" for n in inputs if not is_tensor(n) and tensors(n.meta["val"])]
+    asked = [f"wants_plain({name})" for n in inputs for name in _tensors_in(str(n.target).lstrip("*"), n.meta["val"])]
     if asked:
         arguments = ", ".join(f"{n.target}={n.target}" for n in inputs)
         guards += f"    if {' or '.join(asked)}:\n        return self._se_plain({arguments})\n"
-    used = {**code.globals, **(names if fixed or given else {}), "wants_plain": wants_plain, "one_wants_plain": one_wants_plain}
+    used = {**code.globals, **(names if fixed or given else {}), "wants_plain": wants_plain}
     sources = [(with_guards(code.src, guards), used), (author.src.replace("def forward(", "def _se_plain(", 1), author.globals)]
     return _class_of(base, sources, isinstance(module, nn.Sequential) and edits_of(module) is not None)
+
+
+def _tensors_in(name: str, value: Any) -> Iterator[str]:
+    """The tensors in an argument of this value, as code."""
+    if isinstance(value, torch.Tensor):
+        yield name
+    elif isinstance(value, (list, tuple, dict)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _tensors_in(f"{name}[{key!r}]", item)
 
 
 def folded_class(module: nn.Module, graph: fx.Graph) -> type[nn.Module]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from ..capture.values import tensors
 from ..private import is_dual, transforms_are_active
 
 
@@ -28,10 +27,3 @@ def wants_plain(x: torch.Tensor) -> bool:
             not x.is_meta and torch.is_autocast_enabled(x.device.type)) or (
             not torch.compiler.is_compiling() and (transforms_are_active() or is_dual(x)))
 
-
-def one_wants_plain(values: list[torch.Tensor]) -> bool:
-    """Whether one of several inputs does; they may be nested, but for TorchScript."""
-    if torch.jit.is_scripting():
-        return False
-    else:
-        return isinstance(values, fx.Proxy) or any(map(wants_plain, tensors(values)))

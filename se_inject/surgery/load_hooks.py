@@ -17,7 +17,7 @@ from ..blocks.identity import is_identity
 from ..blocks.start import fitted, is_on_meta, settle, started
 from .parts import Parts, own_tensors
 from .prefixes import certain_prefix
-from .state import block_paths, forget_replaced, replaced_modules
+from .state import block_paths
 
 _logger = logging.getLogger("se_inject")
 _ASSIGN = "assign_to_params_buffers"  # what `load_state_dict(assign=True)` tells the hooks
@@ -54,7 +54,7 @@ def keep_absent_base(
         key[len(prefix):]: t for key, t in state_dict.items() if key.startswith(prefix) and not (assign and t.is_meta)}
     if parts.is_adapter(found):
         state_dict.update({prefix + k: t for k, t in {**parts.base, **parts.head}.items() if k not in found})
-    before_load(model, parts, found)
+    log_load(model, parts, found)
     if assign:
         for path, keys in parts.blocks.items():
             if not any(k in found for k in keys):
@@ -90,13 +90,8 @@ def _assigned(block: nn.Module, device: torch.device, dtype: torch.dtype) -> dic
     return {k: fitted(t, own[k]).to(device, dtype if t.is_floating_point() else None) for k, t in new.items()}
 
 
-def before_load(model: nn.Module, parts: Parts, found: Mapping[str, torch.Tensor]) -> None:
-    """Log how many tensors of base and blocks `found` loads, and how many keep their values.
-
-    What blocks replaced loses its values where the base gets others.
-    """
-    if replaced_modules(model) and any(k in found and _differ(t, found[k]) for k, t in parts.base.items()):
-        forget_replaced(model)
+def log_load(model: nn.Module, parts: Parts, found: Mapping[str, torch.Tensor]) -> None:
+    """Log how many tensors of base and blocks `found` loads, and how many keep their values."""
     fits = {k for k, t in parts.everything().items() if k in found and found[k].shape == t.shape}
     kept = (parts.base.keys() | parts.head.keys()) - found.keys() if parts.is_adapter(found) else ()
     of_se = len(fits & parts.se.keys())
@@ -106,12 +101,6 @@ def before_load(model: nn.Module, parts: Parts, found: Mapping[str, torch.Tensor
     counts = ((len(fits) - of_se, "base", "loaded"), (len(kept), "base", "kept"), (of_se, "SE", "loaded"),
               (at_identity, "SE", "at identity"), (len(absent) - at_identity, "SE", "kept"))
     _logger.info(", ".join(f"{n} {of} tensors {what}" for n, of, what in counts if n))
-
-
-def _differ(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors differ, or may, where they cannot be compared."""
-    plain = all(type(t) in (torch.Tensor, nn.Parameter) and not t.is_meta and t.layout is torch.strided for t in (a, b))
-    return not plain or a.shape != b.shape or not torch.equal(a, b.to(a))
 
 
 def register_hooks(model: nn.Module) -> None:

@@ -247,11 +247,11 @@ def eject(model: nn.Module) -> nn.Module:
     refuse_changed_owners(model, f"eject({_model_name(model)})")
     if not owners:
         raise SEInjectError(f"eject({_model_name(model)}): there are no injected blocks in this model; nothing was changed")
-    if any(p.is_meta for old in replaced_modules(model).values() for p in old.parameters()) and (
-            not any(p.is_meta for p in model.parameters())):
+    if any(p.is_meta and not q.is_meta for owner, old in replaced_modules(model).items() for p, q in zip(
+            old.parameters(), owner.parameters())):
         raise SEInjectError(
-            f"eject({_model_name(model)}): its blocks replaced the base's own attention, whose weights were not in what was "
-            "loaded since: take the base from the file or the model that was injected; nothing was changed")
+            f"eject({_model_name(model)}): its blocks replaced the base's own attention, whose weights are not in the file "
+            "of the model: take the base from the file or the model that was injected; nothing was changed")
     with all_or_nothing(model):
         for owner in owners:
             undo_edits(owner)

@@ -124,7 +124,7 @@ def replaced_modules(model: nn.Module) -> dict[nn.Module, nn.Module]:
 
 
 def forget_replaced(model: nn.Module) -> None:
-    """Take its values from what blocks replaced: other weights than those that it belongs to are loaded now."""
+    """Take its values from what blocks replaced: the base, which was made for a file, has never had the weights of that."""
     for owner, old in replaced_modules(model).items():
         edits = edits_of(owner)
         assert edits is not None

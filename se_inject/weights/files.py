@@ -16,7 +16,7 @@ from ..errors import ConfigError, WeightsError
 from ..private import names_in_files
 from ..surgery.parts import Parts, own_tensors
 from ..surgery.refusals import injected_inside, refuse, refuse_optimized
-from ..surgery.state import injections_of
+from ..surgery.state import forget_replaced, injections_of
 from ..timm_names import PREFIX, base_name, split_options
 from . import digest
 from .reading import Checkpoint, read_checkpoint
@@ -237,6 +237,8 @@ def load_found(
                 f"there are no weights of the base in {files}, only weights of blocks or head: add base=FILE with them, "
                 "pretrained=True, or model=a model with weights")
         load_strictly(net, parts, tensors, path, given)
+        if not given and not parts.is_partial(tensors):
+            forget_replaced(net)
     for file, source in ((found, path), (below, base), (over, head)):
         if file is not None and digest.KEY in file.metadata:
             chosen = parts.head if top and file is not over else {}  # the user asked for this head

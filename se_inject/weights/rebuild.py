@@ -109,8 +109,12 @@ def layers_in_words(model: nn.Module) -> dict[str, str]:
     for path, m in model.named_modules():
         if module_of(f"{path}.", blocks) is None and not isinstance(m, (nn.Dropout, nn.Identity, DropoutNd)) and (
                 type(m).__name__ != "DropPath"):
-            name = re.sub("^(FSDP|Parametrized)|Sync|(?<=BatchNorm)[123]d", "", base_class(m).__name__)
-            found[path] = f"{name}({m.extra_repr()})"
+            name = re.sub(
+                "^(FSDP|Parametrized|Frozen)|Sync|(?<=BatchNorm)[123]d|(?<=BatchNormAct)2d", "", base_class(m).__name__)
+            words = [w for w in m.extra_repr().split(", ") if not w.startswith(("inplace", "momentum"))]
+            found[path] = name if "BatchNorm" in name else f"{name}({', '.join(words)})"
+            if "BatchNorm" in name:
+                found[path] += f"(eps={getattr(m, 'eps', None)})"
     return found
 
 

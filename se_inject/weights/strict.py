@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import WeightsError
 from ..private import PLAIN_LOADS, copy_each
-from ..surgery.load_hooks import before_load, drop_prefix, has_other_hooks
+from ..surgery.load_hooks import drop_prefix, has_other_hooks, log_load
 from ..surgery.parts import Parts
 from ..surgery.prefixes import prefix_of_some
 from ..undo import entered
@@ -75,7 +75,7 @@ def load_strictly(
     # An inference tensor can only be written in inference mode, in which other tensors can be written as well.
     with entered(torch.inference_mode() if any(t.is_inference() for t in into.values()) else torch.no_grad()):
         if _loads_plainly(model, parts.everything()):
-            before_load(model, parts, tensors)
+            log_load(model, parts, tensors)
             if into:
                 copy_each(list(into.values()), [tensors[k] for k in into])
             return

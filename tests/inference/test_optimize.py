@@ -320,3 +320,20 @@ def test_refusals():
         se_inject.optimize_for_inference(timm.create_model("test_resnet"))
     with pytest.raises(se_inject.SEInjectError, match="_orig_mod"):
         se_inject.optimize_for_inference(torch.compile(made("test_resnet")))
+
+
+class OfDict(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, xs: dict[str, torch.Tensor]):
+        y = self.a(xs["image"])
+        return y + self.b(y)
+
+
+def test_an_optimized_forward_of_a_dict_is_scripted():
+    model, x = OfDict().eval(), torch.randn(2, 3, 16, 16)
+    fast = se_inject.optimize_for_inference(model, example_inputs=({"image": x},))
+    with torch.no_grad():
+        assert deviation(model({"image": x}), torch.jit.script(fast)({"image": x})) < 1e-5

@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import se_inject
+from se_inject.blocks import catalogue
 from se_inject.errors import SEInjectError
 
 FLAGS, LOG, SCOPES, COUNTS, TABLE = {"x": True}, [], [], collections.Counter(), {10: 0.5, 8: 0.25}
@@ -788,3 +789,47 @@ def test_an_argument_that_is_compared_with_none_is_checked_at_each_call():
     assert torch.equal(model(x, gain), expected)
     with pytest.raises(SEInjectError, match="rewritten for one value of gain"):
         model(x, None)
+
+
+@functools.lru_cache
+def planned(name):
+    return se_inject.plan(Caching(), input_size=(3, 10, 10))
+
+
+def test_caches_of_who_plans_stay():
+    first = planned("a")
+    planned("b")
+    assert planned("a") is first
+    assert "requires_grad_" not in vars(torch.Tensor)
+
+
+def renaming(function):
+    @functools.wraps(function)
+    def wrapper(self, image):
+        return function(self, image)
+
+    return wrapper
+
+
+class Renamed(Hooked):
+    forward = renaming(Hooked.forward)
+
+
+def test_a_decorator_may_rename_an_argument():
+    assert len(se_inject.plan(Renamed(), input_size=(3, 10, 10)).sites) == 1
+
+
+def test_blocks_that_take_other_maps_than_the_small_one(monkeypatch):
+    class Wide(nn.Module):
+        def __init__(self, channels):
+            super().__init__()
+            assert channels >= 32
+            self.fc, self.gate = nn.Conv2d(channels, channels, 1), nn.Sigmoid()
+
+        def forward(self, x):
+            assert x.shape[-1] != 8
+            return x * self.gate(self.fc(x.mean((2, 3), keepdim=True)))
+
+    monkeypatch.setitem(catalogue._rows, "wide", catalogue.Block("wide", Wide))
+    plan = se_inject.plan("resnetv2_50", block="wide", init="timm", placement="pre", input_size=(3, 96, 96))
+    assert len(plan.sites) == 16
