@@ -7,7 +7,7 @@ import functools
 import inspect
 import sys
 import types
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -140,9 +140,12 @@ def _asked_by(cls: Any) -> str | None:
 
 def _functions_around(function: types.FunctionType) -> frozenset[str]:
     """The names from around a function that are functions, as in a decorator."""
-    cells = zip(function.__code__.co_freevars, function.__closure__ or ())
-    return frozenset(name for name, cell in cells if cell != types.CellType() and isinstance(
-        cell.cell_contents, types.FunctionType))
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or ()))
+    return _functions_among({name: cell.cell_contents for name, cell in cells.items() if cell != types.CellType()})
+
+
+def _functions_among(values: Mapping[str, Any]) -> frozenset[str]:
+    return frozenset(name for name, value in values.items() if isinstance(value, types.FunctionType))
 
 
 _answers: dict[tuple[int, frozenset[str]], tuple[types.CodeType, str | None]] = {}  # two pieces of code are compared slowly
@@ -195,9 +198,8 @@ def note_code(
         if inner is not None and inner.f_globals.get("__name__") == "contextlib" and _known[id(code)][1]:
             found.setdefault(id(inner.f_code), (inner.f_code, frozenset()))
         if _known[id(code)][1] and id(code) not in found:
-            around = frame.f_locals if code.co_freevars else {}
-            found[id(code)] = code, frozenset(
-                name for name in code.co_freevars if isinstance(around.get(name), types.FunctionType))
+            inside = frame.f_locals if code.co_freevars else {}
+            found[id(code)] = code, _functions_among({name: inside[name] for name in code.co_freevars if name in inside})
         inner, frame = frame, frame.f_back
 
 

@@ -190,8 +190,8 @@ def trace_forward(
                 raise Refusal(f"{name}.forward reads its keyword arguments")
             if globals_changed():
                 raise Refusal(f"{name}.forward changes a global list or dict, which a trace does not hold")
-            drawn = effects.seen or (attempts > 1 and attempt == attempts - 1 and random_state() != state)
-            if not reading and (tracer.sets_attributes or changed() or drawn or state_of(tensors) != before):
+            has_effects = effects.seen or (attempts > 1 and attempt == attempts - 1 and random_state() != state)
+            if not reading and (tracer.sets_attributes or changed() or has_effects or state_of(tensors) != before):
                 raise Refusal(
                     f"{name}.forward sets attributes or buffers of its module, or draws random numbers, "
                     "which a trace does not hold")

@@ -146,7 +146,7 @@ def target(metavar: str, img_size: bool = False) -> Decorator:
 
     def gather(values: dict[str, Any]) -> Target:
         found = Target(**{name: values.pop(name) for name in fields if name in values})
-        if found.model is not None and not found.is_file and not metavar == "FILE":
+        if found.model is not None and not found.is_file and metavar != "FILE":
             raise click.UsageError(f"--model goes with a FILE, and {found.source!r} is a NAME: leave one out")
         return found
 

@@ -212,10 +212,11 @@ def load_found(
         sizes = infer_model_args(name, everything) if below or top else {}
         args = {**found.model_args, **sizes, **(model_args or {})}  # classes and channels as in the weights that win
         net = base_of(dataclasses.replace(found, tensors=everything, model_args=args), model, path, pretrained=pretrained)
-        try:
-            net.to(device=device, dtype=dtype)
-        except (RuntimeError, AssertionError) as error:  # there is no such device
-            raise ConfigError(f"load({str(path)!r}, device={device!r}): {str(error).splitlines()[0]}") from error
+        if device is not None or dtype is not None:
+            try:
+                net.to(device=device, dtype=dtype)
+            except (RuntimeError, AssertionError) as error:  # there is no such device
+                raise ConfigError(f"load({str(path)!r}, device={device!r}): {str(error).splitlines()[0]}") from error
     with all_or_nothing(net):
         if not has_blocks_of(net, found, options, path):
             inject_as_said(net, found, options, path, verify=verify)

@@ -70,10 +70,10 @@ def base_of(
 
 def base_parts(name: str, args: dict[str, Any]) -> Parts:
     """The tensors of a plain timm model, without memory."""
-    return _base(name, args)[0]
+    return _outline(name, args)[0]
 
 
-def _base(name: str, args: dict[str, Any]) -> tuple[Parts, dict[str, str]]:
+def _outline(name: str, args: dict[str, Any]) -> tuple[Parts, dict[str, str]]:
     """The tensors of a plain timm model, without memory, and its layers in words, by path."""
     import timm
 
@@ -82,16 +82,16 @@ def _base(name: str, args: dict[str, Any]) -> tuple[Parts, dict[str, str]]:
         plain = json.loads(text) == args
     except (TypeError, ValueError):
         plain = False
-    return _json_base(name, timm.model_entrypoint(name), text) if plain else _base_of(name, args)
+    return _json_outline(name, timm.model_entrypoint(name), text) if plain else _make_outline(name, args)
 
 
 @functools.lru_cache(maxsize=8)
-def _json_base(name: str, entrypoint: object, args: str) -> tuple[Parts, dict[str, str]]:
-    """`_base` of arguments in JSON, which a training that saves often asks for again and again."""
-    return _base_of(name, json.loads(args))
+def _json_outline(name: str, entrypoint: object, args: str) -> tuple[Parts, dict[str, str]]:
+    """`_outline` of arguments in JSON, which a training that saves often asks for again and again."""
+    return _make_outline(name, json.loads(args))
 
 
-def _base_of(name: str, args: dict[str, Any]) -> tuple[Parts, dict[str, str]]:
+def _make_outline(name: str, args: dict[str, Any]) -> tuple[Parts, dict[str, str]]:
     import timm
 
     with torch.random.fork_rng(devices=()):  # where the constructor needs values, it draws weights
@@ -105,16 +105,17 @@ def layers_in_words(model: nn.Module) -> dict[str, str]:
     The same layer has the same words when other code has derived a class of it: a norm that works across processes, a
     module that is sharded, a weight that is parametrized.
     """
+    from timm.layers import DropPath
+
     blocks, found = block_paths(model), {}
     for path, m in model.named_modules():
-        if module_of(f"{path}.", blocks) is None and not isinstance(m, (nn.Dropout, nn.Identity, DropoutNd)) and (
-                type(m).__name__ != "DropPath"):
+        if module_of(f"{path}.", blocks) is None and not isinstance(m, (nn.Identity, DropoutNd, DropPath)):
             name = re.sub(
                 "^(FSDP|Parametrized|Frozen)|Sync|(?<=BatchNorm)[123]d|(?<=BatchNormAct)2d", "", base_class(m).__name__)
-            words = [w for w in m.extra_repr().split(", ") if not w.startswith(("inplace", "momentum"))]
-            found[path] = name if "BatchNorm" in name else f"{name}({', '.join(words)})"
-            if "BatchNorm" in name:
-                found[path] += f"(eps={getattr(m, 'eps', None)})"
+            words = [w for w in m.extra_repr().split(", ") if not w.startswith("inplace")]
+            if "BatchNorm" in name:  # the others are words of training
+                words = [f"eps={getattr(m, 'eps', None)}"]
+            found[path] = f"{name}({', '.join(words)})"
     return found
 
 
@@ -164,7 +165,7 @@ def why_not_rebuilt(recipe: Recipe, model: nn.Module, parts: Parts) -> str:
         return "it was not made by timm.create_model"
     args = json.loads(json.dumps(recipe.model_args))
     try:
-        timms, layers = _base(recipe.architecture, args)
+        timms, layers = _outline(recipe.architecture, args)
     except Exception as error:
         return f"timm cannot create {recipe.architecture!r} with {args} ({error!r})"
     has_head = recipe.content == FULL or "head" in recipe.content.split("+")  # otherwise, that of the base is taken

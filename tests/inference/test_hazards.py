@@ -607,10 +607,12 @@ class Gating(SE):
     "size": lambda m, x, v: x * m.b(torch.tanh(m.a(v)) * v.dim()).sigmoid(),
 })
 def test_gates_that_are_changed_in_place(case):
-    check(net(lambda m, x: x + 0 if m.training else m.act(m.child(m.norm(m.stem(x)))), Gating(*case)))
-    act = net(lambda m, x: torch.tanh(x) * x.shape[-1])
+    check(net(lambda m, x: m.act(m.child(m.norm(m.stem(x)))), Gating(*case)))
+
+
+def test_a_gate_whose_activation_asks_for_a_size():
     gate = Gating(lambda m, x, v: x * m.b(m.sized(m.a(v))).sigmoid())
-    gate.sized = act
+    gate.sized = net(lambda m, x: torch.tanh(x) * x.shape[-1])
     check(net(lambda m, x: m.child(m.norm(m.stem(x))), gate))
 
 

@@ -324,9 +324,14 @@ def test_arguments_of_load_of_another_kind(tmp_path, arguments, message):
     se_inject.save(timm.create_model("se_inject/test_resnet"), path)
     with pytest.raises(SEInjectError, match=message):
         se_inject.load(**{"path": path, **arguments})
+
+
+def test_paths_that_are_none_and_scripted_models(tmp_path):
+    model, path = timm.create_model("se_inject/test_resnet"), tmp_path / "m.safetensors"
     for wrong in (3, None, b"a\0b", ["m"]):
         with pytest.raises(SEInjectError, match="cannot write"):
-            se_inject.save(timm.create_model("se_inject/test_resnet"), wrong)
+            se_inject.save(model, wrong)
+    se_inject.save(model, path)
     with pytest.raises(SEInjectError, match="is a TorchScript module"):
         se_inject.load(path, torch.jit.script(timm.create_model("test_resnet")))
 
